@@ -1,0 +1,348 @@
+"""Embedder: texts and images to unit vectors of one space. ClipEmbedder is any open_clip model, by name or folder."""
+
+import difflib
+import io
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float32
+
+from index.errors import CorpusError, KnowledgeBaseError, ModelError
+
+if TYPE_CHECKING:
+    import PIL.Image
+
+MAX_PIXELS = 80_000_000  # a decoded image above this is taken for a decompression bomb; below Pillow's own warning
+MAX_ASPECT = 100  # of the sides: the model's resize brings the shorter one to size and would blow up the longer
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # no format whose decoder runs a program (EPS)
+CONFIG_NAME = "open_clip_config.json"
+UNTRAINED = "untrained"  # a weights tag of ours: fixed random weights, for benchmarks and tests
+
+
+@runtime_checkable  # beartype asks, in the tests
+class Embedder(Protocol):
+    """Texts and images to unit vectors, float32; a row of NaN where the model gave nothing finite.
+
+    `embed` of prepared images equals `images`; `prepare` is the part that threads can do, apart from the network.
+    `fingerprint` covers weights, tokenizer, preprocessing and dtype: vectors of two fingerprints cannot be compared.
+    """
+
+    name: str
+    dim: int
+    fingerprint: str
+
+    def texts(self, texts: Sequence[str]) -> Float32[np.ndarray, "n d"]:
+        """Embed texts."""
+        ...
+
+    def images(self, images: Sequence["PIL.Image.Image"]) -> Float32[np.ndarray, "n d"]:
+        """Embed RGB images."""
+        ...
+
+    def prepare(self, image: "PIL.Image.Image") -> Float32[np.ndarray, "c h w"]:
+        """Bring one RGB image to the size and range of the network."""
+        ...
+
+    def embed(self, prepared: Sequence[Float32[np.ndarray, "c h w"]]) -> Float32[np.ndarray, "n d"]:
+        """Embed prepared images."""
+        ...
+
+
+class ClipEmbedder:
+    """An open_clip model in evaluation mode, float32, on the GPU where there is one."""
+
+    def __init__(self, model: Any, tokenizer: Any, preprocess: Any, *, name: str, batch_size: int = 64):
+        import torch
+
+        self.name = name
+        self.batch_size = batch_size
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._model = model.eval().to(self._device)  # open_clip hands models over in training mode
+        self._tokenizer = tokenizer
+        self._preprocess = preprocess
+        self.fingerprint = _fingerprint(model, tokenizer, preprocess)
+        self.dim = self.texts([""]).shape[1]
+
+    @classmethod
+    def load(cls, name: str, *, batch_size: int = 64, threads: int | None = None) -> "ClipEmbedder":
+        """Load `NAME/WEIGHTS` (`ViT-B-32/laion2b_s34b_b79k`), `NAME`, `hf-hub:...`, or a folder in open_clip's form.
+
+        A bare NAME takes its first published weights, `NAME/untrained` random ones. A folder holds
+        open_clip_config.json and safetensors, itself or in `clip/`. `threads` is torch's number. ModelError otherwise.
+        """
+        import torch
+
+        if threads is not None:
+            torch.set_num_threads(threads)
+        model, tokenizer, preprocess, full_name = open_model(name)
+        return cls(model, tokenizer, preprocess, name=full_name, batch_size=batch_size)
+
+    def texts(self, texts: Sequence[str]) -> Float32[np.ndarray, "n d"]:
+        """Embed texts; what is longer than the model's context is cut."""
+        return self._in_batches(
+            texts, lambda batch: self._model.encode_text(self._tokenizer(list(batch)).to(self._device))
+        )
+
+    def images(self, images: Sequence["PIL.Image.Image"]) -> Float32[np.ndarray, "n d"]:
+        """Embed images, prepared in threads: Pillow's resampling leaves the interpreter lock."""
+        with ThreadPoolExecutor() as threads:
+            return self.embed(list(threads.map(self.prepare, images)))
+
+    def prepare(self, image: "PIL.Image.Image") -> Float32[np.ndarray, "c h w"]:
+        """Resize, crop and normalise as the model was trained."""
+        prepared: np.ndarray = self._preprocess(image).numpy()
+        return prepared
+
+    def embed(self, prepared: Sequence[Float32[np.ndarray, "c h w"]]) -> Float32[np.ndarray, "n d"]:
+        """Embed prepared images."""
+        import torch
+
+        def encode(batch: Sequence[np.ndarray]) -> Any:
+            return self._model.encode_image(torch.from_numpy(np.stack(batch)).to(self._device))
+
+        return self._in_batches(prepared, encode)
+
+    def _in_batches(self, items: Sequence[Any], encode: Callable[[Sequence[Any]], Any]) -> Float32[np.ndarray, "n d"]:
+        import torch
+
+        if not items:
+            return np.empty((0, self.dim), np.float32)
+        with torch.inference_mode():
+            batches = [
+                encode(items[start : start + self.batch_size]).float().cpu().numpy()
+                for start in range(0, len(items), self.batch_size)
+            ]
+        return unit_rows(np.concatenate(batches))
+
+
+class DeferredEmbedder:
+    """An embedder that is loaded when something is first embedded: showing or word search need no torch.
+
+    Tries `names` in turn; the first that loads with the fingerprint of the knowledge base is used.
+    """
+
+    def __init__(
+        self, names: Sequence[str], *, dim: int, fingerprint: str, load: Callable[[str], Embedder] | None = None
+    ):
+        assert names, "an embedder needs a name"
+        self.name = names[0]
+        self.dim = dim
+        self.fingerprint = fingerprint
+        self._names = names
+        self._load = load or ClipEmbedder.load
+        self._loaded: Embedder | None = None
+
+    def texts(self, texts: Sequence[str]) -> Float32[np.ndarray, "n d"]:
+        """Embed texts."""
+        return self._embedder().texts(texts)
+
+    def images(self, images: Sequence["PIL.Image.Image"]) -> Float32[np.ndarray, "n d"]:
+        """Embed images."""
+        return self._embedder().images(images)
+
+    def prepare(self, image: "PIL.Image.Image") -> Float32[np.ndarray, "c h w"]:
+        """Prepare one image."""
+        return self._embedder().prepare(image)
+
+    def embed(self, prepared: Sequence[Float32[np.ndarray, "c h w"]]) -> Float32[np.ndarray, "n d"]:
+        """Embed prepared images."""
+        return self._embedder().embed(prepared)
+
+    def _embedder(self) -> Embedder:
+        if self._loaded is None:
+            self._loaded = self._first_that_fits()
+        return self._loaded
+
+    def _first_that_fits(self) -> Embedder:
+        *others, last = self._names
+        for name in others:
+            with suppress(ModelError, KnowledgeBaseError):
+                return self._checked(name)
+        return self._checked(last)
+
+    def _checked(self, name: str) -> Embedder:
+        embedder = self._load(name)
+        check_fingerprint(embedder, self.fingerprint)
+        return embedder
+
+
+def check_fingerprint(embedder: Embedder, fingerprint: str) -> None:
+    """Refuse an embedder other than the one that made the vectors."""
+    if embedder.fingerprint != fingerprint:
+        raise KnowledgeBaseError(
+            f"the knowledge base was made by a model with fingerprint {fingerprint[:12]}, and {embedder.name!r} has "
+            f"{embedder.fingerprint[:12]}: their vectors cannot be compared; name the model it was made with, or build "
+            "another knowledge base"
+        )
+
+
+def unit_rows(vectors: Float32[np.ndarray, "n d"]) -> Float32[np.ndarray, "n d"]:
+    """Rows at length one; a row that has none (zero, infinite, NaN) is all NaN."""
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        rows = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+    rows[~np.isfinite(rows).all(axis=1)] = np.nan
+    return rows
+
+
+def decode_image(encoded: bytes, *, max_pixels: int = MAX_PIXELS) -> "PIL.Image.Image":
+    """Decode to RGB. CorpusError, saying why, for what is not an image, is cut short, or would fill the memory."""
+    import PIL.Image
+
+    try:
+        with PIL.Image.open(io.BytesIO(encoded), formats=IMAGE_FORMATS) as image:
+            pixels = image.width * image.height
+            if pixels > max_pixels:
+                raise CorpusError(f"the image has {pixels} pixels, and more than {max_pixels} are refused")
+            if max(image.size) > MAX_ASPECT * min(image.size):
+                raise CorpusError(f"the image is {image.width} by {image.height}, too narrow for a model to look at")
+            return image.convert("RGB")
+    except CorpusError:
+        raise
+    except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning) as error:
+        raise CorpusError(f"the image has more than the {max_pixels} pixels that are let through") from error
+    except Exception as error:  # a decoder on a hostile file may raise anything, and it is always the file's fault
+        reason = _without_addresses(f"{type(error).__name__}: {error}")
+        raise CorpusError(f"the image does not decode: {reason}") from error
+
+
+def _without_addresses(text: str) -> str:
+    """The same text in every process."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", text)
+
+
+# Finding a model
+
+
+def open_model(name: str) -> tuple[Any, Any, Any, str]:
+    """(model, tokenizer, preprocessing, full name) of whatever `ClipEmbedder.load` takes. ModelError otherwise."""
+    folder = _model_folder(name)
+    if folder is not None:
+        return *_open(f"local-dir:{folder}", None), str(folder)
+    if name.startswith("hf-hub:"):
+        return *_open(name, None), name
+    architecture, weights = _named_weights(name)
+    return *_open(architecture, None if weights == UNTRAINED else weights), f"{architecture}/{weights}"
+
+
+def _model_folder(name: str) -> Path | None:
+    """The folder with open_clip_config.json that `name` means, or None when it does not name a folder."""
+    path = Path(name.removeprefix("local-dir:"))
+    if not path.is_dir():
+        if name.startswith("local-dir:"):
+            raise ModelError(f"there is no folder {str(path)!r}; give the folder that holds {CONFIG_NAME}")
+        return None
+    for folder in (path, path / "clip"):
+        if (folder / CONFIG_NAME).is_file():
+            if not any(folder.glob("*.safetensors")):
+                raise ModelError(
+                    f"{folder} has no .safetensors weights; pickled ones are never loaded, so convert them"
+                )
+            return folder.resolve()
+    raise ModelError(f"{str(path)!r} is not a model: neither it nor its clip/ holds {CONFIG_NAME}")
+
+
+def _named_weights(name: str) -> tuple[str, str]:
+    """Architecture and weights tag. ModelError with the nearest names when open_clip does not know one of them."""
+    import open_clip
+
+    architecture, _, weights = name.partition("/")
+    if architecture not in open_clip.list_models():
+        near = _nearest(architecture, open_clip.list_models())
+        raise ModelError(f"{name!r} is neither a folder nor a model that open_clip knows{near}")
+    tags = open_clip.list_pretrained_tags_by_model(architecture)
+    if not weights:
+        return architecture, _first_fitting_tag(architecture, tags)
+    if weights != UNTRAINED and weights not in tags:
+        raise ModelError(f"{architecture} has no weights {weights!r}{_nearest(weights, [*tags, UNTRAINED])}")
+    return architecture, weights
+
+
+def _first_fitting_tag(architecture: str, tags: Sequence[str]) -> str:
+    """OpenAI's weights fit only the quickgelu twin of an architecture; open_clip would load them and merely warn."""
+    from open_clip import get_model_config, get_pretrained_cfg
+
+    wanted = bool((get_model_config(architecture) or {}).get("quick_gelu", False))
+    for tag in tags:
+        if bool(get_pretrained_cfg(architecture, tag).get("quick_gelu", False)) == wanted:
+            return tag
+    raise ModelError(f"{architecture} has no published weights; ask for {architecture}/{UNTRAINED} or give a folder")
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    known = list(known)
+    folded = {k.lower().replace("/", "-"): k for k in known}
+    near = [folded[n] for n in difflib.get_close_matches(name.lower().replace("/", "-"), folded, n=3, cutoff=0.4)]
+    return f"; did you mean {', '.join(near)}?" if near else f"; it knows {', '.join(known[:8])} and others"
+
+
+def _open(name: str, pretrained: str | None) -> tuple[Any, Any, Any]:
+    """(model, tokenizer, preprocessing). The random weights of an untrained model are the same every time."""
+    import open_clip
+    import torch
+    from safetensors import SafetensorError
+
+    try:
+        with torch.random.fork_rng(devices=[]), _quiet_files():
+            torch.manual_seed(0)
+            model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=pretrained)
+            return model, open_clip.get_tokenizer(name), preprocess
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, ImportError, SafetensorError) as error:
+        what = f"{name}/{pretrained}" if pretrained else name.removeprefix("local-dir:")
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(
+            f"cannot load the model {what!r}: {reason}; check the files, or the network if they are to be fetched"
+        ) from error
+
+
+@contextmanager
+def _quiet_files() -> Iterator[None]:
+    """open_clip's tokenizer leaves its vocabulary file for the collector to close, which Python reports."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        yield
+
+
+# Fingerprint
+
+
+def _fingerprint(model: Any, tokenizer: Any, preprocess: Any) -> str:
+    """A hash of weights, tokenizer, preprocessing and dtype: all that decides a vector apart from the machine."""
+    state = blake2b(digest_size=16)
+    for part in weight_bytes(model.state_dict()):
+        state.update(part)
+    state.update(tokenizer_identity(tokenizer))
+    state.update(_without_addresses(repr(preprocess)).encode())
+    return state.hexdigest()
+
+
+def weight_bytes(tensors: Mapping[str, Any]) -> Iterator[bytes | memoryview]:
+    """Name, dtype, shape and bytes of every tensor, by name, to be hashed."""
+    import torch
+
+    for name, tensor in sorted(tensors.items()):
+        yield f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode()
+        yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def tokenizer_identity(tokenizer: Any) -> bytes:
+    """Vocabulary, merges and settings, plus the ids of a probe text, which shows what settings do not."""
+    inner = getattr(tokenizer, "tokenizer", tokenizer)  # open_clip wraps those of transformers
+    if hasattr(inner, "backend_tokenizer"):
+        vocabulary = inner.backend_tokenizer.to_str()
+    elif hasattr(inner, "get_vocab"):
+        vocabulary = json.dumps(sorted(inner.get_vocab().items()))
+    else:
+        merges = sorted((rank, pair) for pair, rank in inner.bpe_ranks.items())
+        vocabulary = json.dumps([sorted(inner.encoder.items()), merges])
+    probe = tokenizer(["The Quick brown fox's 42 jumps, (twice)! caf\u00e9 \U0001f408 \u4f60\u597d " + "very " * 200])
+    settings = [type(tokenizer).__name__, getattr(tokenizer, "context_length", None), probe.tolist()]
+    return f"{json.dumps(settings)}\n{vocabulary}".encode()

@@ -1,0 +1,44 @@
+"""The errors a user can fix, for both packages. The message says what, the value, and what to do."""
+
+from pathlib import Path
+
+
+class UserError(Exception):
+    """Anything the user can mend. The command line prints it as one sentence and exits 1."""
+
+
+class CorpusError(UserError):
+    """The image-text pairs on disk cannot be read as they stand."""
+
+
+class KnowledgeBaseError(UserError):
+    """The knowledge base is missing, empty, locked, or was made by another model."""
+
+
+class QueryError(UserError):
+    """A query cannot be answered as asked."""
+
+
+class ModelError(UserError):
+    """A model name, folder or checkpoint cannot be used."""
+
+
+class ConfigError(UserError, ValueError):
+    """A configuration field has an impossible value or an unknown name."""
+
+
+class MissingExtraError(UserError, ImportError):
+    """An optional package is needed. The message carries the pip line that brings it."""
+
+
+class DiskError(UserError, OSError):
+    """A file or folder could not be written. `errno` and `strerror` are those of its cause."""
+
+    def __init__(self, path: Path, cause: OSError) -> None:
+        reason = cause.strerror or str(cause)
+        self.sentence = f"could not write {str(path)!r} ({reason}): make room, or choose another place"
+        super().__init__(self.sentence)
+        self.errno, self.strerror = cause.errno, cause.strerror
+
+    def __str__(self) -> str:  # OSError would say errno and strerror alone
+        return self.sentence

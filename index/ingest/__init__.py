@@ -1,0 +1,1 @@
+"""How pairs come in: readers, ledger and the build pipeline."""

@@ -1,0 +1,218 @@
+"""Build: sources to a searchable knowledge base. Read, decode, embed and write overlap; a shard lands whole or not.
+
+Kill it at any moment and run it again: shards in the ledger are passed over, the one in hand is made again. What
+decides is in the table itself (`index/ingest/ledger.py`); reader `index/ingest/readers.py`, overlap `engines.py`.
+"""
+
+import json
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from index.atomic import write_bytes
+from index.errors import ConfigError, CorpusError
+from index.ingest.engines import run_local
+from index.ingest.ledger import Ledger
+from index.ingest.readers import Shard, SkippedShard, check_source, read
+from index.knowledge_base import KnowledgeBase, SearcherChoice, folder_bytes
+from index.records import ShardRecord
+from index.store import PairStore, one_sentence
+
+QUARANTINE = "quarantine.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BuildConfig:
+    """How to build."""
+
+    dataset: str | None = None  # None: named after the source's folder
+    searcher: SearcherChoice = "auto"
+    allow_partial: bool = False  # take shards that are not complete
+    max_bad_fraction: float = 0.1  # of the samples of these sources
+    workers: int | None = None  # decoding threads; None: one for each processor
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise ConfigError(f"max_bad_fraction is a share of 1, got {self.max_bad_fraction}")
+        if self.workers is not None and self.workers < 1:
+            raise ConfigError(f"workers must be at least 1, got {self.workers}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BuildReport:
+    """What a build did. `quarantined` and `pairs_in_sources` count these sources, whenever they were read."""
+
+    kb: str
+    pairs_total: int
+    pairs_added: int
+    pairs_in_sources: int
+    quarantined: int
+    shards_done: int
+    shards_unchanged: int
+    shards_skipped: int
+    skipped: tuple[SkippedShard, ...]
+    seconds: float
+    pairs_per_second: float
+    bytes: int  # of the knowledge base on disk
+    searcher: str
+    recall_at_10: float
+    snapshot: int
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object."""
+        return asdict(self)
+
+
+@dataclass(slots=True)
+class _Tally:
+    unchanged: int = 0
+    done: int = 0
+    pairs: int = 0
+    skipped: list[SkippedShard] = field(default_factory=list)
+
+
+def build(
+    kb: KnowledgeBase,
+    sources: Sequence[str],
+    config: BuildConfig,
+    *,
+    on_batch: Callable[[int], None] = lambda images: None,
+    on_shard: Callable[[ShardRecord], None] = lambda record: None,
+) -> BuildReport:
+    """Bring all pairs of `sources` into `kb`, then fit its searcher and its word index.
+
+    `on_batch` hears how many images go into the network, `on_shard` of every shard that lands. CorpusError when a
+    source cannot be read, when more than `max_bad_fraction` of the samples are bad, or when none is good; what has
+    landed stays.
+    """
+    started = time.perf_counter()
+    check_sources(sources, kb.directory)
+    tally = _Tally()
+    with kb.store.lock(), _strict_images(), _readable_sources():
+        ledger = Ledger(kb.store)
+        todo = _changed_shards(sources, config, ledger, tally)
+        staged = run_local(
+            todo,
+            embedder=kb.embedder,
+            store=kb.store,
+            claim=ledger.claim,
+            on_batch=on_batch,
+            workers=config.workers,
+        )
+        for shard in staged:
+            kb.store.commit_shard(shard.record, shard.fragments, is_new=not ledger.has(shard.record))
+            ledger.enter(shard.record)
+            tally.done += 1
+            tally.pairs += shard.record.pairs
+            on_shard(shard.record)
+        _write_quarantine(kb.store)
+        _check_quality(ledger.met(), config, tally)
+        searcher = kb.build_search(config.searcher, seed=config.seed)
+    seconds = time.perf_counter() - started
+    return BuildReport(
+        kb=str(kb.directory),
+        pairs_total=kb.store.count(),
+        pairs_added=tally.pairs,
+        pairs_in_sources=sum(record.pairs for record in ledger.met()),
+        quarantined=sum(record.bad for record in ledger.met()),
+        shards_done=tally.done,
+        shards_unchanged=tally.unchanged,
+        shards_skipped=len(tally.skipped),
+        skipped=tuple(tally.skipped),
+        seconds=round(seconds, 3),
+        pairs_per_second=round(tally.pairs / seconds, 3),
+        bytes=folder_bytes(kb.directory),
+        searcher=searcher.kind,
+        recall_at_10=searcher.recall_at_10,
+        snapshot=kb.store.version,
+    )
+
+
+def _changed_shards(
+    sources: Sequence[str], config: BuildConfig, ledger: Ledger, tally: _Tally
+) -> Iterator[tuple[Shard, str, str]]:
+    """Shards that the ledger does not have as they are now, with stamp and digest taken before they are read."""
+    for source in sources:
+        for shard in read(source, dataset=config.dataset, allow_partial=config.allow_partial):
+            if isinstance(shard, SkippedShard):
+                tally.skipped.append(shard)
+                continue
+            if not ledger.meet(shard):
+                continue
+            record = ledger.find(shard)
+            stamp = shard.stamp
+            is_same_place = record is not None and record.source == shard.source
+            if is_same_place and record is not None and record.stamp == stamp:
+                tally.unchanged += 1
+                continue
+            digest = shard.digest()
+            if is_same_place and record is not None and record.digest == digest:
+                tally.unchanged += 1
+                continue
+            yield shard, stamp, digest
+
+
+def _check_quality(records: Sequence[ShardRecord], config: BuildConfig, tally: _Tally) -> None:
+    pairs, bad = sum(record.pairs for record in records), sum(record.bad for record in records)
+    if not records and tally.skipped:
+        first = tally.skipped[0]
+        raise CorpusError(
+            f"none of the {len(tally.skipped)} shards is complete ({first.name}: {first.reason}); wait for them, or "
+            "take what there is with --allow-partial"
+        )
+    if pairs == 0:
+        raise CorpusError(f"no sample of {bad} could be used; {QUARANTINE} in the knowledge base says why for each")
+    if bad > config.max_bad_fraction * (pairs + bad):
+        share = bad / (pairs + bad)
+        raise CorpusError(
+            f"{bad} of {pairs + bad} samples are bad, a share of {share:.3f} above --max-bad-fraction "
+            f"{config.max_bad_fraction}; {QUARANTINE} in the knowledge base says why for each"
+        )
+
+
+def _write_quarantine(store: PairStore) -> None:
+    """The quarantine as a file, for people and scripts; the rows of the table are what counts."""
+    path = store.directory / QUARANTINE
+    bad = store.bad_samples()
+    if bad or path.exists():
+        lines = [json.dumps(asdict(sample), ensure_ascii=False) + "\n" for sample in bad]
+        with one_sentence(store.directory):
+            write_bytes(path, "".join(lines).encode())
+
+
+def check_sources(sources: Sequence[str], directory: Path) -> None:
+    """See before any work is done that every source is there and that the knowledge base does not lie in one of them.
+
+    There it would be read as a part of the source, and sources are never written to.
+    """
+    if not sources:
+        raise ConfigError("there is nothing to build from; name at least one source")
+    for source in sources:
+        check_source(source)
+        path = Path(source)
+        if path.is_dir() and directory.resolve().is_relative_to(path.resolve()):
+            raise ConfigError(f"the knowledge base {directory} lies inside the source {source}; put it elsewhere")
+
+
+@contextmanager
+def _readable_sources() -> Iterator[None]:
+    """What the store cannot write is a UserError already; any other OSError comes from a source."""
+    try:
+        yield
+    except OSError as error:
+        raise CorpusError(f"a source cannot be read ({error}); mend that and run the command again") from error
+
+
+@contextmanager
+def _strict_images() -> Iterator[None]:
+    """Pillow only warns of an image that is large enough to be a bomb; here it is a bad sample like the others."""
+    import PIL.Image
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
+        yield

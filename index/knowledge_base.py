@@ -1,0 +1,337 @@
+"""KnowledgeBase: a folder of pairs and vectors that can be searched, and added to or taken from at any time.
+
+START HERE. The folder holds `kb.json` (which model made the vectors, which searcher serves them), the table
+(`index/store.py`), the searchers, and the images that were added one by one. `index/ingest/build.py` fills it.
+"""
+
+import json
+import shutil
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from index.atomic import write_bytes
+from index.config import from_dict, to_dict
+from index.embedder import DeferredEmbedder, Embedder, check_fingerprint, decode_image
+from index.errors import ConfigError, CorpusError, KnowledgeBaseError, QueryError
+from index.records import Hit, ImageLocation, StoredPair, pair_id
+from index.search.retriever import Retriever, SearchResult
+from index.search.searcher import SearcherManifest, build_searcher, choose_kind, open_searcher
+from index.store import PairStore, one_sentence
+
+if TYPE_CHECKING:
+    import PIL.Image
+
+FORMAT = 1
+MANIFEST = "kb.json"
+ADDED = "added"  # the folder of images that were added one by one, and the dataset they are in unless told
+ADDED_SHARD = "(added)"  # no path: cannot be the name of a shard that a build makes
+CALIBRATION_CAPTIONS = 200
+
+SearcherChoice = Literal["auto", "exact", "scann", "lance"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """`kb.json`."""
+
+    format: int
+    model: str
+    fingerprint: str
+    dim: int
+    created: str  # ISO 8601, UTC
+    searcher: str | None = None  # its folder, relative to the knowledge base
+
+    def write(self, directory: Path) -> None:
+        """Replace the file whole: a reader sees the old one or the new one."""
+        write_bytes(directory / MANIFEST, (json.dumps(to_dict(self), indent=2) + "\n").encode())
+
+    @classmethod
+    def read(cls, directory: Path) -> "Manifest":
+        """KnowledgeBaseError when there is none, or it is of another format."""
+        path = directory / MANIFEST
+        if not path.is_file():
+            raise KnowledgeBaseError(
+                f"{directory} is not a knowledge base (it has no {MANIFEST}); make one with "
+                f"`radt index build SOURCE --kb {directory}`"
+            )
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            if values.get("format") != FORMAT:
+                raise KnowledgeBaseError(
+                    f"{path} is of format {values.get('format')!r} and this radt reads format {FORMAT}; build it again"
+                )
+            return from_dict(cls, values)
+        except (OSError, ValueError, AttributeError, ConfigError) as error:
+            raise KnowledgeBaseError(f"{path} cannot be read ({error}); build the knowledge base again") from error
+
+
+class KnowledgeBase:
+    """Pairs that can be searched. `open` one, or `create` an empty one; a query needs the model that made it."""
+
+    def __init__(self, directory: Path, manifest: Manifest, embedder: Embedder):
+        self.directory = directory
+        self.manifest = manifest
+        self.embedder = embedder
+        self.store = _store_at(directory, manifest)
+        self._retriever: tuple[str | None, Retriever] | None = None
+
+    @classmethod
+    def create(cls, directory: str | Path, embedder: Embedder) -> "KnowledgeBase":
+        """Make an empty knowledge base for the vectors of `embedder`, or open the one that is there."""
+        folder = Path(directory)
+        if (folder / MANIFEST).exists():
+            return cls.open(folder, embedder)
+        manifest = Manifest(
+            format=FORMAT,
+            model=embedder.name,
+            fingerprint=embedder.fingerprint,
+            dim=embedder.dim,
+            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        )
+        with one_sentence(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            manifest.write(folder)
+        return cls(folder, manifest, embedder)
+
+    @classmethod
+    def open(
+        cls, directory: str | Path, embedder: Embedder | None = None, *, models: Sequence[str] = ()
+    ) -> "KnowledgeBase":
+        """Open a knowledge base. Without `embedder`, the model it was made with is loaded when it is first needed.
+
+        `models` are tried after that one, in case it has moved. KnowledgeBaseError when `embedder` is another model.
+        """
+        folder = Path(directory)
+        manifest = Manifest.read(folder)
+        if embedder is None:
+            names = [manifest.model, *(name for name in models if name != manifest.model)]
+            embedder = DeferredEmbedder(names, dim=manifest.dim, fingerprint=manifest.fingerprint)
+        check_fingerprint(embedder, manifest.fingerprint)
+        return cls(folder, manifest, embedder)
+
+    def __len__(self) -> int:
+        """Number of pairs."""
+        return self.store.count()
+
+    # Asking
+
+    def search(self, text: str | None = None, **asked: Any) -> list[Hit]:
+        """The best pairs for a text, an image or both; the arguments are those of `Retriever.search`."""
+        return self.query(text, **asked).hits
+
+    def query(self, text: str | None = None, **asked: Any) -> SearchResult:
+        """`search`, with where the time went."""
+        return self.retriever.search(text, **asked)
+
+    @property
+    def retriever(self) -> Retriever:
+        """The retriever over the store as it is now and the searcher that `kb.json` names now."""
+        self.store.refresh()
+        self.manifest = Manifest.read(self.directory)
+        if self._retriever is None or self._retriever[0] != self.manifest.searcher:
+            folder = self.directory / (self.manifest.searcher or "searchers/none")
+            retriever = Retriever(self.store, open_searcher(folder, self.store), self.embedder)
+            self._retriever = (self.manifest.searcher, retriever)
+        return self._retriever[1]
+
+    def show(self, pair: int) -> StoredPair:
+        """One pair, its vector included. QueryError when it is not there."""
+        self.store.refresh()
+        rows = self.store.get([pair], vectors=True)
+        if not rows:
+            raise QueryError(f"there is no pair {pair} in {self.directory}; `radt index query` lists ids")
+        return rows[0]
+
+    def stats(self) -> dict[str, Any]:
+        """Sizes, model and searcher, ready for JSON."""
+        self.store.refresh()
+        searcher = self._searcher_manifest()
+        return {
+            "kb": str(self.directory),
+            "pairs": self.store.count(),
+            "datasets": self.store.datasets(),
+            "shards": len(self.store.shards()),
+            "quarantined": self.store.count_bad(),
+            "model": self.manifest.model,
+            "fingerprint": self.manifest.fingerprint,
+            "dim": self.manifest.dim,
+            "created": self.manifest.created,
+            "searcher": None if searcher is None else searcher.kind,
+            "recall_at_10": None if searcher is None else searcher.recall_at_10,
+            "snapshot": self.store.version,
+            "bytes": folder_bytes(self.directory),
+        }
+
+    # Changing
+
+    def add(
+        self,
+        images: "str | Path | PIL.Image.Image | Sequence[str | Path | PIL.Image.Image]",
+        caption: str,
+        *,
+        dataset: str = ADDED,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Add one image or several under a caption; they can be found at once. Their ids.
+
+        The images are copied into the knowledge base. The same picture with the same caption has the same id, so
+        adding it again changes nothing. CorpusError for a file that is no image, or for an empty caption.
+        """
+        caption = " ".join(caption.split())
+        if not caption:
+            raise CorpusError("the caption is empty; say what the image shows")
+        several = images if isinstance(images, Sequence) and not isinstance(images, str) else [images]
+        encoded = [_encoded(image) for image in several]
+        decoded = [_decoded(content, image) for content, image in zip(encoded, several, strict=True)]
+        vectors = self.embedder.images(decoded)
+        if not np.isfinite(vectors).all():
+            raise CorpusError("the model gives no finite vector for the image; try another picture")
+        pairs: dict[int, StoredPair] = {}
+        with self.store.lock(), one_sentence(self.directory):
+            for content, image, vector in zip(encoded, decoded, vectors, strict=True):
+                pair = self._added_pair(
+                    content, image, vector, caption=caption, dataset=dataset, metadata=metadata or {}
+                )
+                pairs[pair.id] = pair
+            self.store.add(list(pairs.values()))
+        return list(pairs)
+
+    def remove(self, ids: Collection[int] | None = None, *, where: str | None = None) -> list[int]:
+        """Take pairs down, by ids or by an SQL filter: the next query obeys. The ids that were there."""
+        with self.store.lock():
+            gone = self.store.remove(ids, where=where)
+            self._sweep_added_images()
+        return gone
+
+    def build_search(self, kind: SearcherChoice = "auto", *, seed: int = 0) -> SearcherManifest:
+        """Make searcher, word index and id index fit the pairs that are there; nothing is done when they do."""
+        from index.search.lexical import build_fts
+
+        with self.store.lock(), one_sentence(self.directory):
+            current = self._searcher_manifest()
+            wanted = choose_kind(self.store.count()) if kind == "auto" else kind
+            if current is None or (current.kind, current.snapshot) != (wanted, self.store.high_water):
+                current = self._replace_searcher(wanted, seed)
+            build_fts(self.store)
+            self.store.index_ids()
+        return current
+
+    # Inside
+
+    def _searcher_manifest(self) -> SearcherManifest | None:
+        name = self.manifest.searcher
+        folder = self.directory / name if name else None
+        return SearcherManifest.read(folder) if folder is not None and folder.exists() else None
+
+    def _replace_searcher(self, kind: Literal["exact", "scann", "lance"], seed: int) -> SearcherManifest:
+        """Build beside the old one, then let `kb.json` name it: whoever reads meanwhile has one or the other."""
+        high_water = self.store.high_water
+        ids, vectors = self.store.ids_and_vectors()
+        name = f"searchers/{high_water}-{kind}"
+        queries = self._calibration_queries(seed) if kind != "exact" and len(ids) else None
+        built = build_searcher(
+            kind, ids, vectors, self.directory / name, seed=seed, queries=queries, snapshot=high_water
+        )
+        previous, self.manifest = self.manifest.searcher, replace(self.manifest, searcher=name)
+        self.manifest.write(self.directory)
+        for folder in (self.directory / "searchers").iterdir():
+            if f"searchers/{folder.name}" not in (name, previous):  # a reader may still have the previous one open
+                shutil.rmtree(folder)
+        return built
+
+    def _calibration_queries(self, seed: int) -> np.ndarray:
+        """Captions as queries: text vectors lie elsewhere than image vectors, and those flatter the recall."""
+        ids = np.sort(self.store.matching_ids())
+        chosen = np.random.default_rng(seed).choice(ids, size=min(CALIBRATION_CAPTIONS, len(ids)), replace=False)
+        vectors = self.embedder.texts([row.caption for row in self.store.get(chosen)])
+        return vectors[np.isfinite(vectors).all(axis=1)]
+
+    def _sweep_added_images(self) -> None:
+        """Delete the images of ours that no pair shows (any more)."""
+        if (self.directory / ADDED).is_dir():
+            shown = {row.image.uri for row in self.store.get(self.store.matching_ids(f"source = '{ADDED}'"))}
+            for path in (self.directory / ADDED).iterdir():
+                if str(path) not in shown:
+                    path.unlink()
+
+    def _added_pair(
+        self,
+        content: bytes,
+        image: "PIL.Image.Image",
+        vector: np.ndarray,
+        *,
+        caption: str,
+        dataset: str,
+        metadata: Mapping[str, Any],
+    ) -> StoredPair:
+        digest = sha256(content).hexdigest()
+        key = sha256(f"{digest} {caption}".encode()).hexdigest()[:32]
+        name = f"{ADDED}/{digest[:32]}{_extension(content)}"
+        path = self.directory / name
+        if not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            write_bytes(path, content)
+        return StoredPair(
+            id=pair_id(dataset, ADDED_SHARD, key),
+            dataset=dataset,
+            source=ADDED,
+            shard=ADDED_SHARD,
+            digest=digest,
+            key=key,
+            caption=caption,
+            image=ImageLocation(uri=name),
+            sha256=digest,
+            width=image.width,
+            height=image.height,
+            metadata=metadata,
+            vector=vector,
+        )
+
+
+def folder_bytes(directory: Path) -> int:
+    """Size of everything in a folder."""
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+
+
+def _store_at(directory: Path, manifest: Manifest) -> PairStore:
+    """The table; a build that was killed between `kb.json` and the table has left none."""
+    if PairStore.exists(directory):
+        return PairStore(directory)
+    return PairStore.create(directory, dim=manifest.dim)
+
+
+def _encoded(image: "str | Path | PIL.Image.Image") -> bytes:
+    """The bytes of a file, local or in a bucket; a picture in memory becomes a PNG."""
+    import io
+
+    if not isinstance(image, str | Path):
+        buffer = io.BytesIO()
+        image.save(buffer, format="PNG")
+        return buffer.getvalue()
+    try:
+        return ImageLocation(uri=str(image)).read()
+    except OSError as error:
+        raise CorpusError(f"cannot read {str(image)!r}: {error.strerror or error}; check the path") from error
+
+
+def _decoded(content: bytes, image: "str | Path | PIL.Image.Image") -> "PIL.Image.Image":
+    try:
+        return decode_image(content)
+    except CorpusError as error:
+        name = repr(str(image)) if isinstance(image, str | Path) else "the picture"
+        raise CorpusError(f"{name} cannot be added: {error}") from error
+
+
+def _extension(content: bytes) -> str:
+    import io
+
+    import PIL.Image
+
+    with PIL.Image.open(io.BytesIO(content)) as image:
+        return f".{(image.format or 'png').lower()}"
