@@ -1,0 +1,333 @@
+"""The command line `radt`. Each command parses, makes one library call and prints; heavy imports wait until then.
+
+`radt index` is the sub-app of `index/cli.py`, with this package's demonstration model as its default.
+"""
+
+import json as jsonlib
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from index.cli import make_app, run
+from radt import __version__
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Text-to-image generation with a memory that you own.",
+    epilog="An error is one sentence; --debug shows where it came from.",
+)
+corpus = typer.Typer(no_args_is_help=True, help="Make the demonstration corpora from the installed colour-emoji font.")
+evaluate = typer.Typer(no_args_is_help=True, help="Measure a model on a benchmark.")
+app.add_typer(corpus, name="corpus")
+app.add_typer(evaluate, name="evaluate")
+app.add_typer(make_app(default_model=str(Path(str(files("radt"))) / "models" / "emoji-demo")), name="index")
+
+Split = Literal["all", "train", "heldout"]
+Order = Literal["low_discrepancy", "coin", "text_first", "neighbor_first"]
+
+Model = Annotated[Path | None, typer.Option("--model", help="Model folder. Default: the one inside the package.")]
+Kb = Annotated[Path | None, typer.Option("--kb", help="Knowledge base to look prompts up in.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+Font = Annotated[Path | None, typer.Option("--font", help="A colour-emoji font file. Default: the installed one.")]
+Seed = Annotated[int, typer.Option("--seed", help="Picture i of several takes seed + i.")]
+Size = Annotated[int, typer.Option("--size", help="Side of a picture in pixels.")]
+References = Annotated[
+    list[str] | None, typer.Option("--reference", help="IMAGE=CAPTION, a neighbour by hand; repeatable.")
+]
+DeviceOption = Annotated[
+    Literal["auto", "cpu", "cuda"], typer.Option("--device", help="auto: the GPU if there is one.")
+]
+
+# What a model has settings of its own for: None leaves it to the model (radt/settings.py).
+K = Annotated[int | None, typer.Option("-k", help="Neighbours of a picture; 0 draws from the text alone.")]
+Steps = Annotated[int | None, typer.Option("--steps", help="Network steps.")]
+SamplerName = Annotated[str | None, typer.Option("--sampler", help="dpmpp_2m, ddim, heun or ancestral.")]
+TextGuidance = Annotated[float | None, typer.Option("--text-guidance", help="Weight of the prompt, 1 or more.")]
+NeighborGuidance = Annotated[
+    float | None, typer.Option("--neighbor-guidance", help="Weight of the neighbours, as well.")
+]
+TextShare = Annotated[float | None, typer.Option("--text-share", help="The dial from neighbours, 0, to prompt, 1.")]
+OrderOption = Annotated[Order | None, typer.Option("--order", help="Which steps strengthen the prompt.")]
+ThresholdOption = Annotated[Literal["static", "dynamic"] | None, typer.Option("--threshold", help="Kept in range how.")]
+ByOption = Annotated[
+    Literal["clip", "bm25", "tfidf", "hybrid"] | None, typer.Option("--by", help="What neighbours are found by.")
+]
+FusionOption = Annotated[
+    Literal["rrf", "sum", "product"] | None, typer.Option("--fusion", help="How hybrid joins the scores.")
+]
+BatchSize = Annotated[
+    int | None, typer.Option("--batch-size", help="Pictures a network call; 1 keeps each bitwise the same.")
+]
+SETTINGS = (
+    "k",
+    "steps",
+    "sampler",
+    "text_guidance",
+    "neighbor_guidance",
+    "text_share",
+    "order",
+    "threshold",
+    "by",
+    "fusion",
+    "batch_size",
+)
+
+
+def main() -> None:
+    """The entry point: exit 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    run(app)
+
+
+@app.callback(invoke_without_command=True)
+def radt(version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
+    """Text-to-image generation with a memory that you own."""
+    if version:
+        typer.echo(f"radt {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Everything goes below this folder.")] = Path("demo"),
+    model: Model = None,
+    k: Annotated[int, typer.Option("-k", min=1, help="Neighbours of a picture.")] = 2,
+    entities: Annotated[int, typer.Option("--entities", min=1, help="Held-out entities to draw.")] = 8,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """A whole run on the built-in data and model: ends with a picture to open."""
+    from radt.demo import run_demo
+
+    report = run_demo(out, model=model, num_entities=entities, k=k, seed=seed, say=_say_to_stderr(quiet=as_json))
+    if as_json:
+        return _print_json(report.to_json())
+    typer.echo(f"\nquery page      {report.query_page}\npictures        {report.pictures}")
+    typer.echo(f"contact sheet   {report.sheet_html}\n\nOpen {report.sheet_png}")
+
+
+@corpus.command("emoji")
+def corpus_emoji(
+    out: Annotated[Path, typer.Argument(help="Folder to write tar shards to, in img2dataset's layout.")],
+    renditions: Annotated[int, typer.Option("--renditions", help="Pictures of every emoji.")] = 4,
+    size: Size = 128,
+    split: Annotated[
+        Split, typer.Option("--split", help="Which entities: held-out ones are never trained on.")
+    ] = "all",
+    font: Font = None,
+    as_json: Json = False,
+) -> None:
+    """Every emoji as an entity, a few pictures of each, captioned with its name and keywords."""
+    from radt.corpora.emoji import write_emoji
+
+    with _progress("drawing") as on_item:
+        written = write_emoji(out, renditions=renditions, size=size, split=split, font=font, on_item=on_item)
+    _print_written(written, as_json)
+
+
+@corpus.command("emoji-scenes")
+def corpus_scenes(
+    out: Annotated[Path, typer.Argument(help="Folder to write tar shards to, in img2dataset's layout.")],
+    num: Annotated[int, typer.Option("--num", help="How many scenes.")],
+    split: Annotated[
+        Split, typer.Option("--split", help="Which entities: held-out ones are never trained on.")
+    ] = "train",
+    seed: Annotated[int, typer.Option("--seed", help="Another seed, other scenes.")] = 0,
+    size: Size = 128,
+    font: Font = None,
+    as_json: Json = False,
+) -> None:
+    """Emoji counted, placed and sized on coloured grounds, with captions that say exactly so."""
+    from radt.corpora.scenes import write_scenes
+
+    with _progress("drawing") as on_item:
+        written = write_scenes(out, num=num, split=split, seed=seed, size=size, font=font, on_item=on_item)
+    _print_written(written, as_json)
+
+
+@app.command()
+def train(
+    preset: Annotated[str, typer.Argument(help="clip-emoji, emoji-demo or tiny.")],
+    out: Annotated[Path, typer.Option("--out", help="Run folder. The same command again resumes.")],
+    changes: Annotated[list[str], typer.Option("--set", help="key=value; repeatable.", default_factory=list)],
+    as_json: Json = False,
+) -> None:
+    """Train a preset; the run folder ends with a model for --model."""
+    from radt.training.run import train as train_preset
+
+    with _training_log() as on_step:
+        folder = train_preset(preset, changes, out, on_step=on_step, on_stage=_say_to_stderr(quiet=False))
+    _print_json({"model": str(folder)}) if as_json else typer.echo(folder)
+
+
+@app.command()
+def generate(
+    prompts: Annotated[list[str], typer.Argument(help="One or more prompts.")],
+    model: Model = None,
+    kb: Kb = None,
+    n: Annotated[int, typer.Option("-n", help="Pictures of each prompt.")] = 1,
+    seed: Seed = 0,
+    references: References = None,
+    out: Annotated[Path, typer.Option("--out", help="Folder for the PNG files.")] = Path("out"),
+    sheet: Annotated[Path | None, typer.Option("--sheet", help="Contact sheet: a PNG, and an HTML beside it.")] = None,
+    device: DeviceOption = "auto",
+    k: K = None,
+    steps: Steps = None,
+    sampler: SamplerName = None,
+    text_guidance: TextGuidance = None,
+    neighbor_guidance: NeighborGuidance = None,
+    text_share: TextShare = None,
+    order: OrderOption = None,
+    threshold: ThresholdOption = None,
+    by: ByOption = None,
+    fusion: FusionOption = None,
+    dataset: Annotated[str | None, typer.Option("--dataset", help="Look in this dataset only.")] = None,
+    where: Annotated[str | None, typer.Option("--where", help="SQL filter on pairs.")] = None,
+    min_score: Annotated[float | None, typer.Option("--min-score", help="Leave out what scores less.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option("--exclude", help="Id of a pair not to use; repeatable.")] = None,
+    batch_size: BatchSize = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Say which neighbours were used.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Draw pictures from prompts and the neighbours found for them."""
+    settings = _given(locals(), "dataset", "where", "min_score", "exclude")
+    from radt import generate as library
+    from radt.neighbors import read_reference
+
+    pictures = tuple(map(read_reference, references or ()))
+    request = library.Request(prompts=tuple(prompts), n=n, seed=seed, references=pictures, settings=settings)
+    say = _say_to_stderr(quiet=as_json)
+    with _progress("drawing") as on_step:
+        drawn = library.generate_files(
+            request, out=out, sheet=sheet, model=model, kb=kb, device=device, on_step=on_step, say=say
+        )
+    if as_json:
+        return _print_json(library.to_json(drawn))
+    for line in [*(library.explain(drawn) if explain else ()), *(str(each.path) for each in drawn)]:
+        typer.echo(line)
+
+
+@app.command()
+def replay(
+    file: Annotated[Path, typer.Argument(help="A PNG that `radt generate` wrote.")],
+    model: Model = None,
+    as_json: Json = False,
+) -> None:
+    """Draw a picture again from its own record and compare; exits 1 when it differs."""
+    from radt.provenance import replay as replay_file
+
+    result = replay_file(file, model)
+    if as_json:
+        _print_json(result.to_json())
+    else:
+        typer.echo(result.sentence)
+    raise typer.Exit(code=0 if result.identical else 1)
+
+
+@evaluate.command("emoji-draw")
+def evaluate_emoji_draw(
+    kb: Kb = None,
+    model: Model = None,
+    n: Annotated[int, typer.Option("-n", "--n", help="Held-out classes, each drawn three times.")] = 100,
+    seed: Seed = 0,
+    out: Annotated[Path | None, typer.Option("--out", help="Keep the figures and sheets of all pictures here.")] = None,
+    device: DeviceOption = "auto",
+    k: K = None,
+    steps: Steps = None,
+    sampler: SamplerName = None,
+    text_guidance: TextGuidance = None,
+    neighbor_guidance: NeighborGuidance = None,
+    text_share: TextShare = None,
+    order: OrderOption = None,
+    threshold: ThresholdOption = None,
+    by: ByOption = None,
+    fusion: FusionOption = None,
+    batch_size: BatchSize = None,
+    font: Font = None,
+    as_json: Json = False,
+) -> None:
+    """Draw entities never trained on with retrieval, without, and misled; count how many are recognised."""
+    settings = _given(locals())
+    from radt.evaluation import emoji_draw
+    from radt.evaluation.emoji_draw_sheet import print_table, write_results
+    from radt.pipeline import TextToImage
+
+    pipeline = TextToImage.load(model, kb=kb, device=device)
+    asked = pipeline.settings(**{"batch_size": emoji_draw.BATCH_SIZE, **settings})
+    with _progress("drawing") as on_step:
+        report = emoji_draw.evaluate(pipeline, n=n, seed=seed, settings=asked, font=font, on_step=on_step)
+    written = [] if out is None else write_results(report, out)
+    _print_json(report.to_json()) if as_json else print_table(report, written)
+
+
+@app.command()
+def doctor(model: Model = None, as_json: Json = False) -> None:
+    """Say what is installed, what is missing, and what would bring it; exits 1 when something needed is missing."""
+    from radt.doctor import examine, is_healthy, lines
+
+    findings = examine(model)
+    if as_json:
+        _print_json({"healthy": is_healthy(findings), "findings": [finding.to_json() for finding in findings]})
+    else:
+        typer.echo("\n".join(lines(findings)))
+    raise typer.Exit(code=0 if is_healthy(findings) else 1)
+
+
+def _given(options: dict[str, Any], *more: str) -> dict[str, Any]:
+    """The settings that were typed, out of a command's options: the others are left to the model."""
+    return {name: options[name] for name in (*SETTINGS, *more) if options[name] is not None}
+
+
+def _print_json(document: Any) -> None:
+    typer.echo(jsonlib.dumps(document, ensure_ascii=False))
+
+
+def _print_written(written: Any, as_json: bool) -> None:
+    if as_json:
+        facts = ("out", "pairs", "shards", "shards_kept")
+        return _print_json({
+            name: str(value) if isinstance(value := getattr(written, name), Path) else value for name in facts
+        })
+    typer.echo(f"{written.pairs} pairs in {written.shards} shards ({written.shards_kept} already there): {written.out}")
+
+
+def _say_to_stderr(*, quiet: bool) -> Callable[[str], None]:
+    return (lambda line: None) if quiet else (lambda line: typer.echo(line, err=True))
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr that is told (done, total); nothing at all where stderr is not a terminal."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def _training_log() -> Iterator[Callable[[dict[str, float]], None]]:
+    """The loop's figures on one line of the terminal; nothing elsewhere, for metrics.jsonl has them."""
+    if not sys.stderr.isatty():
+        yield lambda metrics: None
+        return
+    yield lambda metrics: _overwrite_line("  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+    typer.echo(err=True)
+
+
+def _overwrite_line(text: str) -> None:
+    typer.echo(f"\r\x1b[K{text}", nl=False, err=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""What a network is conditioned on: text and neighbours as tensors, with the nulls that guidance needs.
+
+Next on the main path: `radt/unet/unet.py`, which turns a NeighborBatch into a NeighborKV and reads it.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from radt.shapes import NeighborMask, NeighborPixels
+
+T = TypeVar("T")
+
+Keys = Float[Tensor, "b heads _m _e"]  # all positions of all neighbours, then the sink; both differ by level
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextCondition:
+    """Contextual text embeddings (attended to) and a pooled vector (added to the time embedding).
+
+    The leading axes are the batch, or batch and neighbour. A row whose mask is all False is the null text:
+    no token is attended to and the network's own null vector stands in for the pooled one.
+    """
+
+    tokens: Float[Tensor, "*b n d"]
+    mask: Bool[Tensor, "*b n"]
+    pooled: Float[Tensor, "*b p"]
+
+    def drop(self, where: Bool[Tensor, "*b"]) -> "TextCondition":
+        """The same batch with the null text in the rows where `where` is True."""
+        return dataclasses.replace(self, mask=self.mask & ~where[..., None])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NeighborBatch:
+    """Retrieved pairs as tensors: pixels in [-1, 1] and the caption of each. `mask` False = no neighbour there."""
+
+    pixels: NeighborPixels
+    text: TextCondition
+    mask: NeighborMask
+
+    @property
+    def num_neighbors(self) -> int:
+        """K, the width of the neighbour axis (some may be masked)."""
+        return self.pixels.shape[1]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NeighborKV:
+    """The neighbours' keys and values, one pair for each attention layer: data, computed once a request (row N5).
+
+    They depend on neither x_t, t nor the prompt, so every step, guidance branch and sample reads the same ones.
+    `captions` are the captions' tokens in the space where prompt and caption are compared.
+    """
+
+    keys: tuple[Keys, ...]
+    values: tuple[Keys, ...]
+    captions: Float[Tensor, "b k n r"]
+    caption_mask: Bool[Tensor, "b k n"]
+    mask: NeighborMask
+
+    def drop(self, where: Bool[Tensor, " b"]) -> "NeighborKV":
+        """The same batch with no neighbours in the rows where `where` is True."""
+        return dataclasses.replace(self, mask=self.mask & ~where[:, None])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Condition:
+    """Everything one network call is conditioned on. `neighbors` None skips the neighbour layers altogether."""
+
+    text: TextCondition
+    neighbors: NeighborKV | None = None
+
+    @property
+    def batch_size(self) -> int:
+        """How many images."""
+        return len(self.text.mask)
+
+    def without_neighbors(self) -> "Condition":
+        """The same text, and the neighbour layers skipped."""
+        return dataclasses.replace(self, neighbors=None)
+
+    def drop_text(self) -> "Condition":
+        """c_n alone: every row's text replaced by the null."""
+        everywhere = torch.ones(self.text.mask.shape[:-1], dtype=torch.bool, device=self.text.mask.device)
+        return dataclasses.replace(self, text=self.text.drop(everywhere))
+
+    def drop_neighbors(self) -> "Condition":
+        """c_p alone. The neighbours stay as masked rows so that both branches fit one batched call."""
+        if self.neighbors is None:
+            return self
+        everywhere = torch.ones(len(self.neighbors.mask), dtype=torch.bool, device=self.neighbors.mask.device)
+        return dataclasses.replace(self, neighbors=self.neighbors.drop(everywhere))
+
+
+def map_tensors(function: Callable[..., Tensor], *records: T) -> T:
+    """Apply `function` to the tensors that stand in the same place of each record (a dataclass tree)."""
+    first = records[0]
+    if isinstance(first, Tensor):
+        return function(*records)  # type: ignore[return-value]
+    if isinstance(first, tuple):
+        return tuple(map_tensors(function, *items) for items in zip(*records, strict=True))  # type: ignore[return-value]
+    if first is None:
+        assert all(record is None for record in records), "some records have neighbors and some have none"
+        return first
+    values: dict[str, Any] = {
+        field.name: map_tensors(function, *(getattr(record, field.name) for record in records))
+        for field in dataclasses.fields(first)  # type: ignore[arg-type]
+    }
+    return dataclasses.replace(first, **values)  # type: ignore[type-var]
+
+
+def concatenate(records: Sequence[T]) -> T:
+    """Stack batches of the same shape along the batch axis: the guidance branches of one step become one call."""
+    return map_tensors(lambda *tensors: torch.cat(tensors), *records)
+
+
+def to_device(record: T, device: torch.device | str) -> T:
+    """The same record with every tensor on `device`."""
+    return map_tensors(lambda tensor: tensor.to(device), record)
+
+
+def repeat(record: T, times: int) -> T:
+    """Each row `times` over, side by side: n images of one prompt share one encoding."""
+    return map_tensors(lambda tensor: tensor.repeat_interleave(times, dim=0), record)

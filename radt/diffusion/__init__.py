@@ -1,0 +1,1 @@
+"""Schedules, the denoiser, guidance, samplers and the loss."""

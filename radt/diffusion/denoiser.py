@@ -1,0 +1,84 @@
+"""From a network's raw prediction to the clean image: eps, x0 or v, and the one boundary of number formats.
+
+Inside the boundary the network runs in `dtype` (autocast); outside everything is float32, because samplers take
+differences of nearly equal images. Next on the main path: `radt/diffusion/guidance.py`.
+"""
+
+from typing import Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from radt.conditioning import Condition, NeighborKV, TextCondition
+from radt.diffusion.schedule import NoiseSchedule, per_pixel
+from radt.shapes import PerExample, Pixels
+
+Prediction = Literal["eps", "x0", "v"]
+
+
+@runtime_checkable
+class Denoise(Protocol):
+    """The clean image expected behind x_t. One object closes over network, conditioning and guidance.
+
+    `step` counts network steps from 0: guidance may do different things at different steps, and a sampler that
+    looks twice in a step passes the same number twice. `x` and the result are float32.
+    """
+
+    def __call__(self, x: Pixels, t: float, step: int) -> Pixels:
+        """x0 given x_t."""
+        ...
+
+
+@runtime_checkable
+class Network(Protocol):
+    """What `radt.unet.unet.UNet` is to this package: x_t, time and conditions in, a raw prediction out."""
+
+    def __call__(self, x: Pixels, t: PerExample, text: TextCondition, neighbors: NeighborKV | None = None) -> Pixels:
+        """The raw prediction: eps, x0 or v, as trained."""
+        ...
+
+
+class Denoiser:
+    """A network as a function (x_t, t, condition) -> x0. It guides nothing and remembers nothing."""
+
+    def __init__(
+        self,
+        network: Network,
+        *,
+        schedule: NoiseSchedule,
+        prediction: Prediction,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.network, self.schedule, self.prediction, self.dtype = network, schedule, prediction, dtype
+
+    def __call__(self, x: Pixels, t: float | Tensor, condition: Condition) -> Pixels:
+        """The clean image, float32. `t` is one time for all or a tensor of one time an example."""
+        x = x.float()
+        times = torch.as_tensor(t, dtype=torch.float32, device=x.device).expand(len(x))
+        with torch.autocast(x.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+            output = self.network(x, times, condition.text, condition.neighbors)
+        return x0_from(output.float(), x, times, schedule=self.schedule, prediction=self.prediction)
+
+
+def x0_from(output: Pixels, x: Pixels, t: PerExample, *, schedule: NoiseSchedule, prediction: Prediction) -> Pixels:
+    """The clean image that a prediction means (Salimans and Ho 2022, section 4)."""
+    alpha, sigma = per_pixel(schedule.alpha(t)), per_pixel(schedule.sigma(t))
+    if prediction == "x0":
+        return output
+    if prediction == "eps":
+        return (x - sigma * output) / alpha
+    return alpha * x - sigma * output
+
+
+def eps_from_x0(x0: Pixels, x: Pixels, t: PerExample, *, schedule: NoiseSchedule) -> Pixels:
+    """The noise that x holds if its clean image is x0."""
+    return (x - per_pixel(schedule.alpha(t)) * x0) / per_pixel(schedule.sigma(t))
+
+
+def target(x0: Pixels, eps: Pixels, t: PerExample, *, schedule: NoiseSchedule, prediction: Prediction) -> Pixels:
+    """What a network of this kind should answer: eps, x0, or v = alpha eps - sigma x0."""
+    if prediction == "x0":
+        return x0
+    if prediction == "eps":
+        return eps
+    return per_pixel(schedule.alpha(t)) * eps - per_pixel(schedule.sigma(t)) * x0

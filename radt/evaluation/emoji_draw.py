@@ -1,0 +1,389 @@
+"""emoji-draw: are entities that no training saw drawn right, from the neighbours found for them (rows R17, I6)?
+
+Every held-out class that is chosen gets one prompt, and the prompt is drawn three times from the same noise: with the
+neighbours found for it, with none, and with one of them exchanged for a picture of something else. Whether the picture
+shows the entity is told by `radt/evaluation/recognizer.py`, whether the ground is as asked by `color.py`.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from index.config import to_dict
+from index.errors import KnowledgeBaseError, QueryError
+from radt.corpora.emoji import Entity, GlyphRenderer, load_entities, render_rendition, rendition
+from radt.corpora.scenes import PALETTE, Glyphs, Scene, benchmark_prompt, render_scene
+from radt.evaluation.color import border_color, nearest_color
+from radt.evaluation.intervals import Interval, wilson
+from radt.evaluation.recognizer import Recognizer
+from radt.neighbors import Neighbor, Reference, copy_similarity, neighbors_of
+from radt.pipeline import DrawRequest, OnStep, TextToImage, ignore
+from radt.settings import GenerateSettings
+
+if TYPE_CHECKING:
+    from index.knowledge_base import KnowledgeBase
+
+ArmName: TypeAlias = Literal["with_retrieval", "without_retrieval", "with_one_wrong"]
+Pictures: TypeAlias = UInt8[np.ndarray, "n size size 3"]
+
+BATCH_SIZE = 20  # prompts a network call: 300 pictures of 32x32 take a few minutes on two cores
+WRONG_PICTURE_SIZE = 128  # as `radt corpus emoji` draws by default
+WRONG_RENDITIONS = 4
+MAKE_A_KB = "`radt corpus emoji emoji` and then `radt index build emoji --kb kb` make one"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Task:
+    """One entity to draw on one ground, and what is put in the place of one neighbour to lead the model astray.
+
+    `wrong` is an entity of training, of another class. `wrong_place` in [0, 1) says which neighbour it replaces.
+    """
+
+    entity: Entity
+    scene: Scene
+    seed: int
+    wrong: Entity
+    wrong_rendition: int
+    wrong_place: float
+
+    @property
+    def prompt(self) -> str:
+        """What the model is asked for."""
+        return self.scene.caption
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verdict:
+    """What a picture shows. `rank` is the asked class's place among all, from 1; `guess` the nearest entity."""
+
+    rank: int
+    guess: Entity
+    ground: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shown:
+    """A neighbour that a picture was drawn from, and the class it shows: None where that is no emoji of the table."""
+
+    neighbor: Neighbor
+    class_id: int | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Drawing:
+    """One picture, what it was drawn from, and what became of it."""
+
+    picture: UInt8[np.ndarray, "size size 3"]
+    shown: tuple[Shown, ...]
+    verdict: Verdict
+    copy_similarity: float | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Arm:
+    """All tasks drawn in one of the three ways. `seconds` is wall time, encoding included, retrieval not."""
+
+    drawings: tuple[Drawing, ...]
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class EmojiDrawReport:
+    """Everything measured and everything drawn."""
+
+    tasks: tuple[Task, ...]
+    truths: Pictures
+    arms: Mapping[ArmName, Arm]
+    retrieval_seconds: float
+    ceiling: Mapping[str, float]
+    settings: GenerateSettings
+    seed: int
+    model: Mapping[str, Any]
+    kb: Mapping[str, Any]
+
+    @property
+    def n(self) -> int:
+        """Number of prompts, each of another held-out class."""
+        return len(self.tasks)
+
+    def shares(self, name: ArmName) -> dict[str, float]:
+        """What was counted in one arm, as shares of its pictures."""
+        return drawing_shares(self.tasks, self.arms[name].drawings)
+
+    def retrieval_shares(self) -> dict[str, float]:
+        """How often the neighbours found show the asked class."""
+        return retrieval_shares(self.tasks, [each.shown for each in self.arms["with_retrieval"].drawings])
+
+    def intervals(self) -> dict[str, dict[str, Interval]]:
+        """95 % intervals of every share. A prompt counts as one trial, also where it has several neighbours."""
+        measured: dict[str, dict[str, float]] = {name: self.shares(name) for name in self.arms}
+        measured["retrieval"] = self.retrieval_shares()
+        return {
+            part: {name: wilson(share, self.n) for name, share in shares.items()} for part, shares in measured.items()
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """As DESIGN section 4 fixes it, and more."""
+        arms: dict[str, Any] = {name: {**self.shares(name), **averages(arm)} for name, arm in self.arms.items()}
+        return {
+            "n": self.n,
+            **arms,
+            "retrieval": {**self.retrieval_shares(), "seconds_per_query": self.retrieval_seconds / self.n},
+            "recognizer_ceiling": dict(self.ceiling),
+            "intervals": {
+                part: {name: list(interval) for name, interval in each.items()}
+                for part, each in self.intervals().items()
+            },
+            "settings": {"seed": self.seed, **to_dict(self.settings)},
+            "model": dict(self.model),
+            "kb": dict(self.kb),
+        }
+
+
+def evaluate(
+    model: TextToImage,
+    *,
+    n: int = 100,
+    seed: int = 0,
+    settings: GenerateSettings | None = None,
+    font: str | Path | None = None,
+    on_step: OnStep = ignore,
+) -> EmojiDrawReport:
+    """Measure a model that has a knowledge base. Without `settings`, the bundle's own, in batches.
+
+    The classes, grounds, noise and wrong pictures depend on `seed` alone, and those of a smaller `n` are the first of
+    a larger one's. To measure many settings, make an `EmojiDrawBench` once.
+    """
+    check(model, settings)
+    return EmojiDrawBench.prepare(n=n, seed=seed, size=model.image_size, font=font).run(
+        model, settings=settings, on_step=on_step
+    )
+
+
+class EmojiDrawBench:
+    """The tasks and the recogniser, made once and used for any number of settings and models of one resolution."""
+
+    def __init__(self, tasks: Sequence[Task], glyphs: Glyphs, candidates: Sequence[Entity], *, size: int, seed: int):
+        self.tasks, self.glyphs, self.size, self.seed = tuple(tasks), glyphs, size, seed
+        self.recognizer = Recognizer(glyphs, candidates, box=tasks[0].scene.placements[0].box, size=size)
+        self.truths = np.stack([render_scene(task.scene, glyphs, size) for task in tasks])
+
+    @classmethod
+    def prepare(cls, *, n: int, seed: int, size: int, font: str | Path | None = None) -> "EmojiDrawBench":
+        """Choose the tasks among all that the font draws; `size` is the model's resolution."""
+        glyphs = GlyphRenderer(font)
+        drawn = [entity for entity in load_entities() if glyphs.draws(entity)]
+        return cls(plan_tasks(drawn, n=n, seed=seed), glyphs, drawn, size=size, seed=seed)
+
+    def run(
+        self, model: TextToImage, *, settings: GenerateSettings | None = None, on_step: OnStep = ignore
+    ) -> EmojiDrawReport:
+        """Retrieve, draw the three arms, and judge."""
+        kb, asked = check(model, settings), settings or model.settings(batch_size=BATCH_SIZE)
+        assert model.image_size == self.size, (model.image_size, self.size)
+        start = time.perf_counter()
+        found = retrieve(model, kb, self.tasks, asked)
+        retrieval_seconds = time.perf_counter() - start
+        plans: dict[ArmName, list[tuple[Shown, ...]]] = {
+            "with_retrieval": found,
+            "without_retrieval": [() for _ in self.tasks],
+            "with_one_wrong": [self.mislead(task, shown) for task, shown in zip(self.tasks, found, strict=True)],
+        }
+        arms = {
+            name: self._draw(model, plan, asked, _part(on_step, place, len(plans)))
+            for place, (name, plan) in enumerate(plans.items())
+        }
+        return EmojiDrawReport(
+            tasks=self.tasks,
+            truths=self.truths,
+            arms=arms,
+            retrieval_seconds=retrieval_seconds,
+            ceiling=self.ceiling(),
+            settings=asked,
+            seed=self.seed,
+            model={"name": model.name, "digest": model.digest, "image_size": model.image_size},
+            kb=kb_facts(kb),
+        )
+
+    def mislead(self, task: Task, shown: Sequence[Shown]) -> tuple[Shown, ...]:
+        """The neighbours with one of them exchanged for the task's wrong picture under its own, true caption."""
+        drawing = rendition(task.wrong, task.wrong_rendition)
+        picture = render_rendition(self.glyphs[task.wrong.position], drawing, WRONG_PICTURE_SIZE)
+        reference = Reference(image=Image.fromarray(picture), caption=task.wrong.caption, name=task.wrong.name)
+        place = int(task.wrong_place * len(shown))
+        wrong = Shown(neighbor=neighbors_of([], [reference], self.size)[0], class_id=task.wrong.class_id)
+        return (*shown[:place], wrong, *shown[place + 1 :])
+
+    def judge(self, pictures: Pictures) -> list[Verdict]:
+        """What each task's picture shows."""
+        verdicts: dict[int, Verdict] = {}
+        for ground, color in PALETTE.items():
+            places = [place for place, task in enumerate(self.tasks) if task.scene.ground == ground]
+            if not places:
+                continue
+            distances = self.recognizer.distances(pictures[places], color)
+            ranks = self.recognizer.ranks(distances, [self.tasks[place].entity.class_id for place in places])
+            for place, rank, nearest in zip(places, ranks, distances.argmin(axis=1), strict=True):
+                measured = nearest_color(border_color(pictures[place]), PALETTE)
+                guess = self.recognizer.entities[nearest]
+                verdicts[place] = Verdict(rank=int(rank), guess=guess, ground=measured)
+        return [verdicts[place] for place in range(len(self.tasks))]
+
+    def ceiling(self) -> dict[str, float]:
+        """What the measure gives to the true scenes: no model can do better."""
+        return verdict_shares(self.tasks, self.judge(self.truths))
+
+    def _draw(
+        self, model: TextToImage, plan: Sequence[tuple[Shown, ...]], settings: GenerateSettings, on_step: OnStep
+    ) -> Arm:
+        requests = [
+            DrawRequest(prompt=task.prompt, neighbors=[each.neighbor for each in shown], seed=task.seed)
+            for task, shown in zip(self.tasks, plan, strict=True)
+        ]
+        start = time.perf_counter()
+        pictures = list(model.draw_many(requests, settings=settings, on_step=on_step))
+        seconds = time.perf_counter() - start
+        verdicts = self.judge(np.stack([picture.numpy() for picture in pictures]))
+        drawings = [
+            Drawing(
+                picture=picture.numpy(),
+                shown=shown,
+                verdict=verdict,
+                copy_similarity=copy_similarity(picture, [each.neighbor for each in shown]),
+            )
+            for picture, shown, verdict in zip(pictures, plan, verdicts, strict=True)
+        ]
+        return Arm(drawings=tuple(drawings), seconds=seconds)
+
+
+def plan_tasks(entities: Sequence[Entity], *, n: int, seed: int) -> list[Task]:
+    """Choose `n` held-out classes by lot, one entity of each, and the twelve grounds in turn, in an order by lot."""
+    held_out: dict[int, list[Entity]] = {}
+    for entity in entities:
+        if entity.held_out:
+            held_out.setdefault(entity.class_id, []).append(entity)
+    if not 1 <= n <= len(held_out):
+        raise QueryError(f"n must lie between 1 and {len(held_out)}, the held-out classes that the font draws, got {n}")
+    if seed < 0:
+        raise QueryError(f"the seed must be 0 or more, got {seed}")
+    trained = [entity for entity in entities if not entity.held_out]
+    order = np.random.default_rng([seed, 0]).permutation(sorted(held_out))
+    names = list(PALETTE)
+    tasks = []
+    for place, class_id in enumerate(order[:n].tolist()):
+        # Its own generator each, so that the tasks of a small n are the first of a large one's.
+        rng = np.random.default_rng([seed, 1, place])
+        round_of_grounds = np.random.default_rng([seed, 2, place // len(names)]).permutation(len(names))
+        members = held_out[class_id]
+        entity = members[int(rng.integers(len(members)))]
+        tasks.append(
+            Task(
+                entity=entity,
+                scene=benchmark_prompt(entity, names[int(round_of_grounds[place % len(names)])]),
+                seed=seed + place,
+                wrong=trained[int(rng.integers(len(trained)))],
+                wrong_rendition=int(rng.integers(WRONG_RENDITIONS)),
+                wrong_place=float(rng.random()),
+            )
+        )
+    return tasks
+
+
+def check(model: TextToImage, settings: GenerateSettings | None = None) -> "KnowledgeBase":
+    """The model's knowledge base; a QueryError where nothing could be retrieved."""
+    if model.kb is None:
+        raise QueryError(f"emoji-draw needs a knowledge base to find neighbours in: name one with --kb; {MAKE_A_KB}")
+    if (settings or model.settings()).k < 1:
+        raise QueryError("emoji-draw compares with and without neighbours, so k must be at least 1, got 0")
+    return model.kb
+
+
+def retrieve(
+    model: TextToImage, kb: "KnowledgeBase", tasks: Sequence[Task], settings: GenerateSettings
+) -> list[tuple[Shown, ...]]:
+    """Each prompt's neighbours as the model finds them, and what they show by the corpus's own records."""
+    found = [model.retrieve(task.prompt, settings=settings) for task in tasks]
+    classes = {" ".join(entity.codes): entity.class_id for entity in load_entities()}
+    pairs = kb.store.get(sorted({int(neighbor.id) for row in found for neighbor in row}))
+    shows = {str(pair.id): classes.get(str(pair.metadata.get("codes"))) for pair in pairs}
+    if all(class_id is None for class_id in shows.values()):
+        raise KnowledgeBaseError(f"{str(kb.directory)!r} finds no emoji for the prompts of emoji-draw: {MAKE_A_KB}")
+    return [tuple(Shown(neighbor=each, class_id=shows[each.id]) for each in row) for row in found]
+
+
+def drawing_shares(tasks: Sequence[Task], drawings: Sequence[Drawing]) -> dict[str, float]:
+    """Verdicts, and how they go with what was shown.
+
+    `right_neighbor`: at least one neighbour was of the asked class. `drew_wrong_neighbor`: the picture is nearest to
+    a class that a neighbour showed and nobody asked for.
+    """
+    pairs = list(zip(tasks, drawings, strict=True))
+    return verdict_shares(tasks, [drawing.verdict for drawing in drawings]) | {
+        "right_neighbor": _share(any(_are_right(task, drawing.shown)) for task, drawing in pairs),
+        "drew_wrong_neighbor": _share(
+            drawing.verdict.guess.class_id in {each.class_id for each in drawing.shown} - {task.entity.class_id}
+            for task, drawing in pairs
+        ),
+    }
+
+
+def verdict_shares(tasks: Sequence[Task], verdicts: Sequence[Verdict]) -> dict[str, float]:
+    """The three figures of the benchmark."""
+    pairs = list(zip(tasks, verdicts, strict=True))
+    return {
+        "entity_top1": _share(verdict.rank <= 1 for verdict in verdicts),
+        "entity_top5": _share(verdict.rank <= 5 for verdict in verdicts),
+        "ground_color": _share(verdict.ground == task.scene.ground for task, verdict in pairs),
+    }
+
+
+def retrieval_shares(tasks: Sequence[Task], shown: Sequence[Sequence[Shown]]) -> dict[str, float]:
+    """Over prompts: any neighbour of the asked class, their share among the neighbours, and all of them."""
+    right = [_are_right(task, row) for task, row in zip(tasks, shown, strict=True)]
+    return {
+        "recall_at_k": _share(any(row) for row in right),
+        "precision_at_k": _mean([sum(row) / len(row) if row else 0.0 for row in right]),
+        "all_right": _share(bool(row) and all(row) for row in right),
+    }
+
+
+def averages(arm: Arm) -> dict[str, float | None]:
+    """What is no share: the mean of the copy similarity (None without neighbours), and the time a picture took."""
+    copies = [each.copy_similarity for each in arm.drawings if each.copy_similarity is not None]
+    return {
+        "copy_similarity": _mean(copies) if copies else None,
+        "seconds_per_image": arm.seconds / len(arm.drawings),
+    }
+
+
+def kb_facts(kb: "KnowledgeBase") -> dict[str, Any]:
+    """What the neighbours came from."""
+    return {
+        "path": str(kb.directory),
+        "pairs": len(kb),
+        "fingerprint": kb.manifest.fingerprint,
+        "snapshot": kb.store.version,
+    }
+
+
+def _are_right(task: Task, shown: Sequence[Shown]) -> list[bool]:
+    return [each.class_id == task.entity.class_id for each in shown]
+
+
+def _share(truths: Any) -> float:
+    return _mean([float(truth) for truth in truths])
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _part(on_step: OnStep, place: int, parts: int) -> Callable[[int, int], None]:
+    """One part's progress as progress of the whole."""
+    return lambda done, total: on_step(place * total + done, parts * total)

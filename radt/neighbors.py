@@ -1,0 +1,193 @@
+"""Retrieved pairs, and pictures a user brings, as the tensors a network reads (rows R7, N1).
+
+Next on the main path: `radt/unet/unet.py`, whose `project_neighbors` turns the batch into keys and values.
+"""
+
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Real, UInt8
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from index.embedder import IMAGE_FORMATS, MAX_PIXELS
+from index.errors import CorpusError, QueryError
+from radt.conditioning import NeighborBatch, TextCondition
+
+if TYPE_CHECKING:
+    from index.records import Hit
+
+RGB8 = UInt8[Tensor, "h w 3"]
+
+
+@runtime_checkable  # beartype asks, in the tests
+class TextEncoder(Protocol):
+    """What turns prompts and captions into conditions (`radt/text_encoder.py`)."""
+
+    def encode(self, texts: Sequence[str]) -> TextCondition:
+        """One row a text."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reference:
+    """A picture and its caption, brought by hand instead of retrieved."""
+
+    image: Image.Image
+    caption: str
+    name: str = "reference"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Neighbor:
+    """One pair that a picture was drawn from. `id` is the knowledge base's, or `reference:NAME` for one of the user's.
+
+    `pixels` is what the network saw, at its own resolution; `original`, for people to look at, is not saved with a
+    picture. The scores are None for a reference, and where not asked; `attention` is the share that one picture paid.
+    """
+
+    id: str
+    caption: str
+    pixels: RGB8 = field(repr=False)
+    score: float | None = None
+    clip: float | None = None
+    bm25: float | None = None
+    dataset: str | None = None
+    license: str | None = None
+    uri: str | None = None
+    attention: float | None = None
+    original: Image.Image | None = field(default=None, repr=False)
+
+    @property
+    def image(self) -> Image.Image:
+        """The picture as the network saw it."""
+        return Image.fromarray(self.pixels.numpy())
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the pixels."""
+        names = ("id", "caption", "score", "clip", "bm25", "dataset", "license", "uri", "attention")
+        return {name: getattr(self, name) for name in names}
+
+
+def neighbors_of(hits: Iterable["Hit"], references: Iterable[Reference], size: int) -> list[Neighbor]:
+    """The user's references first, then the hits by rank, each resized to `size` x `size`."""
+    return [_from_reference(reference, size) for reference in references] + [_from_hit(hit, size) for hit in hits]
+
+
+def _from_reference(reference: Reference, size: int) -> Neighbor:
+    return Neighbor(
+        id=f"reference:{reference.name}",
+        caption=reference.caption,
+        pixels=to_rgb8(reference.image, size),
+        original=reference.image,
+    )
+
+
+def _from_hit(hit: "Hit", size: int) -> Neighbor:
+    license = hit.metadata.get("license")
+    image = decode_image(hit.image.read(), f"the image of pair {hit.id}")
+    return Neighbor(
+        id=str(hit.id),
+        caption=hit.caption,
+        pixels=to_rgb8(image, size),
+        score=hit.score,
+        clip=hit.clip,
+        bm25=hit.bm25,
+        dataset=hit.dataset,
+        license=None if license is None else str(license),
+        uri=hit.image.uri,
+        original=image,
+    )
+
+
+def read_reference(text: str) -> Reference:
+    """`IMG=CAPTION` from the command line. The caption may hold further equals signs; the path may not."""
+    path, separator, caption = text.partition("=")
+    if not separator or not caption.strip():
+        raise QueryError(f"a reference is IMAGE=CAPTION, got {text!r}; say in words what the picture shows")
+    if not Path(path).is_file():
+        raise QueryError(f"there is no image file at {path!r} (from --reference {text!r})")
+    return Reference(image=decode_image(Path(path).read_bytes(), path), caption=caption.strip(), name=Path(path).name)
+
+
+def decode_image(encoded: bytes, name: str) -> Image.Image:
+    """Decode an image and turn it upright, transparency kept. A broken or a far too large one is a CorpusError."""
+    try:
+        with Image.open(io.BytesIO(encoded), formats=IMAGE_FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise CorpusError(f"{name} is {image.width}x{image.height}: more than {MAX_PIXELS} pixels are refused")
+            image.load()
+            return ImageOps.exif_transpose(image)
+    except CorpusError:
+        raise
+    except Exception as error:  # a decoder on a hostile file may raise anything, and it is always the file's fault
+        raise CorpusError(f"{name} cannot be read as an image: replace it or leave it out") from error
+
+
+def to_rgb8(image: Image.Image, size: int) -> RGB8:
+    """Fit an image into `size` x `size`: transparency over white, white bars beside what is not square, Lanczos."""
+    rgba = image.convert("RGBA")
+    side = max(rgba.size)
+    square = Image.new("RGBA", (side, side), "white")
+    square.alpha_composite(rgba, ((side - rgba.width) // 2, (side - rgba.height) // 2))
+    small = square.convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
+    return rearrange(torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8), "(h w c) -> h w c", h=size, c=3)
+
+
+def to_pixels(rgb: Real[Tensor, "*b h w 3"]) -> Float[Tensor, "*b 3 h w"]:
+    """Colour from 0 to 255, in bytes or between them where layers were laid over one another, to [-1, 1]."""
+    return rearrange(rgb.float() / 127.5 - 1, "... h w c -> ... c h w")
+
+
+def from_pixels(pixels: Float[Tensor, "*b 3 h w"]) -> UInt8[Tensor, "*b h w 3"]:
+    """[-1, 1] to 8-bit colour, rounded to nearest; the inverse of `to_pixels`."""
+    levels = (pixels.clamp(-1, 1) + 1) * 127.5
+    return rearrange(levels.round().to(torch.uint8), "... c h w -> ... h w c").cpu()
+
+
+def make_batch(rows: Sequence[Sequence[Neighbor]], encoder: TextEncoder) -> NeighborBatch | None:
+    """One row of neighbours an example. Shorter rows are padded and masked; None when nobody has a neighbour."""
+    k = max((len(row) for row in rows), default=0)
+    if k == 0:
+        return None
+    shape = next(row[0].pixels.shape for row in rows if row)
+    blank = torch.full(shape, 255, dtype=torch.uint8)
+    pixels = torch.stack([_pad([neighbor.pixels for neighbor in row], blank, k) for row in rows])
+    mask = torch.tensor([[place < len(row) for place in range(k)] for row in rows])
+    captions = [row[place].caption if place < len(row) else "" for row in rows for place in range(k)]
+    text = _unflatten(encoder.encode(captions), k).drop(~mask)
+    return NeighborBatch(pixels=to_pixels(pixels), text=text, mask=mask)
+
+
+def _pad(pictures: Sequence[Tensor], blank: Tensor, k: int) -> UInt8[Tensor, "k h w 3"]:
+    return torch.stack([*pictures, *[blank] * (k - len(pictures))])
+
+
+def _unflatten(text: TextCondition, k: int) -> TextCondition:
+    return TextCondition(
+        tokens=rearrange(text.tokens, "(b k) n d -> b k n d", k=k),
+        mask=rearrange(text.mask, "(b k) n -> b k n", k=k),
+        pooled=rearrange(text.pooled, "(b k) p -> b k p", k=k),
+    )
+
+
+def copy_similarity(image: RGB8, neighbors: Sequence[Neighbor]) -> float | None:
+    """The largest correlation of the picture with a neighbour, in [0, 1]: 1 is a copy, up to contrast (row N2).
+
+    None without neighbours. A picture of one flat colour correlates with nothing.
+    """
+    if not neighbors:
+        return None
+    return max(_correlation(image, neighbor.pixels) for neighbor in neighbors)
+
+
+def _correlation(a: RGB8, b: RGB8) -> float:
+    a, b = a.double().flatten(), b.double().flatten()
+    a, b = a - a.mean(), b - b.mean()
+    scale = float(a.norm() * b.norm())
+    return max(0.0, min(1.0, float(a @ b) / scale)) if scale > 0 else 0.0

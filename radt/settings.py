@@ -1,0 +1,46 @@
+"""How a picture is drawn: GenerateSettings, the same words in Python, at the command line, in a bundle and in a PNG."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from index.errors import ConfigError
+
+By = Literal["clip", "bm25", "tfidf", "hybrid"]
+Fusion = Literal["rrf", "sum", "product"]
+BranchOrder = Literal["low_discrepancy", "coin", "text_first", "neighbor_first"]
+ThresholdRule = Literal["static", "dynamic"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerateSettings:
+    """Everything but prompt, seed and the user's own references. Guidance weights of 1 mean no guidance (row R10)."""
+
+    k: int = 2  # neighbours; 0 draws from the text alone
+    steps: int = 20
+    sampler: str = "dpmpp_2m"
+    text_guidance: float = 2.0  # w_p
+    neighbor_guidance: float = 2.0  # w_n
+    text_share: float = 0.5  # eta: the share of steps that strengthen the text rather than the neighbours
+    order: BranchOrder = "low_discrepancy"  # which steps those are; "coin" is the source's rule
+    threshold: ThresholdRule = "static"
+    by: By = "hybrid"
+    fusion: Fusion = "rrf"
+    dataset: str | None = None
+    where: str | None = None
+    min_score: float | None = None
+    exclude: tuple[str, ...] = ()  # ids of pairs that must not be used
+    batch_size: int = 1  # images a network call; 1 keeps every image bitwise the same alone or among others
+
+    def __post_init__(self) -> None:
+        if self.k < 0:
+            raise ConfigError(f"k is the number of neighbours, 0 or more, got {self.k}")
+        for name in ("steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("text_guidance", "neighbor_guidance"):
+            weight = getattr(self, name)
+            if not (math.isfinite(weight) and weight >= 1):
+                raise ConfigError(f"{name} must be 1 (no guidance) or more, got {weight}")
+        if not 0 <= self.text_share <= 1:
+            raise ConfigError(f"text_share must lie between 0 and 1, got {self.text_share}")

@@ -1,0 +1,1 @@
+"""Training data, optimisation, EMA, checkpoints and the loop."""

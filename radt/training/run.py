@@ -1,0 +1,203 @@
+"""`radt train PRESET --out RUN`: prepare what is missing, train, and leave a bundle. The same command again resumes.
+
+A base run's folder holds
+
+    config.json                               the resolved configuration
+    corpus/  kb/  pack.safetensors            training entities, their knowledge base, what is trained on
+    state.safetensors  metrics.jsonl          where training is
+    samples/                                  sheets drawn while training
+    bundle/                                   the averaged weights as a model, after every save
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from index.atomic import write_bytes
+from index.config import from_dict, override, to_dict
+from index.errors import ConfigError, ModelError
+from radt.presets import PRESETS, BaseConfig
+from radt.training.clip import ClipTrainConfig, train_clip
+
+if TYPE_CHECKING:
+    from radt.training.loop import Run
+    from radt.training.pack import Pack
+
+OnStep = Callable[[dict[str, float]], None]
+OnStage = Callable[[str], None]
+
+
+def train(
+    preset: str,
+    overrides: Sequence[str],
+    out: Path,
+    *,
+    on_step: OnStep = lambda _: None,
+    on_stage: OnStage = lambda _: None,
+) -> Path:
+    """Run a preset into `out`; returns the folder of the trained model. `overrides` are key=value."""
+    if preset not in PRESETS:
+        raise ConfigError(f"unknown preset {preset!r}; choose one of {', '.join(PRESETS)}")
+    config = override(PRESETS[preset](), *overrides)
+    if isinstance(config, ClipTrainConfig):
+        return train_clip(config, out, on_step=on_step)
+    return train_base(config, out, name=preset, on_step=on_step, on_stage=on_stage)
+
+
+def train_base(
+    config: BaseConfig, out: Path, *, name: str, on_step: OnStep = lambda _: None, on_stage: OnStage = lambda _: None
+) -> Path:
+    """Train the base stage. Only the number of steps and how often state is kept may change when a run resumes."""
+    import torch
+    from accelerate import PartialState
+
+    from radt.training.loop import Objective, Run
+    from radt.unet.unet import UNet
+
+    if config.data.candidates > config.pack.candidates:
+        raise ConfigError(
+            f"data.candidates {config.data.candidates} must be at most pack.candidates {config.pack.candidates}"
+        )
+    with PartialState(cpu=not torch.cuda.is_available()).main_process_first():  # of several, one prepares
+        out.mkdir(parents=True, exist_ok=True)
+        _keep_config(config, out)
+        pack = _prepared_pack(config, out, on_stage)
+    _check_fits(pack, config)
+    _check_same_clip(out / "pack.safetensors", Path(config.clip))
+    torch.manual_seed(config.loop.seed)
+    run = Run(
+        UNet(config.unet),
+        pack,
+        out,
+        data=config.data,
+        optim=config.optim,
+        loop=config.loop,
+        objective=Objective(schedule=config.schedule, prediction=config.prediction, weighting=config.weighting),
+    )
+    on_stage("training")
+    run.train(on_step=on_step, on_save=lambda run: _after_save(run, config, out, name))
+    return out / "bundle"
+
+
+def _prepared_pack(config: BaseConfig, out: Path, on_stage: OnStage) -> "Pack":
+    """The run's pack, made where it is missing: corpus of training entities, its knowledge base, neighbours."""
+    from radt.training.pack import Pack
+
+    path = out / "pack.safetensors"
+    if not path.exists():
+        from index.embedder import ClipEmbedder
+        from index.ingest.build import BuildConfig, build
+        from index.knowledge_base import KnowledgeBase
+        from radt.corpora.emoji import write_emoji
+        from radt.text_encoder import load_text_encoder
+        from radt.training.emoji_pack import make_emoji_pack
+
+        if not Path(config.clip).is_dir():
+            raise ModelError(
+                f"there is no CLIP folder {config.clip!r}; make it with `radt train clip-emoji --out runs/clip-emoji`"
+            )
+        on_stage("drawing the corpus of training entities")
+        write_emoji(out / "corpus", split="train", num_entities=config.pack.num_entities)
+        on_stage("building its knowledge base")
+        embedder = ClipEmbedder.load(config.clip)
+        kb = KnowledgeBase.create(out / "kb", embedder)
+        build(kb, [str(out / "corpus")], BuildConfig(dataset="emoji"))
+        pack = make_emoji_pack(
+            config.pack,
+            image_size=config.unet.image_size,
+            kb=kb,
+            text_encoder=load_text_encoder(config.clip, config.text_encoder),
+            on_stage=on_stage,
+        )
+        pack.save(path, {"config": json.dumps(to_dict(config.pack)), "clip": folder_digest(Path(config.clip))})
+    return Pack.load(path)
+
+
+def _check_fits(pack: "Pack", config: BaseConfig) -> None:
+    network = config.unet
+    for what, found, taken in (
+        ("pictures", pack.image_size, network.image_size),
+        ("text tokens", pack.scene_text.tokens.shape[1], network.text_width),
+        ("pooled text", pack.scene_text.pooled.shape[1], network.pooled_width),
+    ):
+        if found != taken:
+            raise ConfigError(f"the pack holds {what} of width {found} and the network takes {taken}: change unet")
+
+
+def _check_same_clip(pack: Path, clip: Path) -> None:
+    """Refuse to train on one encoder's embeddings and ship another. No CLIP folder, no bundle, nothing to check."""
+    from radt.training.pack import read_facts
+
+    if clip.is_dir() and read_facts(pack).get("clip") != folder_digest(clip):
+        raise ConfigError(f"{pack} was made with another CLIP than {clip}: delete the pack, or choose another --out")
+
+
+def folder_digest(folder: Path) -> str:
+    """A hash of the names and contents of a folder's files, which needs none of the packages that read them."""
+    state = blake2b(digest_size=16)
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        state.update(path.relative_to(folder).as_posix().encode() + b"\0" + blake2b(path.read_bytes()).digest())
+    return state.hexdigest()
+
+
+def _keep_config(config: BaseConfig, out: Path) -> None:
+    """Write the configuration on the first start; refuse to resume under one that would change what is computed."""
+    path = out / "config.json"
+    if path.exists():
+        old = _computed(_read_config(path))
+        changed = [key for key, value in _computed(config).items() if value != old[key]]
+        if changed:
+            raise ConfigError(f"{str(out)!r} was started with another {', '.join(changed)}; choose another --out")
+    write_bytes(path, (json.dumps(to_dict(config), indent=1) + "\n").encode())
+
+
+def _read_config(path: Path) -> BaseConfig:
+    """The configuration a run was started with; a field that was added since has its default."""
+    try:
+        return from_dict(BaseConfig, json.loads(path.read_text()))
+    except ValueError as error:  # ConfigError and JSONDecodeError both
+        raise ConfigError(
+            f"{str(path)!r} is not the configuration of a base run ({error}); choose another --out"
+        ) from error
+
+
+def _computed(config: BaseConfig) -> dict[str, Any]:
+    """The fields that may not change half-way, by their dotted names."""
+    fixed = {name: getattr(config.loop, name) for name in ("seed", "precision", "ema_decay")}
+    values = {**to_dict(config), "loop": fixed}
+    return {name: value for name, value in _dotted(values) if name != "clip" and not name.startswith("sampling.")}
+
+
+def _dotted(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _dotted(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _after_save(run: "Run", config: BaseConfig, out: Path, name: str) -> None:
+    """Leave the averaged weights as a bundle, and a sheet of what they draw."""
+    from radt.bundle import StageInfo, write_bundle
+    from radt.training.samples import draw_samples
+    from radt.unet.unet import UNet
+
+    if not run.accelerator.is_main_process:
+        return
+    averaged = UNet(config.unet)
+    averaged.load_state_dict(run.ema.state())
+    averaged.eval()
+    draw_samples(averaged, run.pack, config, out / "samples" / f"{run.step:07d}.png")
+    if Path(config.clip).is_dir():
+        stage = StageInfo(name="stage0", prediction=config.prediction, schedule=config.schedule)
+        write_bundle(
+            out / "bundle",
+            name=name,
+            clip=Path(config.clip),
+            unets=[averaged],
+            stages=[stage],
+            sampling=config.sampling,
+            text_encoder=config.text_encoder,
+        )

@@ -1,0 +1,1 @@
+"""The Efficient U-Net with neighbour attention."""

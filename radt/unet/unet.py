@@ -1,0 +1,270 @@
+"""The Efficient U-Net with neighbour attention: one encoder for x_t and, at t = 0, for every neighbour (R7, R9, I11).
+
+Next on the main path: `radt/diffusion/denoiser.py`, which turns this network's prediction into a clean image.
+"""
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from index.errors import ConfigError
+from radt.conditioning import NeighborBatch, NeighborKV, TextCondition
+from radt.shapes import Features, PerExample, Pixels
+from radt.unet.attention import CaptionAgreement, NeighborAttention, TextSelfAttention
+from radt.unet.layers import ResidualBlock, Upsample, fourier_features, group_norm, zero_
+
+LevelMap = Float[Tensor, "b _c _h _w"]  # features of any level
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UNetConfig:
+    """Sizes of one U-Net. Level 0 is the finest; every tuple of widths or counts has one entry a level."""
+
+    image_size: int
+    text_width: int
+    pooled_width: int
+    channels: tuple[int, ...] = (64, 128, 128)
+    blocks: tuple[int, ...] = (2, 2, 2)
+    fold: int = 2  # fold x fold pixels become channels of the first level
+    embedding_width: int = 256
+    attention_levels: tuple[int, ...] = (1, 2)  # text and self-attention, in encoder and decoder
+    encoder_neighbor_levels: tuple[int, ...] = (1, 2)
+    decoder_neighbor_levels: tuple[int, ...] = (0, 1)
+    heads: int = 4
+    neighbor_heads: int = 2
+    neighbor_key_width: int = 28  # with 32 position channels, up to 3 neighbours and the sink: 64 in all
+    neighbor_value_width: int = 64
+
+    def __post_init__(self) -> None:
+        levels = range(len(self.channels))
+        if len(self.blocks) != len(self.channels):
+            raise ConfigError(f"blocks {self.blocks} needs one entry a level, as channels {self.channels} has")
+        for name in ("attention_levels", "encoder_neighbor_levels", "decoder_neighbor_levels"):
+            wrong = [level for level in getattr(self, name) if level not in levels]
+            if wrong:
+                raise ConfigError(f"{name} names level {wrong[0]}, but there are levels 0 to {levels[-1]}")
+        shrink = self.fold * 2 ** (len(self.channels) - 1)
+        if self.image_size % shrink:
+            raise ConfigError(
+                f"image_size {self.image_size} must be a multiple of {shrink} (fold and {len(levels)} levels)"
+            )
+
+    @property
+    def neighbor_layers(self) -> tuple[tuple[str, int], ...]:
+        """Every neighbour attention in the order it runs: (side, level)."""
+        last = len(self.channels) - 1
+        encoder = [("encoder", level) for level in range(last + 1) if level in self.encoder_neighbor_levels]
+        decoder = [("decoder", level) for level in range(last, -1, -1) if level in self.decoder_neighbor_levels]
+        return tuple(encoder + decoder)
+
+
+class TextEmbedding(nn.Module):
+    """Time and pooled text into one vector (CombineEmbs), and the learned null that stands in for dropped text."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        width = config.embedding_width
+        self.width = width
+        self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.pooled = nn.Sequential(nn.LayerNorm(config.pooled_width), nn.Linear(config.pooled_width, width))
+        self.null_pooled = nn.Parameter(torch.zeros(config.pooled_width))
+
+    def forward(self, t: PerExample, text: TextCondition) -> Float[Tensor, "b e"]:
+        """The vector that modulates every residual block."""
+        is_null = ~text.mask.any(dim=-1, keepdim=True)
+        pooled = torch.where(is_null, self.null_pooled, text.pooled)
+        return nn.functional.silu(self.time(fourier_features(t, self.width)) + self.pooled(pooled))
+
+
+class EncoderLevel(nn.Module):
+    """DBlock: strided convolution first, then residual blocks, then attention."""
+
+    def __init__(self, config: UNetConfig, level: int) -> None:
+        super().__init__()
+        width = config.channels[level]
+        if level == 0:
+            self.enter: nn.Module = nn.Conv2d(3 * config.fold**2, width, 3, padding=1)
+        else:
+            self.enter = nn.Conv2d(config.channels[level - 1], width, 3, stride=2, padding=1)
+        self.blocks = nn.ModuleList(
+            ResidualBlock(width, width, config.embedding_width) for _ in range(config.blocks[level])
+        )
+        self.attention = _attention(config, level)
+
+    def forward(self, x: LevelMap, embedding: Float[Tensor, "b e"], text: TextCondition) -> LevelMap:
+        """The level's map before any neighbour is looked at."""
+        h = self.enter(x)
+        for block in self.blocks:
+            h = block(h, embedding)
+        return h if self.attention is None else self.attention(h, text)
+
+
+class DecoderLevel(nn.Module):
+    """UBlock: the skip comes in (`enter`), then residual blocks and attention (`refine`), upsampling last (`leave`).
+
+    The neighbours are looked at between `enter` and `refine`, so that what is copied is still worked into the picture.
+    """
+
+    def __init__(self, config: UNetConfig, level: int) -> None:
+        super().__init__()
+        width = config.channels[level]
+        self.merge = ResidualBlock(2 * width, width, config.embedding_width)
+        self.blocks = nn.ModuleList(
+            ResidualBlock(width, width, config.embedding_width) for _ in range(config.blocks[level] - 1)
+        )
+        self.attention = _attention(config, level)
+        self.leave = Upsample(width, config.channels[level - 1]) if level > 0 else nn.Identity()
+
+    def enter(self, x: Features, skip: Features, embedding: Float[Tensor, "b e"]) -> Features:
+        """Join the skip connection, scaled by 1/sqrt(2) (row I11)."""
+        return self.merge(torch.cat([x, skip * 2**-0.5], dim=1), embedding)
+
+    def refine(self, x: Features, embedding: Float[Tensor, "b e"], text: TextCondition) -> Features:
+        """The level's remaining blocks, and its text and self-attention."""
+        for block in self.blocks:
+            x = block(x, embedding)
+        return x if self.attention is None else self.attention(x, text)
+
+
+class UNet(nn.Module):
+    """Predict from x_t, text and neighbours. The encoder is the source's DStack, the decoder its UStack."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        levels = range(len(config.channels))
+        self.embedding = TextEmbedding(config)
+        self.encoder = nn.ModuleList(EncoderLevel(config, level) for level in levels)
+        self.decoder = nn.ModuleList(DecoderLevel(config, level) for level in levels)
+        self.agreement = CaptionAgreement(config.text_width)
+        self.neighbor_attention = nn.ModuleDict({
+            f"{side}{level}": NeighborAttention(
+                config.channels[level],
+                config.text_width,
+                heads=config.neighbor_heads,
+                key_width=config.neighbor_key_width,
+                value_width=config.neighbor_value_width,
+            )
+            for side, level in config.neighbor_layers
+        })
+        self.norm_out = group_norm(config.channels[0])
+        self.conv_out = nn.Conv2d(config.channels[0], 3 * config.fold**2, 3, padding=1)
+        self.init_weights()
+
+    def reader(self, side: str, level: int) -> NeighborAttention:
+        """The neighbour attention of a level of the encoder or the decoder."""
+        return cast(NeighborAttention, self.neighbor_attention[f"{side}{level}"])
+
+    def init_weights(self) -> None:
+        """Zero the last projection of every branch: blocks and attentions start as the identity, the output at 0."""
+        for module in self.modules():
+            if isinstance(module, ResidualBlock):
+                zero_(module.conv2)
+                zero_(module.modulation)
+            elif isinstance(module, TextSelfAttention | NeighborAttention):
+                zero_(module.project_out)
+            if isinstance(module, NeighborAttention):
+                zero_(module.to_offset)
+        zero_(self.conv_out)
+
+    def forward(self, x: Pixels, t: PerExample, text: TextCondition, neighbors: NeighborKV | None = None) -> Pixels:
+        """The raw prediction (eps, x0 or v as trained), shape of x. `neighbors` None skips every neighbour layer."""
+        return self._predict(x, t, text, _NeighborReader(self, text, neighbors))
+
+    def attention_mass(
+        self, x: Pixels, t: PerExample, text: TextCondition, neighbors: NeighborKV
+    ) -> Float[Tensor, "b k"]:
+        """The share of attention that each neighbour gets in one call, mean over positions and layers (row N1).
+
+        The shares of a row sum to at most 1; the rest went to the sink, that is to no neighbour.
+        """
+        if not self.config.neighbor_layers:
+            return torch.zeros(neighbors.mask.shape, device=x.device)
+        shares: list[Float[Tensor, "b k"]] = []
+        self._predict(x, t, text, _NeighborReader(self, text, neighbors, shares))
+        return torch.stack(shares).mean(dim=0)
+
+    def _predict(self, x: Pixels, t: PerExample, text: TextCondition, attend: "_NeighborReader") -> Pixels:
+        embedding = self.embedding(t, text)
+        maps = self._encode(x, embedding, text, attend)
+        h = maps[-1]
+        for level in reversed(range(len(self.decoder))):
+            decoder = cast(DecoderLevel, self.decoder[level])
+            h = attend(decoder.enter(h, maps[level], embedding), "decoder", level)
+            h = decoder.leave(decoder.refine(h, embedding, text))
+        return nn.functional.pixel_shuffle(self.conv_out(nn.functional.silu(self.norm_out(h))), self.config.fold)
+
+    def encode(self, x: Pixels, t: PerExample, text: TextCondition) -> list[LevelMap]:
+        """The encoder alone, without neighbours: one map a level, finest first."""
+        return self._encode(x, self.embedding(t, text), text, _NeighborReader(self, text, None))
+
+    def _encode(
+        self, x: Pixels, embedding: Float[Tensor, "b e"], text: TextCondition, attend: "_NeighborReader"
+    ) -> list[LevelMap]:
+        maps = []
+        h = nn.functional.pixel_unshuffle(x, self.config.fold)
+        for level, encoder in enumerate(self.encoder):
+            h = attend(encoder(h, embedding, text), "encoder", level)
+            maps.append(h)
+        return maps
+
+    def project_neighbors(self, neighbors: NeighborBatch) -> NeighborKV:
+        """Encode the neighbours, pixels and caption, with this encoder at t = 0 (R7); project keys and values."""
+        b, k = neighbors.pixels.shape[:2]
+        flat_text = TextCondition(
+            tokens=neighbors.text.tokens.flatten(0, 1),
+            mask=neighbors.text.mask.flatten(0, 1),
+            pooled=neighbors.text.pooled.flatten(0, 1),
+        )
+        pixels = neighbors.pixels.flatten(0, 1)
+        maps = self.encode(pixels, pixels.new_zeros(b * k), flat_text)
+        projected = [
+            self.reader(side, level).project(rearrange(maps[level], "(b k) c h w -> b k c h w", b=b))
+            for side, level in self.config.neighbor_layers
+        ]
+        return NeighborKV(
+            keys=tuple(keys for keys, _ in projected),
+            values=tuple(values for _, values in projected),
+            captions=self.agreement.embed(neighbors.text.tokens),
+            caption_mask=neighbors.text.mask,
+            mask=neighbors.mask,
+        )
+
+
+class _NeighborReader:
+    """Applies the neighbour attention of a level where there is one, in the order the keys were projected.
+
+    Given a list of `shares`, it notes there how much attention each neighbour gets at each layer.
+    """
+
+    def __init__(
+        self,
+        unet: UNet,
+        text: TextCondition,
+        neighbors: NeighborKV | None,
+        shares: list[Float[Tensor, "b k"]] | None = None,
+    ) -> None:
+        self.unet, self.text, self.neighbors, self.shares = unet, text, neighbors, shares
+        self.layers = unet.config.neighbor_layers
+        self.agreement = None if neighbors is None else unet.agreement(text, neighbors)
+
+    def __call__(self, h: Features, side: str, level: int) -> Features:
+        if self.neighbors is None or self.agreement is None or (side, level) not in self.layers:
+            return h
+        i = self.layers.index((side, level))
+        layer = self.unet.reader(side, level)
+        keys, mask = self.neighbors.keys[i], self.neighbors.mask
+        if self.shares is not None:
+            mass = layer.mass(h, keys=keys, mask=mask, text=self.text, agreement=self.agreement)
+            self.shares.append(mass.mean(dim=1))
+        return layer(h, keys=keys, values=self.neighbors.values[i], mask=mask, text=self.text, agreement=self.agreement)
+
+
+def _attention(config: UNetConfig, level: int) -> TextSelfAttention | None:
+    if level not in config.attention_levels:
+        return None
+    return TextSelfAttention(config.channels[level], config.text_width, config.heads)
