@@ -1,0 +1,109 @@
+"""Stand-ins that are cheap and deterministic: an embedder that hashes, and small corpora drawn in memory."""
+
+import io
+import json
+import tarfile
+from collections.abc import Mapping, Sequence
+from hashlib import blake2b
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import PIL.ImageDraw
+
+COLORS = ("red", "green", "blue", "yellow", "purple", "orange", "brown", "pink", "gray", "black")
+SHAPES = ("circle", "square", "triangle")
+
+
+class HashEmbedder:
+    """Unit vectors from the words of a text, or from the pixels of an image: equal input, equal vector.
+
+    Texts that share words are near each other; a text and an image have nothing to do with one another.
+    """
+
+    def __init__(self, *, dim: int = 32, salt: str = ""):
+        self.name = f"hash-{dim}{salt}"
+        self.dim = dim
+        self.fingerprint = blake2b(self.name.encode(), digest_size=16).hexdigest()
+
+    def texts(self, texts: Sequence[str]) -> np.ndarray:
+        return self._unit([sum((self._word(w) for w in text.split()), np.zeros(self.dim)) for text in texts])
+
+    def images(self, images: Sequence[PIL.Image.Image]) -> np.ndarray:
+        return self.embed([self.prepare(image) for image in images])
+
+    def prepare(self, image: PIL.Image.Image) -> np.ndarray:
+        return np.asarray(image.convert("RGB").resize((8, 8)), np.float32).transpose(2, 0, 1) / 255
+
+    def embed(self, prepared: Sequence[np.ndarray]) -> np.ndarray:
+        return self._unit([self._word(pixels.tobytes().hex()) for pixels in prepared])
+
+    def _word(self, word: str) -> np.ndarray:
+        seed = int.from_bytes(blake2b(word.encode(), digest_size=8).digest(), "big")
+        return np.random.default_rng(seed).normal(size=self.dim)
+
+    def _unit(self, rows: Sequence[np.ndarray]) -> np.ndarray:
+        vectors = np.array(rows, np.float32).reshape(len(rows), self.dim)
+        with np.errstate(invalid="ignore"):
+            return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def caption_of(number: int) -> str:
+    """The caption of the picture `draw(number)`."""
+    color, shape = COLORS[number % len(COLORS)], SHAPES[number // len(COLORS) % len(SHAPES)]
+    return f"a {color} {shape} number {number}"
+
+
+def draw(number: int, *, size: int = 32) -> PIL.Image.Image:
+    """A small picture; every number has its own."""
+    color, shape = COLORS[number % len(COLORS)], SHAPES[number // len(COLORS) % len(SHAPES)]
+    image = PIL.Image.new("RGB", (size, size), "white")
+    pen = PIL.ImageDraw.Draw(image)
+    box = (4, 4, size - 5, size - 5)
+    if shape == "circle":
+        pen.ellipse(box, fill=color)
+    elif shape == "square":
+        pen.rectangle(box, fill=color)
+    else:
+        pen.polygon([(size // 2, 4), (4, size - 5), (size - 5, size - 5)], fill=color)
+    pen.point([(i, 0) for i in range(size) if number >> i & 1], fill="black")
+    return image
+
+
+def encode(image: PIL.Image.Image, kind: str = "PNG") -> bytes:
+    """The picture as a file."""
+    buffer = io.BytesIO()
+    image.save(buffer, format=kind)
+    return buffer.getvalue()
+
+
+def sample(number: int, *, key: str | None = None) -> dict[str, bytes]:
+    """One img2dataset sample: file name in the tar -> content."""
+    key = key or f"{number:09d}"
+    metadata = {"caption": caption_of(number), "url": f"https://example.org/{number}.png", "key": key}
+    return {
+        f"{key}.png": encode(draw(number)),
+        f"{key}.txt": caption_of(number).encode(),
+        f"{key}.json": json.dumps({**metadata, "status": "success", "width": 32, "height": 32}).encode(),
+    }
+
+
+def write_tar(path: Path, members: Sequence[tuple[str, bytes]] | Mapping[str, bytes]) -> None:
+    """A tar of these files, in this order."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items() if isinstance(members, Mapping) else members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+def write_img2dataset(folder: Path, *, shards: int = 2, per_shard: int = 6) -> int:
+    """What `img2dataset --output_format webdataset` leaves: tars and stats. The number of pairs."""
+    for shard in range(shards):
+        members: dict[str, bytes] = {}
+        for i in range(per_shard):
+            members |= sample(shard * per_shard + i)
+        write_tar(folder / f"{shard:05d}.tar", members)
+        (folder / f"{shard:05d}_stats.json").write_text(json.dumps({"count": per_shard, "successes": per_shard}))
+    return shards * per_shard

@@ -1,0 +1,62 @@
+"""A whole model with random weights, small enough for tests, and a knowledge base made with its encoder."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.fakes import caption_of, draw
+
+NUM_PAIRS = 12
+
+
+def save_tiny_bundle(folder: Path, clip: Path, *, seed: int = 0, image_size: int = 8) -> Path:
+    """A bundle whose network does something: what starts at zero for training is random here."""
+    import torch
+
+    from radt.bundle import StageInfo, write_bundle
+    from radt.settings import GenerateSettings
+    from radt.text_encoder import ClipTextEncoder
+    from radt.unet.unet import UNet, UNetConfig
+
+    encoder = ClipTextEncoder.load(clip)
+    config = UNetConfig(
+        image_size=image_size,
+        text_width=encoder.width,
+        pooled_width=encoder.pooled_width,
+        channels=(8, 16),
+        blocks=(1, 1),
+        embedding_width=16,
+        attention_levels=(1,),
+        encoder_neighbor_levels=(0, 1),
+        decoder_neighbor_levels=(0,),
+        heads=2,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        unet = UNet(config)
+        with torch.no_grad():
+            for parameter in unet.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    sampling = GenerateSettings(steps=3)
+    write_bundle(folder, name="tiny", clip=clip, unets=[unet], stages=[StageInfo(name="stage0")], sampling=sampling)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder for `--model`."""
+    return save_tiny_bundle(tmp_path_factory.mktemp("bundles") / "tiny", tiny_clip)
+
+
+@pytest.fixture(scope="session")
+def tiny_kb(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve small pictures with captions, embedded by the bundle's own encoder."""
+    from index.embedder import ClipEmbedder
+    from index.knowledge_base import KnowledgeBase
+
+    folder = tmp_path_factory.mktemp("bases") / "kb"
+    kb = KnowledgeBase.create(folder, ClipEmbedder.load(str(tiny_bundle)))
+    for number in range(NUM_PAIRS):
+        kb.add([draw(number)], caption_of(number), dataset="shapes", metadata={"license": "CC0"})
+    kb.build_search("exact")
+    return folder

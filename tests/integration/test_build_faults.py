@@ -1,0 +1,250 @@
+"""Faults in the middle of a build: killed, interrupted, a full disk. What was there stays whole; the rest follows."""
+
+import errno
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from index.errors import KnowledgeBaseError
+from index.ingest.build import QUARANTINE, BuildConfig, BuildReport, build
+from index.ingest.ledger import Ledger
+from index.knowledge_base import KnowledgeBase
+from index.store import PairStore
+from tests.fakes import HashEmbedder, draw, sample, write_img2dataset, write_tar
+
+ROOT = Path(__file__).parents[2]
+LANDED_BEFORE_KILL = (0, 2, 1, 0, 1)  # and at most one more in the tenth of a second that follows: never all 12
+
+SLOW_BUILD = """
+import sys, time
+import fsspec, lance, lancedb, PIL.Image  # so that what follows `ready` is the build
+sys.path.insert(0, {root!r})
+from index.cli import run
+from index.ingest.build import BuildConfig, build
+from index.knowledge_base import KnowledgeBase
+from tests.fakes import HashEmbedder
+
+class Slow(HashEmbedder):
+    def embed(self, prepared):
+        time.sleep(0.1)
+        return super().embed(prepared)
+
+def command(args):
+    kb = KnowledgeBase.create({kb!r}, Slow())
+    print("ready", flush=True)
+    build(kb, [{source!r}], BuildConfig(), on_shard=lambda record: print("landed", flush=True))
+    print("done", flush=True)
+
+run(command, [])
+"""
+
+
+def start(kb: Path, source: Path, *, landed: int = 0) -> "subprocess.Popen[str]":
+    """A build in another process, with this many shards in the table already."""
+    script = SLOW_BUILD.format(root=str(ROOT), kb=str(kb), source=str(source))
+    process = subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    for _ in range(landed):
+        assert process.stdout.readline() == "landed\n"
+    return process
+
+
+def build_at(kb: Path, source: Path) -> BuildReport:
+    return build(KnowledgeBase.create(kb, HashEmbedder()), [str(source)], BuildConfig())
+
+
+def contents(kb: Path) -> list[tuple[str, ...]]:
+    rows = PairStore(kb).dataset.to_table().to_pylist()
+    return sorted(tuple(map(str, row.values())) for row in rows)
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """Twelve shards, each with a bad sample: a quarantine that a resume could double."""
+    for shard in range(12):
+        members = [item for i in range(20) for item in sample(shard * 20 + i).items()]
+        members += [(f"bad{shard}.png", b"nonsense"), (f"bad{shard}.txt", b"nothing")]
+        write_tar(tmp_path / "pets" / f"{shard:05d}.tar", members)
+    return tmp_path / "pets"
+
+
+@pytest.mark.slow
+def test_kills_at_random_moments_lose_nothing_and_double_nothing(corpus: Path, tmp_path: Path) -> None:
+    chance = random.Random(0)
+    landed: list[int] = []
+    for more in LANDED_BEFORE_KILL:
+        process = start(tmp_path / "kb", corpus, landed=more)
+        time.sleep(chance.uniform(0, 0.1))
+        process.kill()
+        process.communicate()
+        landed.append(PairStore(tmp_path / "kb").count() if PairStore.exists(tmp_path / "kb") else 0)
+    assert landed == sorted(landed)
+    assert all(count % 20 == 0 for count in landed), "a shard is there whole or not at all"
+    assert 0 < landed[-1] < 240, landed
+    report = build_at(tmp_path / "kb", corpus)
+    assert report.pairs_added == 240 - landed[-1]
+    assert (report.pairs_total, report.quarantined) == (240, 12)
+    build_at(tmp_path / "whole", corpus)
+    assert contents(tmp_path / "kb") == contents(tmp_path / "whole")
+    assert (tmp_path / "kb" / QUARANTINE).read_text() == (tmp_path / "whole" / QUARANTINE).read_text()
+    assert [h.id for h in KnowledgeBase.open(tmp_path / "kb", HashEmbedder()).search("a red circle", k=20)] == [
+        h.id for h in KnowledgeBase.open(tmp_path / "whole", HashEmbedder()).search("a red circle", k=20)
+    ]
+
+
+def die_at(monkeypatch: pytest.MonkeyPatch, owner: type, step: str, count: int) -> None:
+    """Make the `count`-th call of a step the end of the build."""
+    original = getattr(owner, step)
+    calls = 0
+
+    def dies(self: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == count:
+            raise RuntimeError("power cut")
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(owner, step, dies)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize(
+    ("owner", "step", "lands"),
+    [
+        (PairStore, "stage", False),
+        (PairStore, "_commit", False),
+        (Ledger, "enter", True),
+        (KnowledgeBase, "build_search", True),
+    ],
+)
+def test_a_build_that_dies_at_any_step_is_finished_by_the_next(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: type, step: str, lands: bool, count: int
+) -> None:
+    count = 1 if owner is KnowledgeBase else count  # it is called once
+    with monkeypatch.context() as patch:
+        die_at(patch, owner, step, count)
+        with pytest.raises(RuntimeError, match="power cut"):
+            build_at(tmp_path / "kb", corpus)
+    landed = 12 if owner is KnowledgeBase else count - 1 + lands
+    assert PairStore(tmp_path / "kb").count() == 20 * landed
+    assert build_at(tmp_path / "kb", corpus).shards_done == 12 - landed
+    build_at(tmp_path / "whole", corpus)
+    assert contents(tmp_path / "kb") == contents(tmp_path / "whole")
+
+
+def test_a_shard_that_is_being_replaced_keeps_its_old_rows_until_the_new_ones_are_there(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build_at(tmp_path / "kb", corpus)
+    for shard in range(12):
+        write_tar(
+            corpus / f"{shard:05d}.tar", [item for i in range(20) for item in sample(1000 + shard * 20 + i).items()]
+        )
+    with monkeypatch.context() as patch:
+        die_at(patch, PairStore, "_delete_from_fragments", 2)
+        with pytest.raises(RuntimeError, match="power cut"):
+            build_at(tmp_path / "kb", corpus)
+    store = PairStore(tmp_path / "kb")
+    assert store.count() == 240
+    assert store.count("key >= '000001000'") == 20
+    build_at(tmp_path / "kb", corpus)
+    build_at(tmp_path / "whole", corpus)
+    assert contents(tmp_path / "kb") == contents(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_interrupt_is_one_sentence_and_the_build_goes_on_from_there(corpus: Path, tmp_path: Path) -> None:
+    process = start(tmp_path / "kb", corpus, landed=2)
+    os.kill(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "done" not in out
+    assert err == "error: stopped; what was finished is kept, and the same command goes on from there\n"
+    landed = PairStore(tmp_path / "kb").count()
+    assert 0 < landed < 240
+    assert build_at(tmp_path / "kb", corpus).pairs_added == 240 - landed
+
+
+@pytest.mark.slow
+def test_a_second_build_is_told_of_the_first(corpus: Path, tmp_path: Path) -> None:
+    process = start(tmp_path / "kb", corpus, landed=1)
+    with pytest.raises(KnowledgeBaseError, match=f"being written by process {process.pid}"):
+        build_at(tmp_path / "kb", corpus)
+    out, err = process.communicate(timeout=30)
+    assert (out, err, process.returncode) == (11 * "landed\n" + "done\n", "", 0)
+
+
+@pytest.mark.parametrize(
+    ("where", "error"),
+    [
+        ("lance.fragment.write_fragments", OSError("LanceError(IO): No space left on device (os error 28), disk.rs:1")),
+        ("lance.LanceDataset.commit", OSError("LanceError(IO): No space left on device (os error 28), disk.rs:1")),
+        ("index.ingest.build.write_bytes", OSError(errno.ENOSPC, "No space left on device")),
+        ("index.knowledge_base.build_searcher", OSError(errno.ENOSPC, "No space left on device")),
+    ],
+)
+def test_a_full_disk_is_one_sentence_and_harms_nothing(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, error: OSError
+) -> None:
+    write_img2dataset(tmp_path / "first", shards=1, per_shard=3)
+    build_at(tmp_path / "kb", tmp_path / "first")
+    before = set(contents(tmp_path / "kb"))
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(where, full)
+        with pytest.raises(KnowledgeBaseError, match="no space is left on the disk") as told:
+            build_at(tmp_path / "kb", corpus)
+    assert "\n" not in str(told.value)
+    assert before <= set(contents(tmp_path / "kb"))
+    kb = KnowledgeBase.open(tmp_path / "kb", HashEmbedder())
+    assert kb.search("a red circle", k=1)[0].caption.startswith("a red")
+    assert not list((tmp_path / "kb").glob(".*"))  # no temporary file is left
+    assert build_at(tmp_path / "kb", corpus).pairs_total == 243
+
+
+def test_a_full_disk_while_adding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kb = KnowledgeBase.create(tmp_path / "kb", HashEmbedder())
+    kb.add(draw(1), "a dot")
+
+    def full(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(KnowledgeBaseError, match="no space is left"):
+            kb.add(draw(2), "another")
+    assert [path.name.startswith(".") for path in (tmp_path / "kb" / "added").iterdir()] == [False]
+    assert [hit.caption for hit in kb.search("dot", k=5)] == ["a dot"]
+
+
+def test_a_source_that_cannot_be_read_is_one_sentence(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from index.errors import CorpusError
+    from index.ingest.readers import Shard
+
+    def broken(self: Shard) -> str:
+        raise PermissionError(errno.EACCES, "Permission denied", self.name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Shard, "digest", broken)
+        with pytest.raises(CorpusError, match=r"cannot be read .*00000\.tar"):
+            build_at(tmp_path / "kb", corpus)
+    assert build_at(tmp_path / "kb", corpus).pairs_total == 240

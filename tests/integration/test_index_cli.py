@@ -1,0 +1,265 @@
+"""`radt index` from the command line: the documents it prints, its exit codes, its one sentence for a mistake."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from index.cli import make_app, run
+from tests.fakes import caption_of, draw, encode, sample, write_img2dataset, write_tar
+
+ROOT = Path(__file__).parents[2]
+
+
+class Shell:
+    """Runs the commands in this process, and keeps what they print."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str], default_model: str | None):
+        self.capsys = capsys
+        self.app = make_app(default_model)
+
+    def __call__(self, *words: object) -> tuple[int, str, str]:
+        self.capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            run(self.app, [str(word) for word in words])
+        out, err = self.capsys.readouterr()
+        code = exit_.value.code
+        assert isinstance(code, int)
+        return code, out, err
+
+    def json(self, *words: object) -> dict[str, Any]:
+        code, out, err = self(*words, "--json")
+        assert code == 0, err
+        document: dict[str, Any] = json.loads(out)
+        assert out.count("\n") == 1  # one document and nothing else
+        return document
+
+    def error(self, *words: object) -> str:
+        code, out, err = self(*words)
+        assert code == 1, (code, out, err)
+        assert out == ""
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1
+        return err
+
+
+@pytest.fixture
+def shell(capsys: pytest.CaptureFixture[str], tiny_clip: Path) -> Shell:
+    return Shell(capsys, str(tiny_clip))
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    write_img2dataset(tmp_path / "pets", shards=2, per_shard=15)
+    return tmp_path / "pets"
+
+
+@pytest.fixture
+def kb(shell: Shell, corpus: Path, tmp_path: Path) -> Path:
+    assert shell("build", corpus, "--kb", tmp_path / "kb")[0] == 0
+    return tmp_path / "kb"
+
+
+def test_build_prints_what_it_did(shell: Shell, corpus: Path, tmp_path: Path) -> None:
+    (corpus / "00001_stats.json").unlink()
+    first = shell.json("build", corpus, "--kb", tmp_path / "kb")
+    names = {"pairs_total", "pairs_added", "quarantined", "shards_skipped", "seconds", "pairs_per_second", "bytes"}
+    assert names | {"searcher", "recall_at_10", "snapshot"} <= first.keys()
+    assert (first["pairs_total"], first["pairs_added"], first["shards_skipped"]) == (15, 15, 1)
+    assert first["skipped"][0]["name"] == "00001.tar"
+    assert (first["searcher"], first["recall_at_10"]) == ("exact", 1.0)
+    again = shell.json("build", corpus, "--kb", tmp_path / "kb")
+    assert (again["pairs_total"], again["pairs_added"]) == (15, 0)
+    assert again["snapshot"] == first["snapshot"]
+    partial = shell.json("build", corpus, "--kb", tmp_path / "kb", "--allow-partial")
+    assert (partial["pairs_total"], partial["pairs_added"], partial["shards_skipped"]) == (30, 15, 0)
+
+
+def test_query_prints_the_document_of_the_design(shell: Shell, kb: Path, corpus: Path) -> None:
+    document = shell.json("query", "a red circle", "--kb", kb, "-k", 3)
+    assert list(document) == ["query", "kb", "snapshot", "timings_ms", "hits"]
+    assert (document["query"], document["kb"]) == ("a red circle", str(kb))
+    assert {"embed", "vector", "lexical", "fuse", "fetch"} <= document["timings_ms"].keys()
+    hits = document["hits"]
+    assert [hit["rank"] for hit in hits] == [1, 2, 3]
+    assert list(hits[0]) == ["id", "rank", "score", "clip", "bm25", "caption", "dataset", "image", "metadata"]
+    assert hits[0]["image"]["uri"].startswith(str(corpus))
+    content = Path(hits[0]["image"]["uri"]).read_bytes()
+    start, size = hits[0]["image"]["offset"], hits[0]["image"]["size"]
+    assert content[start : start + size] == encode(draw(int(hits[0]["metadata"]["key"])))
+
+
+def test_query_by_words_by_image_and_by_pair(shell: Shell, kb: Path, tmp_path: Path) -> None:
+    words = shell.json("query", "yellow", "--kb", kb, "--by", "bm25", "-k", 30)
+    assert {hit["caption"] for hit in words["hits"]} == {caption_of(i) for i in (3, 13, 23)}
+    assert all(hit["clip"] is None for hit in words["hits"])
+    (tmp_path / "q.png").write_bytes(encode(draw(7)))
+    by_image = shell.json("query", "--image", tmp_path / "q.png", "--kb", kb, "--by", "clip", "-k", 1)
+    assert by_image["hits"][0]["caption"] == caption_of(7)
+    assert by_image["hits"][0]["clip"] == pytest.approx(1, abs=1e-5)
+    pair = by_image["hits"][0]["id"]
+    by_pair = shell.json("query", "--id", pair, "--kb", kb, "-k", 100)
+    assert pair not in {hit["id"] for hit in by_pair["hits"]}
+    assert len(by_pair["hits"]) == 29
+
+
+def test_query_within_a_filter_and_above_a_score(shell: Shell, kb: Path) -> None:
+    hits = shell.json("query", "red", "--kb", kb, "-k", 50, "--where", "caption LIKE '%square%'")["hits"]
+    assert hits
+    assert all("square" in hit["caption"] for hit in hits)
+    assert shell.json("query", "red", "--kb", kb, "--dataset", "nobody")["hits"] == []
+    assert shell.json("query", "red", "--kb", kb, "--by", "clip", "--min-score", "2")["hits"] == []
+    assert len(shell.json("query", "red", "--kb", kb, "-k", 50, "--exact")["hits"]) == 30
+
+
+def test_query_leaves_a_page_and_says_why_not(shell: Shell, kb: Path, tmp_path: Path) -> None:
+    hits = shell.json("query", "a red circle", "--kb", kb, "-k", 30)["hits"]
+    page, last = tmp_path / "new" / "page.html", hits[-1]
+    document = shell.json("query", "a red circle", "--kb", kb, "-k", 2, "--html", page, "--why-not", last["id"])
+    text = page.read_text()
+    assert all(hit["caption"] in text for hit in document["hits"])
+    assert last["caption"] not in text
+    assert text.count("data:image/") == 2
+    assert document["why_not"]
+    (tmp_path / "taken").write_text("")
+    assert "cannot write" in shell.error("query", "red", "--kb", kb, "--html", tmp_path / "taken" / "page.html")
+
+
+def test_add_remove_show_stats(shell: Shell, kb: Path, tmp_path: Path) -> None:
+    (tmp_path / "z.png").write_bytes(encode(draw(500)))
+    (new,) = shell.json("add", tmp_path / "z.png", "--caption", "a zeppelin", "--kb", kb)["ids"]
+    assert isinstance(new, str)
+    assert shell.json("query", "zeppelin", "--kb", kb, "-k", 1)["hits"][0]["id"] == new
+    shown = shell.json("show", new, "--kb", kb)
+    assert (shown["id"], shown["caption"], shown["width"]) == (new, "a zeppelin", 32)
+    stats = shell.json("stats", "--kb", kb)
+    assert (stats["pairs"], stats["datasets"]) == (31, {"added": 1, "pets": 30})
+    removed = shell.json("remove", "--id", new, "--id", "12345", "--kb", kb)
+    assert (removed["removed"], removed["ids"], removed["missing"]) == (1, [new], ["12345"])
+    assert new not in {h["id"] for h in shell.json("query", "zeppelin", "--kb", kb, "-k", 99)["hits"]}
+    assert "there is no pair" in shell.error("show", new, "--kb", kb)
+    assert shell.json("remove", "--where", "caption LIKE '%circle%'", "--kb", kb)["removed"] == 10
+    ids = [h["id"] for h in shell.json("query", "red", "--kb", kb, "-k", 2)["hits"]]
+    (tmp_path / "ids").write_text("\n".join(ids))
+    assert shell.json("remove", "--ids-file", tmp_path / "ids", "--kb", kb)["removed"] == 2
+    assert shell.json("stats", "--kb", kb)["pairs"] == 18
+
+
+def test_add_a_source_or_a_folder_under_one_caption(shell: Shell, kb: Path, tmp_path: Path) -> None:
+    write_img2dataset(tmp_path / "more", shards=1, per_shard=4)
+    assert len(shell.json("add", tmp_path / "more", "--kb", kb)["ids"]) == 4
+    (tmp_path / "dog").mkdir()
+    for i in range(3):
+        (tmp_path / "dog" / f"{i}.jpg").write_bytes(encode(draw(600 + i), "JPEG"))
+    assert (
+        len(shell.json("add", tmp_path / "dog", "--caption", "my dog rex", "--dataset", "mine", "--kb", kb)["ids"]) == 3
+    )
+    assert shell.json("stats", "--kb", kb)["datasets"] == {"mine": 3, "more": 4, "pets": 30}
+    assert {h["caption"] for h in shell.json("query", "rex", "--kb", kb, "-k", 3)["hits"]} == {"my dog rex"}
+
+
+def test_people_get_tables(shell: Shell, kb: Path, corpus: Path) -> None:
+    assert "a red circle" in shell("query", "a red circle", "--kb", kb)[1]
+    assert "pets" in shell("stats", "--kb", kb)[1]
+    assert "unchanged" in shell("build", corpus, "--kb", kb)[1]
+    pair = shell.json("query", "red", "--kb", kb)["hits"][0]["id"]
+    assert "sha256" in shell("show", pair, "--kb", kb)[1]
+
+
+def test_mistakes_are_one_sentence(shell: Shell, kb: Path, corpus: Path, tmp_path: Path, other_clip: Path) -> None:
+    assert "did you mean ViT-B-32" in shell.error("build", corpus, "--kb", tmp_path / "new", "--model", "ViT-B32")
+    assert not (tmp_path / "new").exists()
+    assert "there is nothing at" in shell.error("build", tmp_path / "gone", "--kb", kb)
+    assert "there is nothing at" in shell.error("build", tmp_path / "gone", "--kb", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    assert "cannot be compared" in shell.error("query", "red", "--kb", kb, "--model", other_clip)
+    assert "cannot be compared" in shell.error("build", corpus, "--kb", kb, "--model", other_clip)
+    assert "is not a knowledge base" in shell.error("query", "red", "--kb", tmp_path)
+    assert "cannot filter by" in shell.error("query", "red", "--kb", kb, "--where", "colour = 3")
+    (tmp_path / "x.png").write_bytes(b"?")
+    assert "does not decode" in shell.error("add", tmp_path / "x.png", "--caption", "x", "--kb", kb)
+    assert "does not decode" in shell.error("query", "--image", tmp_path / "x.png", "--kb", kb)
+    (tmp_path / "ids").write_text("one two")
+    assert "where an id should be" in shell.error("remove", "--ids-file", tmp_path / "ids", "--kb", kb)
+
+
+def test_bad_samples_pass_up_to_the_share_that_is_allowed(shell: Shell, tmp_path: Path) -> None:
+    members = [item for i in range(8) for item in sample(i).items()]
+    write_tar(tmp_path / "d" / "a.tar", [*members, ("x.png", b"?"), ("x.txt", b"x")])
+    assert "--max-bad-fraction" in shell.error("build", tmp_path / "d", "--kb", tmp_path / "kb")
+    report = shell.json("build", tmp_path / "d", "--kb", tmp_path / "kb", "--max-bad-fraction", "0.2")
+    assert (report["pairs_total"], report["quarantined"]) == (8, 1)
+
+
+def test_an_empty_knowledge_base_cannot_be_asked(shell: Shell, kb: Path) -> None:
+    shell.json("remove", "--where", "id >= 0", "--kb", kb)
+    assert "empty" in shell.error("query", "red", "--kb", kb)
+
+
+def test_without_a_default_a_model_must_be_named(
+    capsys: pytest.CaptureFixture[str], corpus: Path, tmp_path: Path
+) -> None:
+    assert "--model" in Shell(capsys, None).error("build", corpus, "--kb", tmp_path / "kb")
+
+
+def test_the_model_is_found_again_when_it_has_moved(
+    capsys: pytest.CaptureFixture[str], tiny_clip: Path, corpus: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    shutil.copytree(tiny_clip, tmp_path / "model")
+    Shell(capsys, None).json("build", corpus, "--kb", tmp_path / "kb", "--model", tmp_path / "model")
+    shutil.rmtree(tmp_path / "model")
+    assert "neither a folder nor a model" in Shell(capsys, None).error("query", "red", "--kb", tmp_path / "kb")
+    assert Shell(capsys, str(tiny_clip)).json("query", "red", "--kb", tmp_path / "kb")["hits"]
+    assert Shell(capsys, None).json("query", "red", "--by", "bm25", "--kb", tmp_path / "kb")["hits"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["build"],
+        ["build", "x"],
+        ["query", "--kb", "kb"],
+        ["query", "x", "--kb", "kb", "-k", "0"],
+        ["query", "x", "--kb", "kb", "--by", "magic"],
+        ["build", "x", "--kb", "kb", "--max-bad-fraction", "2"],
+        ["build", "x", "--kb", "kb", "--searcher", "faiss"],
+        ["remove", "--kb", "kb"],
+        ["nonsense"],
+    ],
+)
+def test_wrong_usage_exits_2(shell: Shell, words: list[str]) -> None:
+    code, out, err = shell(*words)
+    assert (code, out) == (2, "")
+    assert "Traceback" not in err
+
+
+def test_an_image_without_a_caption_is_wrong_usage(shell: Shell, kb: Path) -> None:
+    assert shell("add", "x.png", "--kb", kb)[0] == 2
+
+
+def test_debug_shows_where_an_error_comes_from(shell: Shell, tmp_path: Path) -> None:
+    from index.errors import KnowledgeBaseError
+
+    with pytest.raises(KnowledgeBaseError):
+        run(shell.app, ["stats", "--kb", str(tmp_path), "--debug"])
+
+
+def test_importing_the_commands_is_light() -> None:
+    heavy = ("torch", "lancedb", "pyarrow", "lance", "numpy")
+    code = f"import sys, index.cli; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_stats_and_words_need_no_torch(kb: Path) -> None:
+    code = (
+        "import sys; from index.knowledge_base import KnowledgeBase; kb = KnowledgeBase.open(sys.argv[1]);"
+        "kb.stats(); kb.search('red', by='bm25'); print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(kb)], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout == "False\n"

@@ -1,0 +1,119 @@
+import pytest
+import torch
+from PIL import Image
+
+from index.errors import CorpusError, QueryError
+from radt.conditioning import TextCondition
+from radt.neighbors import (
+    Neighbor,
+    Reference,
+    copy_similarity,
+    decode_image,
+    from_pixels,
+    make_batch,
+    neighbors_of,
+    read_reference,
+    to_pixels,
+    to_rgb8,
+)
+from tests.fakes import draw, encode
+
+
+class LengthEncoder:
+    """One token a character, so that a caption's row can be told from its mask."""
+
+    def encode(self, texts):
+        longest = max(len(text) for text in texts)
+        mask = torch.tensor([[place < len(text) for place in range(longest)] for text in texts])
+        tokens = mask[..., None].float().repeat(1, 1, 3)
+        return TextCondition(tokens=tokens, mask=mask, pooled=tokens.sum(dim=1))
+
+
+def neighbor(caption: str, color: str, size: int = 4) -> Neighbor:
+    return Neighbor(id="1", caption=caption, pixels=to_rgb8(Image.new("RGB", (size, size), color), size))
+
+
+def test_every_byte_survives_the_way_to_pixels_and_back():
+    levels = torch.arange(256, dtype=torch.uint8).view(16, 16, 1).repeat(1, 1, 3)
+    pixels = to_pixels(levels)
+    assert pixels.min() == -1
+    assert pixels.max() == 1
+    assert torch.equal(from_pixels(pixels), levels)
+
+
+def test_from_pixels_clips_what_is_out_of_range():
+    assert from_pixels(torch.tensor([[[-3.0]], [[0.0]], [[3.0]]])).flatten().tolist() == [0, 128, 255]
+
+
+def test_transparency_becomes_white_and_bars_keep_the_shape():
+    image = Image.new("RGBA", (4, 2), (255, 0, 0, 255))
+    image.putpixel((0, 0), (0, 0, 0, 0))
+    square = to_rgb8(image, 4)
+    white, red = [255, 255, 255], [255, 0, 0]
+    assert square[0].tolist() == [white] * 4
+    assert square[1].tolist() == [white, red, red, red]
+    assert square[3].tolist() == [white] * 4
+
+
+def test_resizing_averages_rather_than_picks():
+    image = Image.new("RGB", (64, 64), "white")
+    for x in range(0, 64, 2):
+        image.paste((0, 0, 0), (x, 0, x + 1, 64))
+    assert abs(int(to_rgb8(image, 8)[4, 4, 0]) - 127) <= 2
+
+
+def test_shorter_rows_are_masked_and_their_text_is_null():
+    batch = make_batch([[neighbor("wolf", "red"), neighbor("ox", "blue")], [neighbor("a", "green")]], LengthEncoder())
+    assert batch is not None
+    assert batch.mask.tolist() == [[True, True], [True, False]]
+    assert batch.pixels.shape == (2, 2, 3, 4, 4)
+    assert batch.text.mask.sum(dim=-1).tolist() == [[4, 2], [1, 0]]
+    assert batch.pixels[0, 1, :, 0, 0].tolist() == [-1, -1, 1]
+
+
+def test_no_neighbours_at_all_is_none():
+    assert make_batch([[], []], LengthEncoder()) is None
+
+
+def test_a_reference_comes_first_and_is_named():
+    (found,) = neighbors_of([], [Reference(image=draw(3), caption="a shape", name="x.png")], 8)
+    assert found.id == "reference:x.png"
+    assert found.score is None
+    assert found.pixels.shape == (8, 8, 3)
+    assert found.original is not None
+
+
+def test_copy_similarity_knows_a_copy_an_inverse_and_a_blank():
+    picture = to_rgb8(draw(4), 16)
+    same = Neighbor(id="1", caption="", pixels=picture)
+    assert copy_similarity(picture, [same]) == pytest.approx(1)
+    assert copy_similarity(255 - picture, [same]) == 0
+    assert copy_similarity(torch.full_like(picture, 7), [same]) == 0
+    assert copy_similarity(picture, []) is None
+
+
+def test_a_reference_is_read_from_path_and_caption(tmp_path):
+    path = tmp_path / "dog.png"
+    path.write_bytes(encode(draw(1)))
+    reference = read_reference(f"{path}= a dog, weight=3kg ")
+    assert reference.caption == "a dog, weight=3kg"
+    assert reference.name == "dog.png"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [("x.png", "IMAGE=CAPTION"), ("x.png= ", "IMAGE=CAPTION"), ("no.png=dog", "no image file")]
+)
+def test_a_bad_reference_is_one_sentence(text, said):
+    with pytest.raises(QueryError, match=said):
+        read_reference(text)
+
+
+@pytest.mark.parametrize("content", [b"", b"not an image", encode(draw(1))[:60]])
+def test_what_does_not_decode_is_named(content):
+    with pytest.raises(CorpusError, match=r"broken\.png cannot be read"):
+        decode_image(content, "broken.png")
+
+
+def test_a_bomb_is_refused_before_it_is_decoded():
+    with pytest.raises(CorpusError, match="bomb"):
+        decode_image(encode(Image.new("1", (12000, 9000))), "bomb.png")
