@@ -1,0 +1,97 @@
+"""`radt index add` and `remove`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from index.commands.options import DatasetOption, JsonOption, KbOption, names, print_json
+from index.errors import QueryError
+
+if TYPE_CHECKING:
+    from index.knowledge_base import KnowledgeBase
+
+
+def add_changes(app: typer.Typer, default_model: str | None) -> None:
+    """Register `add` and `remove`."""
+
+    @app.command()
+    def add(
+        source: Annotated[str, typer.Argument(help="An image, a folder of images, or a source of pairs.")],
+        kb: KbOption,
+        caption: Annotated[
+            str | None, typer.Option(help="What the image shows, or all images of the folder do.")
+        ] = None,
+        dataset: DatasetOption = None,
+        as_json: JsonOption = False,
+    ) -> None:
+        """Add an image with its caption, or a source of pairs that have theirs; they are found by the next query."""
+        from index.knowledge_base import ADDED, KnowledgeBase
+
+        base = KnowledgeBase.open(kb, models=names(default_model))
+        if caption is not None:
+            ids = base.add(_images_of(source), caption, dataset=dataset or ADDED)
+        else:
+            ids = _add_source(base, source, dataset)
+        texts = [str(i) for i in ids]
+        print_json({"kb": str(kb), "ids": texts, "snapshot": base.store.version}) if as_json else print(
+            "\n".join(texts)
+        )
+
+    @app.command()
+    def remove(
+        kb: KbOption,
+        ids: Annotated[list[int] | None, typer.Option("--id", help="A pair to take down; may be repeated.")] = None,
+        where: Annotated[str | None, typer.Option(help="An SQL filter: dataset = 'pets'.")] = None,
+        ids_file: Annotated[
+            Path | None, typer.Option(exists=True, dir_okay=False, help="A file of ids, one a line.")
+        ] = None,
+        as_json: JsonOption = False,
+    ) -> None:
+        """Take pairs down. The next query obeys, and no later build brings them back."""
+        from index.knowledge_base import KnowledgeBase
+
+        wanted = [*(ids or []), *(_read_ids(ids_file) if ids_file else [])]
+        if (where is None) == (ids is None and ids_file is None):
+            raise typer.BadParameter("give either --id or --ids-file, or --where")
+        base = KnowledgeBase.open(kb, models=names(default_model))
+        gone = base.remove(where=where) if where is not None else base.remove(wanted)
+        missing = sorted(set(wanted) - set(gone))
+        if as_json:
+            document = {"kb": str(kb), "removed": len(gone), "ids": [str(i) for i in gone]}
+            print_json({**document, "missing": [str(i) for i in missing], "snapshot": base.store.version})
+        else:
+            print(f"removed {len(gone)}" + (f"; {len(missing)} were not there" if missing else ""))
+
+
+def _images_of(source: str) -> list[str]:
+    """An image is itself; a folder is every image in it."""
+    from index.ingest.readers import IMAGE_SUFFIXES
+
+    if not Path(source).is_dir():
+        return [source]
+    found = sorted(str(p) for p in Path(source).iterdir() if p.suffix[1:].lower() in IMAGE_SUFFIXES)
+    if not found:
+        raise QueryError(f"there is no image in {source!r}; give an image, or a folder of images")
+    return found
+
+
+def _add_source(base: "KnowledgeBase", source: str, dataset: str | None) -> list[int]:
+    import numpy as np
+
+    from index.ingest.build import BuildConfig, build
+    from index.ingest.readers import IMAGE_SUFFIXES
+
+    if Path(source).suffix[1:].lower() in IMAGE_SUFFIXES:
+        raise typer.BadParameter("an image needs a --caption")
+    before = base.store.matching_ids()
+    build(base, [source], BuildConfig(dataset=dataset))
+    return [int(i) for i in np.setdiff1d(base.store.matching_ids(), before)]
+
+
+def _read_ids(path: Path) -> list[int]:
+    words = path.read_text(encoding="utf-8").split()
+    for word in words:
+        if not word.isdigit():
+            raise QueryError(f"{path} has {word!r} where an id should be; put one id on each line")
+    return [int(word) for word in words]
