@@ -27,7 +27,7 @@ from index.store import PairStore, one_sentence
 if TYPE_CHECKING:
     import PIL.Image
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "kb.json"
 ADDED = "added"  # the folder of images that were added one by one, and the dataset they are in unless told
 ADDED_SHARD = "(added)"  # no path: cannot be the name of a shard that a build makes

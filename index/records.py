@@ -15,7 +15,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageLocation:
-    """Where the encoded image lies: a byte range of a tar shard, or a whole file (`offset` None)."""
+    """Where the encoded image lies: a byte range of a tar shard, a whole file (`offset` None), or a cell of a table.
+
+    Cells are `PATH.parquet#COLUMN/ROW`, `PATH.lance#COLUMN/ROW` and, for a copy that the knowledge base keeps,
+    `pairs.lance#image/id=ID`. `uri` is empty when no image is known, only its vector.
+    """
 
     uri: str
     offset: int | None = None
@@ -38,15 +42,20 @@ class ImageLocation:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pair:
-    """One image with one caption, as a reader yields it. `encoded` is the image file's bytes."""
+    """One image with one caption, as a reader yields it. `encoded` is the image file's bytes.
+
+    A pair that brings its `vector`, of unit norm and the knowledge base's own model, is not embedded again; it may
+    come without image bytes.
+    """
 
     dataset: str
     shard: str
     key: str
     caption: str
     image: ImageLocation
-    encoded: bytes = field(repr=False)
+    encoded: bytes | None = field(repr=False)
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    vector: "np.ndarray | None" = field(default=None, repr=False)
 
     @property
     def id(self) -> int:
@@ -83,7 +92,11 @@ class ShardRecord:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class StoredPair:
-    """One row of the store: a pair, what was measured of its image, and, on request, its unit vector, float32 [d]."""
+    """One row of the store: a pair, what was measured of its image, and, on request, its unit vector, float32 [d].
+
+    `dhash` is the 64-bit difference hash of the image (9 by 8 grey pixels) as a signed number. `image_bytes` is the
+    copy to keep in the knowledge base, written and not read back here: `image` then says where it lies.
+    """
 
     id: int
     dataset: str
@@ -93,11 +106,14 @@ class StoredPair:
     key: str
     caption: str
     image: ImageLocation
-    sha256: str
-    width: int
-    height: int
+    sha256: str | None
+    width: int | None
+    height: int | None
+    dhash: int | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
     vector: "np.ndarray | None" = field(default=None, repr=False)
+    image_bytes: bytes | None = field(default=None, repr=False)
+    thumbnail: bytes | None = field(default=None, repr=False)  # JPEG
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -167,4 +183,7 @@ def table_schema(dim: int) -> "pa.Schema":
         pa.field("metadata", pa.string()),
         pa.field("reason", pa.string()),
         pa.field("vector", pa.list_(pa.float32(), dim)),
+        pa.field("dhash", pa.int64()),  # from here on: since format 2, see `PairStore.upgrade`
+        pa.field("image", pa.large_binary()),
+        pa.field("thumbnail", pa.binary()),
     ])

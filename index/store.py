@@ -7,7 +7,8 @@ removal and its tombstone. One writer at a time, by a lock file; readers need no
 import json
 import os
 import threading
-from collections.abc import Collection, Iterator, Sequence
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -29,8 +30,11 @@ LOCK = "writer.lock"
 INDEX_ROWS = 20_000  # rows from which an index on ids pays: 300,000 rows took 22 ms to scan and 4 ms to look up
 PAIR_COLUMNS = [
     *("id", "dataset", "source", "shard", "shard_digest", "key", "caption"),
-    *("image_uri", "image_offset", "image_size", "image_sha256", "width", "height", "metadata"),
+    *("image_uri", "image_offset", "image_size", "image_sha256", "width", "height", "dhash", "metadata"),
 ]
+SMALL_ROWS = 4096  # a shard's rows, when fewer, wait in memory to share a fragment with other shards' of the commit
+SMALL_BYTES = 8 << 20
+POLL_SECONDS = 0.2
 
 
 class PairStore:
@@ -138,12 +142,14 @@ class PairStore:
         scanner = self._dataset.scanner(columns=["id", "vector"], filter=_pairs_where(None), fragments=newer)
         return self._scan_vectors(scanner)
 
-    def get(self, ids: Sequence[int] | Int64[np.ndarray, " n"], *, vectors: bool = False) -> list[StoredPair]:
+    def get(
+        self, ids: Sequence[int] | Int64[np.ndarray, " n"], *, vectors: bool = False, thumbnails: bool = False
+    ) -> list[StoredPair]:
         """Rows in the order of `ids`; an id that is not there (any more) is left out."""
         wanted = [int(i) for i in ids]
         if not wanted:
             return []
-        columns = [*PAIR_COLUMNS, "vector"] if vectors else PAIR_COLUMNS
+        columns = [*PAIR_COLUMNS, *["vector"] * vectors, *["thumbnail"] * thumbnails]
         table = self._dataset.to_table(columns=columns, filter=_pairs_where(_id_in(wanted)))
         found = {row["id"]: row for row in table.to_pylist()}
         return [self._stored_pair(found[i]) for i in wanted if i in found]
@@ -187,13 +193,17 @@ class PairStore:
     # Writing
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Hold the writer's lock, also when this thread holds it already. KnowledgeBaseError when a process does."""
+    def lock(self, wait: float = 0, *, on_wait: Callable[[str], None] = lambda owner: None) -> Iterator[None]:
+        """Hold the writer's lock, also when this thread holds it already.
+
+        When another process has it, wait up to `wait` seconds, after telling `on_wait` which one it is;
+        KnowledgeBaseError when it still has it then.
+        """
         with self._mutex:
             if self._lock_file is not None:
                 yield
                 return
-            with _writer_lock(self.directory) as file:
+            with _writer_lock(self.directory, wait=wait, on_wait=on_wait) as file:
                 self._lock_file, self._removed = file, None
                 try:
                     self.refresh()
@@ -204,30 +214,48 @@ class PairStore:
     def stage(
         self, pairs: Sequence[StoredPair], *, record: ShardRecord | None = None, bad: Sequence[BadSample] = ()
     ) -> list[Any]:
-        """Write rows to disk, not yet visible; hand the result to `commit_shard`. Removed ids are dropped.
+        """Make rows ready, not yet visible; hand the result to `commit_shards`. Removed ids are dropped.
 
-        The last rows of a shard bring its ledger entry and its bad samples with them.
+        The last rows of a shard bring its ledger entry and its bad samples with them. Many rows go to disk at once;
+        a few stay in memory until the commit, where they share a fragment with those of other shards.
         """
         removed = self._removed_among([pair.id for pair in pairs])
         rows = [_pair_row(pair) for pair in pairs if pair.id not in removed]
         if record is not None:
             rows += [*(_bad_row(record, sample) for sample in bad), _ledger_row(record)]
-        return self._write_fragments(rows)
+        if not rows:
+            return []
+        table = _arrow_table(rows, self._dataset.schema)
+        is_small = table.num_rows < SMALL_ROWS and table.nbytes < SMALL_BYTES
+        return [table] if is_small else self._write_fragments(table)
 
     def commit_shard(self, record: ShardRecord, staged: Sequence[Any], *, is_new: bool = False) -> None:
-        """Make a shard's staged rows, ledger entry included, visible at once, in place of its earlier ones.
+        """`commit_shards` of one."""
+        self.commit_shards([(record, staged)], replaced=() if is_new else (record,))
 
-        `is_new` says that it has none, which saves looking for them in all rows.
+    def commit_shards(
+        self, shards: Sequence[tuple[ShardRecord, Sequence[Any]]], *, replaced: Collection[ShardRecord]
+    ) -> None:
+        """Make the staged rows of shards, ledger entries included, visible in one commit.
+
+        The rows that the shards in `replaced` had before give way to them; a shard not named there must have none.
         """
-        old = f"dataset = {_quote(record.dataset)} AND shard = {_quote(record.shard)} AND kind <> 'removed'"
+        import pyarrow as pa
+
+        parts = [part for _, staged in shards for part in staged]
+        small = [part for part in parts if isinstance(part, pa.Table)]
         with self.lock():
-            self._commit(None if is_new else old, staged)
+            fragments = [part for part in parts if not isinstance(part, pa.Table)]
+            if small:
+                fragments += self._write_fragments(pa.concat_tables(small))
+            self._commit(_of_shards(replaced), fragments)
 
     def add(self, pairs: Sequence[StoredPair]) -> None:
         """Add pairs outside any shard, visible at once. An old row of the same id, removed ones too, gives way."""
         if pairs:
             with self.lock():
-                self._commit(_id_in([p.id for p in pairs]), self._write_fragments([_pair_row(p) for p in pairs]))
+                table = _arrow_table([_pair_row(p) for p in pairs], self._dataset.schema)
+                self._commit(_id_in([p.id for p in pairs]), self._write_fragments(table))
                 self._removed = None
 
     def remove(self, ids: Collection[int] | None = None, *, where: str | None = None) -> list[int]:
@@ -241,7 +269,8 @@ class PairStore:
                 rows = self._dataset.to_table(columns=columns, filter=_pairs_where(condition)).to_pylist()
             if rows:
                 gone = [row["id"] for row in rows]
-                self._commit(_id_in(gone), self._write_fragments([{**row, "kind": "removed"} for row in rows]))
+                table = _arrow_table([{**row, "kind": "removed"} for row in rows], self._dataset.schema)
+                self._commit(_id_in(gone), self._write_fragments(table))
                 self._removed = None
         return [row["id"] for row in rows]
 
@@ -263,13 +292,10 @@ class PairStore:
 
     # Inside
 
-    def _write_fragments(self, rows: list[dict[str, Any]]) -> list[Any]:
+    def _write_fragments(self, table: "pa.Table") -> list[Any]:
         import lance
 
-        if not rows:
-            return []
         with one_sentence(self.directory):
-            table = _arrow_table(rows, self._dataset.schema)
             return list(lance.fragment.write_fragments(table, self._uri, schema=self._dataset.schema, mode="append"))
 
     def _commit(self, obsolete: str | None, fragments: Sequence[Any]) -> None:
@@ -331,8 +357,10 @@ class PairStore:
             sha256=row["image_sha256"],
             width=row["width"],
             height=row["height"],
+            dhash=row["dhash"],
             metadata=json.loads(row["metadata"]),
             vector=None if vector is None else np.asarray(vector, np.float32),
+            thumbnail=row.get("thumbnail"),
         )
 
 
@@ -346,7 +374,7 @@ def _arrow_table(rows: list[dict[str, Any]], schema: "pa.Schema") -> "pa.Table":
     chunks = [pa.nulls(len(rows) - len(vectors), vector.type)]
     if vectors:
         chunks.insert(0, pa.FixedSizeListArray.from_arrays(pa.array(np.concatenate(vectors)), type=vector.type))
-    return columns.append_column(vector, pa.chunked_array(chunks, vector.type))
+    return columns.append_column(vector, pa.chunked_array(chunks, vector.type)).select(schema.names)
 
 
 def _pairs_where(where: str | None) -> str:
@@ -361,12 +389,26 @@ def _quote(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
+def _of_shards(records: Collection[ShardRecord]) -> str | None:
+    """The filter for all rows of these shards, ledger entries too; what was taken down stays so."""
+    shards: dict[str, list[str]] = {}
+    for record in records:
+        shards.setdefault(record.dataset, []).append(_quote(record.shard))
+    if not shards:
+        return None
+    named = [f"(dataset = {_quote(dataset)} AND shard IN ({', '.join(names)}))" for dataset, names in shards.items()]
+    return f"kind <> 'removed' AND ({' OR '.join(named)})"
+
+
 def _resolve(uri: str, directory: Path) -> str:
     """An image kept inside the knowledge base has a relative uri, so that the folder can be moved."""
-    return uri if "://" in uri or os.path.isabs(uri) else str(directory / uri)
+    return uri if not uri or "://" in uri or os.path.isabs(uri) else str(directory / uri)
 
 
 def _pair_row(pair: StoredPair) -> dict[str, Any]:
+    image = pair.image
+    if pair.image_bytes is not None:
+        image = ImageLocation(uri=f"{TABLE}.lance#image/id={pair.id}", size=len(pair.image_bytes))
     return {
         "kind": "pair",
         "id": pair.id,
@@ -376,14 +418,17 @@ def _pair_row(pair: StoredPair) -> dict[str, Any]:
         "shard_digest": pair.digest,
         "key": pair.key,
         "caption": pair.caption,
-        "image_uri": pair.image.uri,
-        "image_offset": pair.image.offset,
-        "image_size": pair.image.size,
+        "image_uri": image.uri,
+        "image_offset": image.offset,
+        "image_size": image.size,
         "image_sha256": pair.sha256,
         "width": pair.width,
         "height": pair.height,
+        "dhash": pair.dhash,
         "metadata": json.dumps(dict(pair.metadata), ensure_ascii=False),
         "vector": pair.vector,
+        "image": pair.image_bytes,
+        "thumbnail": pair.thumbnail,
     }
 
 
@@ -438,23 +483,37 @@ def one_sentence(directory: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _writer_lock(directory: Path) -> Iterator[IO[str]]:
+def _writer_lock(
+    directory: Path, *, wait: float = 0, on_wait: Callable[[str], None] = lambda owner: None
+) -> Iterator[IO[str]]:
     """An advisory lock that the operating system drops when the process dies, however it dies."""
     with one_sentence(directory):
         file = open(directory / LOCK, "a+", encoding="ascii")  # noqa: SIM115 - closed below
     with file:
-        try:
-            _lock_file(file)
-        except OSError as error:
-            file.seek(0)
-            owner = file.read().strip() or "unknown"
-            raise KnowledgeBaseError(
-                f"{directory} is being written by process {owner}; wait for it to end, then run the command again"
-            ) from error
+        _wait_for_lock(file, directory, wait=wait, on_wait=on_wait)
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
         yield file
+
+
+def _wait_for_lock(file: IO[str], directory: Path, *, wait: float, on_wait: Callable[[str], None]) -> None:
+    deadline = time.monotonic() + wait
+    told = ""
+    while True:
+        try:
+            return _lock_file(file)
+        except OSError as error:
+            file.seek(0)
+            owner = file.read().strip() or "unknown"
+            if time.monotonic() >= deadline:
+                raise KnowledgeBaseError(
+                    f"{directory} is being written by process {owner}; wait for it to end, then run the command again"
+                ) from error
+            if owner != told:
+                on_wait(f"{directory} is being written by process {owner}; waiting for it up to {wait:.0f} s")
+                told = owner
+        time.sleep(min(POLL_SECONDS, wait))
 
 
 def _lock_file(file: IO[str]) -> None:
