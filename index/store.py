@@ -250,6 +250,12 @@ class PairStore:
                 fragments += self._write_fragments(pa.concat_tables(small))
             self._commit(_of_shards(replaced), fragments)
 
+    def drop_shards(self, records: Collection[ShardRecord]) -> None:
+        """Take out all rows of these shards. Unlike `remove`, a later build may bring them back."""
+        if records:
+            with self.lock():
+                self._commit(_of_shards(records), [])
+
     def add(self, pairs: Sequence[StoredPair]) -> None:
         """Add pairs outside any shard, visible at once. An old row of the same id, removed ones too, gives way."""
         if pairs:
@@ -305,7 +311,7 @@ class PairStore:
         with one_sentence(self.directory):
             emptied, trimmed = self._delete_from_fragments(obsolete) if obsolete else ([], [])
             operation: Any
-            if emptied or trimmed:
+            if emptied or trimmed or not fragments:
                 operation = lance.LanceOperation.Update(
                     removed_fragment_ids=emptied, updated_fragments=trimmed, new_fragments=list(fragments)
                 )

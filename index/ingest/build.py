@@ -15,7 +15,7 @@ from typing import Any
 
 from index.atomic import write_bytes
 from index.errors import ConfigError, CorpusError
-from index.ingest.engines import run_local
+from index.ingest.engines import StagedShard, run_local
 from index.ingest.ledger import Ledger
 from index.ingest.readers import Shard, SkippedShard, check_source, read
 from index.knowledge_base import KnowledgeBase, SearcherChoice, folder_bytes
@@ -23,6 +23,9 @@ from index.records import ShardRecord
 from index.store import PairStore, one_sentence
 
 QUARANTINE = "quarantine.jsonl"
+GROUP_ROWS = 16_384  # one commit for so many rows, or bytes in memory, or after so long: each commit costs the same
+GROUP_BYTES = 64 << 20
+GROUP_SECONDS = 10.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,12 +38,16 @@ class BuildConfig:
     max_bad_fraction: float = 0.1  # of the samples of these sources
     workers: int | None = None  # decoding threads; None: one for each processor
     seed: int = 0
+    wait: float = 0.0  # seconds to wait for another writer
+    prune: bool = False  # take out the pairs of shards that are no longer in these sources
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_bad_fraction <= 1:
             raise ConfigError(f"max_bad_fraction is a share of 1, got {self.max_bad_fraction}")
         if self.workers is not None and self.workers < 1:
             raise ConfigError(f"workers must be at least 1, got {self.workers}")
+        if not self.wait >= 0:
+            raise ConfigError(f"wait is a number of seconds, 0 or more, got {self.wait}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,6 +62,7 @@ class BuildReport:
     shards_done: int
     shards_unchanged: int
     shards_skipped: int
+    shards_pruned: int
     skipped: tuple[SkippedShard, ...]
     seconds: float
     pairs_per_second: float
@@ -73,6 +81,7 @@ class _Tally:
     unchanged: int = 0
     done: int = 0
     pairs: int = 0
+    pruned: int = 0
     skipped: list[SkippedShard] = field(default_factory=list)
 
 
@@ -83,17 +92,19 @@ def build(
     *,
     on_batch: Callable[[int], None] = lambda images: None,
     on_shard: Callable[[ShardRecord], None] = lambda record: None,
+    on_wait: Callable[[str], None] = lambda sentence: None,
 ) -> BuildReport:
-    """Bring all pairs of `sources` into `kb`, then fit its searcher and its word index.
+    """Bring all pairs of `sources` into `kb`, then fit its searcher and its word index, and tag the outcome.
 
-    `on_batch` hears how many images go into the network, `on_shard` of every shard that lands. CorpusError when a
+    `on_batch` hears how many images go into the network, `on_shard` of every shard that lands, `on_wait` of another
+    process that is writing. CorpusError when a
     source cannot be read, when more than `max_bad_fraction` of the samples are bad, or when none is good; what has
     landed stays.
     """
     started = time.perf_counter()
     check_sources(sources, kb.directory)
     tally = _Tally()
-    with kb.store.lock(), _strict_images(), _readable_sources():
+    with kb.store.lock(config.wait, on_wait=on_wait), _strict_images(), _readable_sources():
         ledger = Ledger(kb.store)
         todo = _changed_shards(sources, config, ledger, tally)
         staged = run_local(
@@ -104,12 +115,14 @@ def build(
             on_batch=on_batch,
             workers=config.workers,
         )
-        for shard in staged:
-            kb.store.commit_shard(shard.record, shard.fragments, is_new=not ledger.has(shard.record))
-            ledger.enter(shard.record)
-            tally.done += 1
-            tally.pairs += shard.record.pairs
-            on_shard(shard.record)
+        landing = _Landing(kb.store, ledger, tally, on_shard)
+        try:
+            for shard in staged:
+                landing.take(shard)
+        finally:  # what is whole lands, also when the build is interrupted
+            landing.commit()
+        if config.prune:
+            tally.pruned = _prune(kb.store, ledger, sources, tally)
         _write_quarantine(kb.store)
         _check_quality(ledger.met(), config, tally)
         searcher = kb.build_search(config.searcher, seed=config.seed)
@@ -123,6 +136,7 @@ def build(
         shards_done=tally.done,
         shards_unchanged=tally.unchanged,
         shards_skipped=len(tally.skipped),
+        shards_pruned=tally.pruned,
         skipped=tuple(tally.skipped),
         seconds=round(seconds, 3),
         pairs_per_second=round(tally.pairs / seconds, 3),
@@ -131,6 +145,40 @@ def build(
         recall_at_10=searcher.recall_at_10,
         snapshot=kb.store.version,
     )
+
+
+class _Landing:
+    """Gathers staged shards and makes them visible in groups: a commit for every tiny shard would dominate a build."""
+
+    def __init__(
+        self, store: PairStore, ledger: Ledger, tally: _Tally, on_shard: Callable[[ShardRecord], None]
+    ) -> None:
+        self._store, self._ledger, self._tally, self._on_shard = store, ledger, tally, on_shard
+        self._group: list[StagedShard] = []
+        self._since = 0.0
+
+    def take(self, shard: StagedShard) -> None:
+        """Take one more shard, and commit the group if it is due."""
+        if not self._group:
+            self._since = time.monotonic()
+        self._group.append(shard)
+        rows = sum(shard.record.pairs + shard.record.bad for shard in self._group)
+        held = sum(getattr(part, "nbytes", 0) for shard in self._group for part in shard.fragments)
+        if rows >= GROUP_ROWS or held >= GROUP_BYTES or time.monotonic() - self._since >= GROUP_SECONDS:
+            self.commit()
+
+    def commit(self) -> None:
+        """Make the shards of the group visible, all at once."""
+        group, self._group = self._group, []
+        if not group:
+            return
+        replaced = [shard.record for shard in group if self._ledger.has(shard.record)]
+        self._store.commit_shards([(shard.record, shard.fragments) for shard in group], replaced=replaced)
+        for shard in group:
+            self._ledger.enter(shard.record)
+            self._tally.done += 1
+            self._tally.pairs += shard.record.pairs
+            self._on_shard(shard.record)
 
 
 def _changed_shards(
@@ -155,6 +203,14 @@ def _changed_shards(
                 tally.unchanged += 1
                 continue
             yield shard, stamp, digest
+
+
+def _prune(store: PairStore, ledger: Ledger, sources: Sequence[str], tally: _Tally) -> int:
+    """Take out shards that whole sources no longer have; how many. A shard that is not complete yet is still there."""
+    waiting = {shard.name for shard in tally.skipped}
+    gone = [record for record in ledger.unmet(sources) if record.shard not in waiting]
+    store.drop_shards(gone)
+    return len(gone)
 
 
 def _check_quality(records: Sequence[ShardRecord], config: BuildConfig, tally: _Tally) -> None:

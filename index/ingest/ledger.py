@@ -3,7 +3,7 @@
 Its entries are rows of the store itself (see `index/store.py`), so there is nothing that could disagree with the data.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from posixpath import join
 
 import numpy as np
@@ -54,6 +54,11 @@ class Ledger:
         """The entries of all shards that this build came upon, old and new."""
         return [self._records[name] for name in self._met if name in self._records]
 
+    def unmet(self, sources: Iterable[str]) -> list[ShardRecord]:
+        """The entries of these sources that this build did not come upon. A single shard is no source here."""
+        whole = {_path(source) for source in sources}
+        return [r for name, r in self._records.items() if name not in self._met and _path(r.source) in whole]
+
     def claim(self, pairs: Sequence[StoredPair]) -> None:
         """Take the ids of pairs about to be stored. CorpusError when one belongs to another pair."""
         ids = np.array([pair.id for pair in pairs], np.int64)
@@ -91,6 +96,12 @@ class KnownIds:
         self._parts.append(np.sort(ids))
         while len(self._parts) > 1 and 2 * len(self._parts[-1]) >= len(self._parts[-2]):
             self._parts[-2:] = [np.sort(np.concatenate(self._parts[-2:]))]
+
+
+def _path(source: str) -> str:
+    from fsspec.core import url_to_fs
+
+    return str(url_to_fs(source)[1]).rstrip("/")
 
 
 def _is_there(record: ShardRecord) -> bool:

@@ -26,6 +26,7 @@ SLOW_BUILD = """
 import sys, time
 import fsspec, lance, lancedb, PIL.Image  # so that what follows `ready` is the build
 sys.path.insert(0, {root!r})
+import index.ingest.build
 from index.cli import run
 from index.ingest.build import BuildConfig, build
 from index.knowledge_base import KnowledgeBase
@@ -35,6 +36,8 @@ class Slow(HashEmbedder):
     def embed(self, prepared):
         time.sleep(0.1)
         return super().embed(prepared)
+
+index.ingest.build.GROUP_ROWS = 1  # a commit for every shard
 
 def command(args):
     kb = KnowledgeBase.create({kb!r}, Slow())
@@ -70,6 +73,11 @@ def build_at(kb: Path, source: Path) -> BuildReport:
 def contents(kb: Path) -> list[tuple[str, ...]]:
     rows = PairStore(kb).dataset.to_table().to_pylist()
     return sorted(tuple(map(str, row.values())) for row in rows)
+
+
+@pytest.fixture(autouse=True)
+def a_commit_for_every_shard(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("index.ingest.build.GROUP_ROWS", 1)
 
 
 @pytest.fixture
