@@ -18,7 +18,7 @@ import numpy as np
 from index.atomic import write_bytes
 from index.config import from_dict, to_dict
 from index.embedder import DeferredEmbedder, Embedder, check_fingerprint, decode_image
-from index.errors import ConfigError, CorpusError, KnowledgeBaseError, QueryError
+from index.errors import ConfigError, CorpusError, DiskError, KnowledgeBaseError, QueryError
 from index.records import Hit, ImageLocation, StoredPair, pair_id
 from index.search.retriever import Retriever, SearchResult
 from index.search.searcher import SearcherManifest, build_searcher, choose_kind, open_searcher
@@ -32,6 +32,7 @@ MANIFEST = "kb.json"
 ADDED = "added"  # the folder of images that were added one by one, and the dataset they are in unless told
 ADDED_SHARD = "(added)"  # no path: cannot be the name of a shard that a build makes
 CALIBRATION_CAPTIONS = 200
+UPGRADE_WAIT = 10.0  # seconds: another process may be upgrading it at this moment
 
 SearcherChoice = Literal["auto", "exact", "scann", "lance"]
 
@@ -53,7 +54,7 @@ class Manifest:
 
     @classmethod
     def read(cls, directory: Path) -> "Manifest":
-        """KnowledgeBaseError when there is none, or it is of another format."""
+        """KnowledgeBaseError when there is none, or it was made by a newer radt. An older format is read as it is."""
         path = directory / MANIFEST
         if not path.is_file():
             raise KnowledgeBaseError(
@@ -62,9 +63,10 @@ class Manifest:
             )
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-            if values.get("format") != FORMAT:
+            if values.get("format") not in range(1, FORMAT + 1):
                 raise KnowledgeBaseError(
-                    f"{path} is of format {values.get('format')!r} and this radt reads format {FORMAT}; build it again"
+                    f"{path} is of format {values.get('format')!r} and this radt reads formats up to {FORMAT}; use the "
+                    "radt that made it, or a newer one"
                 )
             return from_dict(cls, values)
         except (OSError, ValueError, AttributeError, ConfigError) as error:
@@ -76,9 +78,9 @@ class KnowledgeBase:
 
     def __init__(self, directory: Path, manifest: Manifest, embedder: Embedder):
         self.directory = directory
-        self.manifest = manifest
         self.embedder = embedder
         self.store = _store_at(directory, manifest)
+        self.manifest = manifest if manifest.format == FORMAT else self._upgrade()
         self._retriever: tuple[str | None, Retriever] | None = None
 
     @classmethod
@@ -223,6 +225,20 @@ class KnowledgeBase:
         return current
 
     # Inside
+
+    def _upgrade(self) -> Manifest:
+        """Bring a knowledge base of an older format up to date, in place; killed half-way, it is done again."""
+        try:
+            with self.store.lock(wait=UPGRADE_WAIT), one_sentence(self.directory):
+                manifest = Manifest.read(self.directory)
+                self.store.add_missing_columns()
+                manifest = replace(manifest, format=FORMAT)
+                manifest.write(self.directory)
+        except (KnowledgeBaseError, DiskError) as error:
+            raise KnowledgeBaseError(
+                f"{self.directory} is of an older format and has to be upgraded in place before it is read: {error}"
+            ) from error
+        return manifest
 
     def _searcher_manifest(self) -> SearcherManifest | None:
         name = self.manifest.searcher

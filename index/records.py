@@ -183,7 +183,7 @@ def table_schema(dim: int) -> "pa.Schema":
         pa.field("metadata", pa.string()),
         pa.field("reason", pa.string()),
         pa.field("vector", pa.list_(pa.float32(), dim)),
-        pa.field("dhash", pa.int64()),  # from here on: since format 2, see `PairStore.upgrade`
+        pa.field("dhash", pa.int64()),  # from here on: since format 2, see `PairStore.add_missing_columns`
         pa.field("image", pa.large_binary()),
         pa.field("thumbnail", pa.binary()),
     ])

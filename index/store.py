@@ -280,6 +280,17 @@ class PairStore:
                 self._removed = None
         return [row["id"] for row in rows]
 
+    def add_missing_columns(self) -> None:
+        """Give a table of an older format the columns that came later, empty: one commit that moves no data."""
+        import pyarrow as pa
+
+        with self.lock(), one_sentence(self.directory):
+            known = set(self._dataset.schema.names)
+            missing = [column for column in table_schema(self.dim) if column.name not in known]
+            if missing:
+                self._dataset.add_columns(pa.schema(missing))
+                self.refresh()
+
     def index_ids(self, *, min_rows: int = INDEX_ROWS) -> None:
         """Index ids and kinds, so that fetching a few of very many pairs stays a matter of milliseconds.
 

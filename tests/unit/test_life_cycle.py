@@ -1,0 +1,179 @@
+"""A knowledge base over its life: upgraded, built in groups, tagged, compacted, read while it is written."""
+
+import json
+from pathlib import Path
+
+import lance
+import pyarrow as pa
+import pytest
+
+from index.errors import KnowledgeBaseError
+from index.ingest.build import BuildConfig, BuildReport, build
+from index.knowledge_base import FORMAT, KnowledgeBase, Manifest
+from index.records import table_schema
+from index.store import PairStore
+from tests.fakes import HashEmbedder, caption_of, draw, sample, write_img2dataset, write_tar
+
+FORMAT_1_COLUMNS = [
+    *("kind", "id", "dataset", "source", "shard", "shard_digest", "key", "caption", "image_uri", "image_offset"),
+    *("image_size", "image_sha256", "width", "height", "metadata", "reason", "vector"),
+]
+
+
+def build_at(kb: Path, *sources: Path, **config: object) -> BuildReport:
+    return build(KnowledgeBase.create(kb, HashEmbedder()), [str(s) for s in sources], BuildConfig(**config))  # type: ignore[arg-type]
+
+
+def reopen(kb: Path) -> KnowledgeBase:
+    return KnowledgeBase.open(kb, HashEmbedder())
+
+
+def contents(kb: Path) -> list[tuple[str, ...]]:
+    rows = PairStore(kb).dataset.to_table().to_pylist()
+    return sorted(tuple(map(str, row.values())) for row in rows)
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    write_img2dataset(tmp_path / "pets", shards=3, per_shard=5)
+    return tmp_path / "pets"
+
+
+# An older format
+
+
+def make_format_1(kb: Path) -> None:
+    """What the first radt wrote: the same rows without the columns of format 2, and a kb.json that says 1."""
+    old = pa.schema([table_schema(32).field(name) for name in FORMAT_1_COLUMNS])
+    rows = PairStore(kb).dataset.to_table(columns=FORMAT_1_COLUMNS)
+    lance.write_dataset(rows.cast(old), str(kb / "pairs.lance"), schema=old, mode="overwrite")
+    values = json.loads((kb / "kb.json").read_text())
+    first = ("format", "model", "fingerprint", "dim", "created", "searcher")
+    (kb / "kb.json").write_text(json.dumps({name: values[name] for name in first} | {"format": 1}))
+
+
+def test_an_older_format_is_upgraded_in_place(corpus: Path, tmp_path: Path) -> None:
+    build_at(tmp_path / "kb", corpus)
+    before, hits = contents(tmp_path / "kb"), reopen(tmp_path / "kb").search("a red circle", k=15)
+    make_format_1(tmp_path / "kb")
+    kb = reopen(tmp_path / "kb")
+    assert Manifest.read(tmp_path / "kb").format == FORMAT
+    assert kb.store.dataset.schema == table_schema(32)
+    assert [hit.id for hit in kb.search("a red circle", k=15)] == [hit.id for hit in hits]
+    columns = len(FORMAT_1_COLUMNS)
+    assert [row[:columns] for row in contents(tmp_path / "kb")] == [row[:columns] for row in before]
+    assert kb.store.get(kb.store.matching_ids()[:1])[0].dhash is None
+    assert build_at(tmp_path / "kb", corpus).pairs_added == 0  # it is built on as if it had always been so
+    (new,) = kb.add(draw(99), "a zeppelin")
+    assert kb.search("zeppelin", k=1)[0].id == new
+
+
+@pytest.mark.parametrize("step", ["index.store.PairStore.add_missing_columns", "index.knowledge_base.write_bytes"])
+def test_an_upgrade_that_dies_is_done_again(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    build_at(tmp_path / "kb", corpus)
+    make_format_1(tmp_path / "kb")
+
+    def dies(*args: object) -> None:
+        raise RuntimeError("power cut")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(step, dies)
+        with pytest.raises(RuntimeError, match="power cut"):
+            reopen(tmp_path / "kb")
+    assert Manifest.read(tmp_path / "kb").format == 1
+    assert len(reopen(tmp_path / "kb")) == 15
+    assert Manifest.read(tmp_path / "kb").format == FORMAT
+
+
+def test_an_upgrade_that_cannot_write_says_so(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build_at(tmp_path / "kb", corpus)
+    make_format_1(tmp_path / "kb")
+
+    def refuses(*args: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("lance.LanceDataset.add_columns", refuses)
+    with pytest.raises(KnowledgeBaseError, match=r"older format and has to be upgraded in place.*Permission denied"):
+        reopen(tmp_path / "kb")
+
+
+def test_a_newer_format_is_refused(tmp_path: Path) -> None:
+    KnowledgeBase.create(tmp_path / "kb", HashEmbedder())
+    values = json.loads((tmp_path / "kb" / "kb.json").read_text())
+    (tmp_path / "kb" / "kb.json").write_text(json.dumps(values | {"format": FORMAT + 1, "novelty": True}))
+    with pytest.raises(KnowledgeBaseError, match=rf"of format {FORMAT + 1} .* reads formats up to {FORMAT}"):
+        reopen(tmp_path / "kb")
+
+
+# Commits in groups
+
+
+def test_tiny_shards_share_a_commit_and_a_fragment(tmp_path: Path) -> None:
+    for number in range(30):
+        folder = tmp_path / "tree" / f"{number:02d}"
+        folder.mkdir(parents=True)
+        draw(number).save(folder / "x.png")
+        (folder / "x.txt").write_text(caption_of(number))
+    kb = KnowledgeBase.create(tmp_path / "kb", HashEmbedder())
+    heard: list[str] = []
+    report = build(kb, [str(tmp_path / "tree")], BuildConfig(), on_shard=lambda record: heard.append(record.shard))
+    assert (report.shards_done, report.pairs_total) == (30, 30)
+    assert heard == [f"{number:02d}" for number in range(30)]
+    assert len(kb.store.dataset.get_fragments()) == 1
+    assert len(kb.store.shards()) == 30
+
+
+@pytest.mark.parametrize("bound", ["GROUP_ROWS", "GROUP_BYTES", "GROUP_SECONDS"])
+def test_any_bound_makes_a_group_due(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bound: str) -> None:
+    monkeypatch.setattr(f"index.ingest.build.{bound}", 0)
+    build_at(tmp_path / "kb", corpus)
+    assert len(PairStore(tmp_path / "kb").dataset.get_fragments()) == 3
+
+
+def test_the_grouping_does_not_show_in_the_table(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build_at(tmp_path / "together", corpus)
+    monkeypatch.setattr("index.store.SMALL_ROWS", 0)  # every shard has its fragments
+    monkeypatch.setattr("index.ingest.build.GROUP_ROWS", 7)
+    build_at(tmp_path / "apart", corpus)
+    assert contents(tmp_path / "together") == contents(tmp_path / "apart")
+    write_tar(corpus / "00000.tar", sample(70))
+    write_tar(corpus / "00002.tar", sample(71))
+    for kb in (tmp_path / "together", tmp_path / "apart"):
+        assert build_at(kb, corpus).pairs_total == 7
+    assert contents(tmp_path / "together") == contents(tmp_path / "apart")
+
+
+def test_whole_shards_land_when_a_later_one_fails(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Fails(HashEmbedder):
+        calls = 0
+
+        def embed(self, prepared):  # type: ignore[no-untyped-def]
+            Fails.calls += 1
+            if Fails.calls == 3:
+                raise KeyboardInterrupt
+            return super().embed(prepared)
+
+    kb = KnowledgeBase.create(tmp_path / "kb", Fails())
+    with pytest.raises(KeyboardInterrupt):
+        build(kb, [str(corpus)], BuildConfig())
+    assert PairStore(tmp_path / "kb").count() == 10
+    assert build_at(tmp_path / "kb", corpus).shards_done == 1
+
+
+def test_pairs_of_shards_that_vanished_stay_until_they_are_pruned(corpus: Path, tmp_path: Path) -> None:
+    write_img2dataset(tmp_path / "birds", shards=1, per_shard=2)
+    build_at(tmp_path / "kb", corpus, tmp_path / "birds")
+    (corpus / "00001.tar").unlink()
+    (corpus / "00002_stats.json").rename(tmp_path / "later")  # being downloaded again: not gone
+    report = build_at(tmp_path / "kb", corpus)
+    assert (report.pairs_total, report.shards_pruned) == (17, 0)
+    report = build_at(tmp_path / "kb", corpus / "00000.tar", prune=True)  # one shard is no whole source
+    assert (report.pairs_total, report.shards_pruned) == (17, 0)
+    report = build_at(tmp_path / "kb", corpus, prune=True)
+    assert (report.pairs_total, report.shards_pruned) == (12, 1)
+    write_img2dataset(corpus, shards=3, per_shard=5)
+    assert build_at(tmp_path / "kb", corpus).pairs_total == 17  # nothing was taken down: it may come back
