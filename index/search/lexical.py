@@ -1,14 +1,18 @@
-"""Words: BM25 over captions, by Lance's inverted index at scale and by rank-bm25 as the exact reference, and TF-IDF.
+"""Search by words: BM25 over captions, by Lance's inverted index at scale and in memory for a batch, and TF-IDF.
 
-All of them cut text with one tokenizer, Lance's own, so the same query means the same terms to each. BM25 is
-Robertson's with k1 = 1.2, b = 0.75 and idf = ln(1 + (N - n + 0.5) / (n + 0.5)), which is what Lance computes.
+All of them cut text with one tokenizer, Lance's own, and BM25 is one formula (`words.py`), so the same query means
+the same terms and the same score to each; rank-bm25 is the reference that the tests hold them to.
 """
 
+import json
 import math
+import os
+import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import chain
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -17,48 +21,21 @@ from numpy import ndarray
 
 from index.errors import KnowledgeBaseError, QueryError
 from index.search.fusion import best_first
+from index.search.words import K1, B, Postings, Statistics, Tokenizer
 
 if TYPE_CHECKING:
     from index.store import PairStore
 
-K1 = 1.2
-B = 0.75
 FTS_NAME = "caption_words"
 TFIDF_LIMIT = 1_000_000  # captions
-# Words that carry grammar and no subject. Captions are names and keywords, so "a" is rare in them and would outweigh
-# the subject of "a wolf on a hill": of held-out emoji, 57 in 100 prompts found their own without this list, 91 with it.
-STOP_WORDS = tuple("a an and are as at by for from in is it of on or the to with".split())  # noqa: SIM905 - one line
 _SPARE_TIES = 32  # fetched beyond what is asked for, to see whether the last place is shared
-_FTS_MEMORY_MIB = 2048  # Lance takes 2 GiB for each worker unless it is told a total
+# Lance takes 2 GiB for each worker and a worker for each processor unless it is told. A caption needs about 0.4 KB
+# while the index is built; what does not fit goes to disk as one more part, and every part costs each query a little.
+_FTS_MEMORY_MIB = 2048
+_FTS_WORKERS = 8
+_WORD = re.compile(r"[^\W_]+")
 
 Ranking = tuple[Int64[ndarray, " k"], Float64[ndarray, " k"]]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Tokenizer:
-    """Splits at what is neither letter nor digit, lower-cases, folds accents, drops stop words; no stemming."""
-
-    stop_words: tuple[str, ...] = STOP_WORDS
-
-    def __call__(self, text: str) -> list[str]:
-        """The terms of `text` in order, repeats included."""
-        import lance
-
-        return [token.text for token in lance.tokenize(text, **self.settings)]
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The settings of Lance's tokenizer, every one named because its defaults differ from LanceDB's."""
-        return {
-            "base_tokenizer": "simple",
-            "language": "English",
-            "max_token_length": None,
-            "lower_case": True,
-            "stem": False,
-            "remove_stop_words": bool(self.stop_words),
-            "custom_stop_words": list(self.stop_words) or None,
-            "ascii_folding": True,
-        }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,11 +64,16 @@ class Lexical(Protocol):
 
 
 class LanceBM25:
-    """BM25 from Lance's inverted index. Rows that came after the index was built are found and scored too."""
+    """BM25 from Lance's inverted index, and rows that are newer than it from memory, under the index's statistics.
+
+    Lance would score newer rows too, but under statistics of its own making, which change with the filter: one
+    caption would have several scores.
+    """
 
     def __init__(self, store: "PairStore"):
         self._store = store
-        self._params = fts_params(store)
+        self._tokenizer = Tokenizer(stop_words=tuple(fts_params(store).get("custom_stop_words") or ()))
+        self._frequencies: dict[str, int] = {}
 
     def search(self, query: str, *, top_k: int, within: Subset | None = None) -> Ranking:
         """As `Lexical.search`, unless more than `8 top_k` captions tie for the last place: then Lance chooses."""
@@ -101,82 +83,150 @@ class LanceBM25:
             ids, scores = self._match(query, where=where, limit=limit)
             level = coarse(scores)
             if len(ids) < limit or level[-1] < level[top_k - 1] or limit > 8 * top_k:
-                return ids[:top_k], scores[:top_k]
+                break
             limit *= 2
+        return _best_of([(ids, scores), self._search_tail(query, within)], top_k)
 
-    def scores(self, query: str, ids: Int64[ndarray, " n"]) -> Float64[ndarray, " n"]:
-        """As `Lexical.scores`: the same query once more, kept to these rows; the corpus statistics stay whole."""
+    def search_many(self, queries: Sequence[str], *, top_k: int, within: Subset | None = None) -> list[Ranking]:
+        """`search` for each of many queries, several at a time: Lance searches outside Python's lock."""
+        if len(queries) < 2:
+            return [self.search(query, top_k=top_k, within=within) for query in queries]
+        with ThreadPoolExecutor(min(len(queries), os.cpu_count() or 1)) as pool:
+            return list(pool.map(lambda query: self.search(query, top_k=top_k, within=within), queries))
+
+    def search_among(self, corpus: Statistics, query: str, *, top_k: int, within: Subset | None = None) -> Ranking:
+        """`search` under the statistics of a larger corpus that these captions are a part of.
+
+        Lance ranks by statistics of its own. Under the larger ones no caption scores more than `bound` times what
+        Lance gives it, so a list is long enough once its last caption, raised by that much, cannot reach the top.
+        """
+        bound = _most_gain(self.statistics(query), corpus)
+        limit = top_k + _SPARE_TIES
+        while True:
+            ids, own = self.search(query, top_k=limit, within=within)
+            ranking = _best_of([(ids, self.scores(query, ids, corpus=corpus))], top_k)
+            if len(ids) < limit or coarse(ranking[1])[-1] > bound * own[-1]:
+                return ranking
+            limit *= 4
+
+    def scores(
+        self, query: str, ids: Int64[ndarray, " n"], *, corpus: Statistics | None = None
+    ) -> Float64[ndarray, " n"]:
+        """As `Lexical.scores`, under the statistics of `corpus` if one is given."""
+        if corpus is not None:
+            return self._scores_among(corpus, query, ids)
         scores = np.zeros(len(ids))
-        if len(ids):
-            where = f"id IN ({', '.join(map(str, ids.tolist()))})"
-            found, values = self._match(query, where=where, limit=len(ids))
-            by_id = np.argsort(ids)
-            scores[by_id[np.searchsorted(ids, found, sorter=by_id)]] = values
+        found = [self._match(query, where=_id_in(ids), limit=len(ids))] if len(ids) else []
+        found.append(self._search_tail(query, Subset(where="", ids=np.sort(ids))))
+        by_id = np.argsort(ids)
+        for matching, values in found:
+            scores[by_id[np.searchsorted(ids, matching, sorter=by_id)]] = values
         return scores
 
     def contributions(self, query: str, pair_id: int) -> dict[str, float]:
-        """As `Lexical.contributions`. Lance tells only totals, so each term is asked for by itself."""
-        terms = Counter(self._tokens(query))
-        one = np.array([pair_id], dtype=np.int64)
-        alone = {term: float(self.scores(term, one)[0]) * times for term, times in terms.items()}
-        return {term: score for term, score in alone.items() if score > 0}
+        """As `Lexical.contributions`: Lance tells only totals, so they are computed from the caption."""
+        _, captions = self._store.captions(f"id = {pair_id}")
+        terms = self._tokenizer(query)
+        return self.statistics(query).contributions(terms, self._tokenizer(captions[0])) if captions else {}
 
-    def _tokens(self, text: str) -> list[str]:
-        return Tokenizer(stop_words=tuple(self._params.get("custom_stop_words") or ()))(text)
+    def statistics(self, query: str) -> Statistics:
+        """What the index counted, for the terms of a query: removed captions until it is rebuilt, newer ones then."""
+        terms = set(self._tokenizer(query))
+        for term in terms - self._frequencies.keys():
+            self._frequencies[term] = self._frequency(term, query)
+        return replace(self._totals, frequencies={term: self._frequencies[term] for term in terms})
 
     def _match(self, query: str, *, where: str | None, limit: int) -> Ranking:
-        from lance.query import MatchQuery
-
-        scanner = self._store.dataset.scanner(
-            columns=["id", "_score"],
-            full_text_query=MatchQuery(query, "caption"),
-            filter=where,
-            prefilter=True,
-            limit=limit,
-        )
-        table = scanner.to_table()
+        table = self._scan(query, ["id", "_score"], where=where, limit=limit)
         ids, scores = table["id"].to_numpy(), table["_score"].to_numpy().astype(np.float64)
         order = best_first(ids, coarse(scores))
         return ids[order], scores[order]
 
+    def _scan(self, query: str, columns: list[str], *, where: str | None, limit: int) -> Any:
+        from lance.query import MatchQuery
+
+        scanner = self._store.dataset.scanner(
+            columns=columns,
+            full_text_query=MatchQuery(query, "caption"),
+            filter=where,
+            prefilter=True,
+            limit=limit,
+            fast_search=True,  # the index alone
+        )
+        return scanner.to_table()
+
+    def _search_tail(self, query: str, within: Subset | None) -> Ranking:
+        if not len(self._tail.ids):
+            return np.empty(0, dtype=np.int64), np.empty(0)
+        terms = self._tokenizer(query)
+        scores = self._tail.scores(terms, self.statistics(query))
+        return _listed(self._tail.ids, scores, top_k=len(scores), within=within)
+
+    def _scores_among(self, corpus: Statistics, query: str, ids: Int64[ndarray, " n"]) -> Float64[ndarray, " n"]:
+        found, captions = self._store.captions(_id_in(ids))
+        terms = self._tokenizer(query)
+        by_id = {
+            pair_id: sum(corpus.contributions(terms, self._tokenizer(caption)).values())
+            for pair_id, caption in zip(found.tolist(), captions, strict=True)
+        }
+        return np.array([by_id.get(pair_id, 0.0) for pair_id in ids.tolist()])
+
+    def _frequency(self, term: str, query: str) -> int:
+        """Captions that have the term: Lance does not tell, but the score of any of them does."""
+        # Lower case may hold marks at which the term would be cut once more, so the query's own spelling is tried too.
+        spelled = next((word for word in (term, *_WORD.findall(query)) if self._tokenizer(word) == [term]), term)
+        (best,) = self._scan(spelled, ["caption", "_score"], where=None, limit=1).to_pylist() or [None]
+        if best is None:
+            return 0
+        terms = self._tokenizer(best["caption"])
+        saturation = self._totals.saturation(np.array([terms.count(term)]), np.array([len(terms)]))
+        return round((self._totals.num_docs + 1) / math.exp(best["_score"] / saturation[0]) - 0.5)
+
+    @cached_property
+    def _totals(self) -> Statistics:
+        """Documents and their total length, which Lance keeps in its own files and does not tell either."""
+        num_docs = sum(segment["num_docs"] for segment in _fts_stats(self._store)["indices"])
+        return Statistics(num_docs=num_docs, total_length=_indexed_terms(self._store))
+
+    @cached_property
+    def _tail(self) -> Postings:
+        """The rows that the index does not cover."""
+        covered = {i for segment in _fts_segments(self._store) for i in segment.fragment_ids}
+        dataset = self._store.dataset
+        newer = [fragment for fragment in dataset.get_fragments() if fragment.fragment_id not in covered]
+        if not newer:
+            return Postings(np.empty(0, dtype=np.int64), [], tokenizer=self._tokenizer)
+        rows = dataset.scanner(columns=["id", "caption"], filter="kind = 'pair'", fragments=newer).to_table()
+        return Postings(rows["id"].to_numpy(), rows["caption"].to_pylist(), tokenizer=self._tokenizer)
+
 
 class RankBM25:
-    """BM25 over captions held in memory, exact: rank-bm25's statistics with Lance's constants.
+    """BM25 over captions held in memory, exact: what rank-bm25 computes, with Lance's idf.
 
     rank-bm25 visits every caption for every term. `search` adds up the same numbers from posting lists instead;
     `reference` is rank-bm25's own sum, for the test that they agree.
     """
 
     def __init__(self, ids: Int64[ndarray, " n"], captions: Sequence[str], *, tokenizer: Tokenizer | None = None):
-        from rank_bm25 import BM25Okapi
-
-        order = np.argsort(ids)
-        self._ids: Int64[ndarray, " n"] = ids[order]
         self._tokenizer = tokenizer or Tokenizer()
-        documents = [self._tokenizer(captions[position]) for position in order.tolist()]
-        # Lance does not count a caption without a term ("!!!") among the N documents; nor is it counted here.
-        self._wordy = np.array([position for position, terms in enumerate(documents) if terms], dtype=np.int64)
-        self._okapi: Any = None
-        self._postings: dict[str, tuple[Int64[ndarray, " m"], Float64[ndarray, " m"]]] = {}
-        if len(self._wordy):
-            self._okapi = BM25Okapi([terms for terms in documents if terms], k1=K1, b=B)
-            self._okapi.idf = _inverse_frequencies(self._okapi.doc_freqs)
-            self._postings = _postings(self._okapi, self._wordy)
+        self._postings = Postings(ids, captions, tokenizer=self._tokenizer)
+        self._statistics = self._postings.statistics()
+        self._seen: dict[str, tuple[Int64[ndarray, " m"], Float64[ndarray, " m"]]] = {}
 
     def search(self, query: str, *, top_k: int, within: Subset | None = None) -> Ranking:
         """As `Lexical.search`."""
-        return _listed(self._ids, self._all_scores(query), top_k=top_k, within=within)
+        return _listed(self._postings.ids, self._all_scores(query), top_k=top_k, within=within)
 
     def scores(self, query: str, ids: Int64[ndarray, " n"]) -> Float64[ndarray, " n"]:
         """As `Lexical.scores`."""
-        return self._all_scores(query)[positions_of(self._ids, ids)]
+        return self._all_scores(query)[positions_of(self._postings.ids, ids)]
 
     def contributions(self, query: str, pair_id: int) -> dict[str, float]:
         """As `Lexical.contributions`."""
-        position = positions_of(self._ids, np.array([pair_id], dtype=np.int64))[0]
+        position = positions_of(self._postings.ids, np.array([pair_id], dtype=np.int64))[0]
         parts: dict[str, float] = {}
         for term, times in Counter(self._tokenizer(query)).items():
-            documents, scores = self._postings.get(term, (np.empty(0, np.int64), np.empty(0)))
+            documents, scores = self._scored(term)
             at = np.searchsorted(documents, position)
             if at < len(documents) and documents[at] == position:
                 parts[term] = float(scores[at]) * times
@@ -184,18 +234,35 @@ class RankBM25:
 
     def reference(self, query: str) -> Ranking:
         """Ids and scores of every row as rank-bm25 itself computes them: slow, obvious, the twin of `search`."""
-        scores = np.zeros(len(self._ids))
-        if self._okapi is not None:
-            scores[self._wordy] = self._okapi.get_scores(self._tokenizer(query))
-        return self._ids, scores
+        scores = np.zeros(len(self._postings.ids))
+        documents = self._postings.documents()
+        # Lance does not count a caption without a term ("!!!") among the N documents; nor is it counted here.
+        wordy = [position for position, terms in enumerate(documents) if terms]
+        if wordy:
+            scores[wordy] = self._okapi.get_scores(self._tokenizer(query))
+        return self._postings.ids, scores
+
+    @cached_property
+    def _okapi(self) -> Any:
+        from rank_bm25 import BM25Okapi
+
+        okapi = BM25Okapi([terms for terms in self._postings.documents() if terms], k1=K1, b=B)
+        # rank-bm25's own idf goes below 0 for a term in more than half of the captions.
+        okapi.idf = {term: self._statistics.idf(term) for term in okapi.idf}
+        return okapi
 
     def _all_scores(self, query: str) -> Float64[ndarray, " n"]:
-        total = np.zeros(len(self._ids))
-        for term in self._tokenizer(query):
-            if term in self._postings:
-                documents, scores = self._postings[term]
-                total[documents] += scores
+        total = np.zeros(len(self._postings.ids))
+        for term, times in Counter(self._tokenizer(query)).items():
+            documents, scores = self._scored(term)
+            total[documents] += times * scores
         return total
+
+    def _scored(self, term: str) -> tuple[Int64[ndarray, " m"], Float64[ndarray, " m"]]:
+        """The captions that have the term and what it adds to each, kept for the next query that has it."""
+        if term not in self._seen:
+            self._seen[term] = self._postings.scored(term, self._statistics)
+        return self._seen[term]
 
 
 class TfIdf:
@@ -262,6 +329,7 @@ def build_fts(store: "PairStore", *, tokenizer: Tokenizer | None = None) -> None
             replace=True,
             with_position=False,
             memory_limit=_FTS_MEMORY_MIB,
+            num_workers=min(_FTS_WORKERS, os.cpu_count() or 1),
             **tokenizer.settings,
         )
         store.refresh()
@@ -303,6 +371,25 @@ def _fts_stats(store: "PairStore") -> dict[str, Any]:
     return dict(store.dataset.stats.index_stats(FTS_NAME))
 
 
+def _fts_segments(store: "PairStore") -> list[Any]:
+    (description,) = (each for each in store.dataset.describe_indices() if each.name == FTS_NAME)
+    return list(description.segments)
+
+
+def _indexed_terms(store: "PairStore") -> int:
+    """Terms in all captions of the index, repeats included. Lance keeps the number in its files (format 2)."""
+    from lance.file import LanceFileReader
+
+    total = 0
+    for segment in _fts_segments(store):
+        folder = f"{store.dataset.uri}/_indices/{segment.uuid}"
+        parts = json.loads(LanceFileReader(f"{folder}/metadata.lance").metadata().schema.metadata[b"partitions"])
+        for part in parts:
+            documents = LanceFileReader(f"{folder}/part_{part}_docs.lance").metadata().schema
+            total += int(documents.metadata[b"total_tokens"])
+    return total
+
+
 def _is_fresh(store: "PairStore", tokenizer: Tokenizer) -> bool:
     if not has_fts(store):
         return False
@@ -312,6 +399,28 @@ def _is_fresh(store: "PairStore", tokenizer: Tokenizer) -> bool:
     same_words = all(params.get(name) == value for name, value in tokenizer.settings.items())
     # A removal leaves a tombstone row behind, which is not indexed yet; captions without a term are never counted.
     return same_words and stats["num_unindexed_rows"] == 0 and known <= store.count()
+
+
+def _most_gain(own: Statistics, corpus: Statistics) -> float:
+    """What a caption's score can grow by at most, as a factor, from one corpus's statistics to another's.
+
+    Idf changes by a factor that depends on the term alone. The saturation grows when the average caption is longer
+    there, by less than the ratio of the lengths: (f + c + d l / a) / (f + c + d l / b) < b / a for b > a.
+    """
+    terms = [corpus.idf(term) / own.idf(term) for term, n in own.frequencies.items() if n]
+    return max(terms, default=1.0) * max(1.0, corpus.average_length / own.average_length)
+
+
+def _id_in(ids: Int64[ndarray, " n"]) -> str:
+    return f"id IN ({', '.join(map(str, ids.tolist()))})"
+
+
+def _best_of(rankings: Sequence[tuple[Int64[ndarray, " _"], Float64[ndarray, " _"]]], top_k: int) -> Ranking:
+    """The best of several rankings of different captions."""
+    ids = np.concatenate([ids for ids, _ in rankings])
+    scores = np.concatenate([scores for _, scores in rankings])
+    order = best_first(ids, coarse(scores))[:top_k]
+    return ids[order], scores[order]
 
 
 def _listed(ids: Int64[ndarray, " n"], scores: Float64[ndarray, " n"], *, top_k: int, within: Subset | None) -> Ranking:
@@ -326,28 +435,3 @@ def _listed(ids: Int64[ndarray, " n"], scores: Float64[ndarray, " n"], *, top_k:
         positions, level = positions[level >= last], level[level >= last]
     best = positions[best_first(ids[positions], level)][:top_k]
     return ids[best], scores[best]
-
-
-def _inverse_frequencies(term_counts: Sequence[dict[str, int]]) -> dict[str, float]:
-    """Idf as Lance and Lucene have it; rank-bm25's own goes below 0 for a term in more than half of the captions."""
-    frequencies = Counter(chain.from_iterable(term_counts))
-    total = len(term_counts)
-    return {term: math.log(1 + (total - n + 0.5) / (n + 0.5)) for term, n in frequencies.items()}
-
-
-def _postings(
-    okapi: Any, positions_of_documents: Int64[ndarray, " n"]
-) -> dict[str, tuple[Int64[ndarray, " m"], Float64[ndarray, " m"]]]:
-    """For each term the captions that have it, ascending, and its score in each: rank-bm25's formula, done once."""
-    lists: dict[str, list[tuple[int, int]]] = {}
-    for document, counts in enumerate(okapi.doc_freqs):
-        for term, count in counts.items():
-            lists.setdefault(term, []).append((document, count))
-    lengths = np.asarray(okapi.doc_len, dtype=np.float64)
-    norms = K1 * (1 - B + B * lengths / okapi.avgdl)
-    postings = {}
-    for term, pairs in lists.items():
-        documents, counts = np.array(pairs, dtype=np.int64).T
-        scores = okapi.idf[term] * counts * (K1 + 1) / (counts + norms[documents])
-        postings[term] = (positions_of_documents[documents], scores)
-    return postings

@@ -9,7 +9,8 @@ import pytest
 from index.errors import KnowledgeBaseError, QueryError
 from index.records import ImageLocation, StoredPair, pair_id
 from index.search import lexical as module
-from index.search.lexical import LanceBM25, RankBM25, Subset, TfIdf, Tokenizer, build_fts, has_fts
+from index.search.lexical import LanceBM25, RankBM25, Subset, TfIdf, build_fts, has_fts
+from index.search.words import Postings, Tokenizer, report_captions
 from index.store import PairStore
 
 CAPTIONS = [
@@ -157,6 +158,130 @@ def test_a_filter_comes_before_the_top(store: PairStore) -> None:
         everything = [i for i in lexical.search("dog", top_k=20)[0].tolist() if i in subset.ids]
         assert len(everything) == 3
         assert lexical.search("dog", top_k=3, within=subset)[0].tolist() == everything
+
+
+ODD = [
+    "\u0130stanbul in \u0130stanbul",  # its lower case holds a mark at which it would be cut once more
+    "\u65e5\u672c\u8a9e \u30c6\u30b9\u30c8",
+    "\U0001f43a wolf \U0001f43a\U0001f43a",
+    "x\x00y\tz\r\nw",
+    "snake_case-kebab.dot/slash\\back",
+    "\ufdfa \u216b \ufb01ne \u2460",
+    "\u05d0\u05d1\u05d2 \u202e\u0639\u0631\u0628\u064a",
+    "2" * 300 + " 3.14 1e9",
+    "",
+    " \u200b \u00a0 ",
+    "cafe\u0301 caf\u00e9 CAFE",
+    "dog " * 2000,
+]
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory: pytest.TempPathFactory) -> PairStore:
+    return fill(tmp_path_factory.mktemp("odd"), ODD + CAPTIONS)
+
+
+@pytest.mark.parametrize("query", [text[:400] for text in ODD if Tokenizer()(text)])
+def test_odd_captions_score_as_in_rank_bm25_and_explain_themselves(odd: PairStore, query: str) -> None:
+    found, scores = LanceBM25(odd).search(query, top_k=20)
+    expected, exact = in_memory(odd).search(query, top_k=20)
+    assert np.array_equal(found, expected)
+    np.testing.assert_allclose(scores, exact, rtol=1e-6)
+    own = in_memory(odd).reference(query)[1]
+    np.testing.assert_allclose(np.sort(own[own > 0]), np.sort(exact), rtol=1e-12)
+    for pair, score in zip(found.tolist(), scores.tolist(), strict=True):
+        assert sum(LanceBM25(odd).contributions(query, pair).values()) == pytest.approx(score, rel=1e-5)
+
+
+def zipf_captions(seed: int, count: int, words: int = 300) -> list[str]:
+    generator = np.random.default_rng(seed)
+    drawn = np.array([f"w{int(n)}" for n in generator.zipf(1.3, size=20 * count) if n < words])
+    return [" ".join(generator.choice(drawn, size=size)) for size in generator.integers(1, 15, size=count)]
+
+
+ZIPF_QUERIES = ["w1 w2", "w1 w7 w50 w50", "w200 w3 w9 w120", "w2 w2 w11", "w5 w40 w80 w160 w280"]
+
+
+def test_the_statistics_are_those_of_the_captions(tmp_path: Path) -> None:
+    captions = zipf_captions(1, 500)
+    lexical = LanceBM25(fill(tmp_path, captions))
+    expected = Postings(np.arange(500), captions, tokenizer=Tokenizer()).statistics()
+    for query in ZIPF_QUERIES:
+        got = lexical.statistics(query)
+        assert (got.num_docs, got.total_length) == (expected.num_docs, expected.total_length)
+        assert dict(got.frequencies) == {term: expected.frequencies.get(term, 0) for term in query.split()}
+
+
+def test_statistics_of_an_index_in_several_segments_are_summed(tmp_path: Path) -> None:
+    captions = zipf_captions(2, 300)
+    store = fill(tmp_path, captions[:200])
+    store.add([stored(str(key), captions[key]) for key in range(200, 300)])
+    store.dataset.optimize.optimize_indices(num_indices_to_merge=0, index_names=[module.FTS_NAME])
+    store.refresh()
+    assert len(module._fts_segments(store)) == 2
+    lexical, memory = LanceBM25(store), in_memory(store)
+    for query in ZIPF_QUERIES:
+        found, scores = lexical.search(query, top_k=300)
+        expected, exact = memory.search(query, top_k=300)
+        assert np.array_equal(found, expected)
+        np.testing.assert_allclose(scores, exact, rtol=1e-5)
+        assert sum(lexical.contributions(query, int(found[0])).values()) == pytest.approx(scores[0], rel=1e-5)
+
+
+def test_newer_rows_score_under_the_statistics_of_the_index_whatever_the_filter(tmp_path: Path) -> None:
+    captions, newer = zipf_captions(3, 300), zipf_captions(4, 60)
+    store = fill(tmp_path, captions)
+    store.add([stored(str(1000 + key), caption) for key, caption in enumerate(newer)])
+    store.remove([pair_id("d", "s", str(key)) for key in range(40)])
+    lexical = LanceBM25(store)
+    then = Postings(np.arange(300), captions, tokenizer=Tokenizer()).statistics()
+    ids, texts = store.captions()
+    now = Postings(ids, texts, tokenizer=Tokenizer())
+    odd = Subset(where="dataset = 'odd'", ids=np.sort(store.matching_ids("dataset = 'odd'")))
+    for query in ZIPF_QUERIES:
+        expected = now.scores(query.split(), then)
+        np.testing.assert_allclose(lexical.scores(query, now.ids), expected, rtol=1e-6)
+        found, scores = lexical.search(query, top_k=400)
+        np.testing.assert_allclose(scores, expected[np.searchsorted(now.ids, found)], rtol=1e-6)
+        among = dict(zip(*(part.tolist() for part in lexical.search(query, top_k=400, within=odd)), strict=True))
+        assert among == {i: s for i, s in zip(found.tolist(), scores.tolist(), strict=True) if i in odd.ids}
+        for pair, score in zip(found[::50].tolist(), scores[::50].tolist(), strict=True):
+            assert sum(lexical.contributions(query, pair).values()) == pytest.approx(score, rel=1e-5)
+
+
+def test_many_queries_at_once_are_the_same_queries(store: PairStore) -> None:
+    lexical = LanceBM25(store)
+    for query, (ids, scores) in zip(QUERIES, lexical.search_many(QUERIES, top_k=5), strict=True):
+        expected, exact = lexical.search(query, top_k=5)
+        assert np.array_equal(ids, expected)
+        assert np.array_equal(scores, exact)
+
+
+@pytest.mark.parametrize("top_k", [1, 10, 1000])
+def test_a_part_of_a_larger_corpus_ranks_as_that_corpus_does(tmp_path: Path, top_k: int) -> None:
+    # The other part has longer captions and other frequencies, so that the own order and the larger one's differ.
+    captions, others = zipf_captions(5, 600), [f"{caption} w1 w2 w40" for caption in zipf_captions(6, 900, words=60)]
+    store = fill(tmp_path, captions)
+    lexical, everyone = LanceBM25(store), Postings(np.arange(1500), captions + others, tokenizer=Tokenizer())
+    ids = np.array([pair_id("d", "s", str(key)) for key in range(600)])
+    reordered = 0
+    for query in ZIPF_QUERIES:
+        corpus = everyone.statistics()
+        exact = everyone.scores(query.split(), corpus)[:600]
+        expected, scores = module._listed(ids, exact, top_k=top_k, within=None)
+        found, got = lexical.search_among(corpus, query, top_k=top_k)
+        np.testing.assert_allclose(got, scores, rtol=1e-12)
+        assert np.array_equal(found, expected)
+        reordered += not np.array_equal(found, lexical.search(query, top_k=top_k)[0])
+    assert reordered or top_k == 1
+
+
+def test_junk_in_captions_is_reported() -> None:
+    report = report_captions(["a stock photo of a dog", "stock cat", "!!!", "stock cat", "a horse"])
+    assert report.captions == 5
+    assert report.without_words == report.duplicates == 1 / 5
+    assert report.common_terms == {"stock": 3 / 5, "cat": 2 / 5}
+    assert report_captions([]).common_terms == {}
 
 
 def test_contributions_add_up(store: PairStore) -> None:
