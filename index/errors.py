@@ -11,6 +11,10 @@ class CorpusError(UserError):
     """The image-text pairs on disk cannot be read as they stand."""
 
 
+class ImageError(CorpusError, OSError):
+    """An image cannot be read where it lies."""
+
+
 class KnowledgeBaseError(UserError):
     """The knowledge base is missing, empty, locked, or was made by another model."""
 

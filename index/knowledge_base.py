@@ -330,10 +330,7 @@ def _encoded(image: "str | Path | PIL.Image.Image") -> bytes:
         buffer = io.BytesIO()
         image.save(buffer, format="PNG")
         return buffer.getvalue()
-    try:
-        return ImageLocation(uri=str(image)).read()
-    except OSError as error:
-        raise CorpusError(f"cannot read {str(image)!r}: {error.strerror or error}; check the path") from error
+    return ImageLocation(uri=str(image)).read()
 
 
 def _decoded(content: bytes, image: "str | Path | PIL.Image.Image") -> "PIL.Image.Image":
