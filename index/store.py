@@ -525,7 +525,8 @@ def _wait_for_lock(file: IO[str], directory: Path, *, wait: float, on_wait: Call
             owner = file.read().strip() or "unknown"
             if time.monotonic() >= deadline:
                 raise KnowledgeBaseError(
-                    f"{directory} is being written by process {owner}; wait for it to end, then run the command again"
+                    f"{directory} is being written by process {owner}; run the command again when it has ended, or "
+                    "let it wait with --wait SECONDS"
                 ) from error
             if owner != told:
                 on_wait(f"{directory} is being written by process {owner}; waiting for it up to {wait:.0f} s")

@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from index.commands.options import DatasetOption, JsonOption, KbOption, ModelOption, names, print_json, print_table
+from index.commands.options import (
+    DatasetOption,
+    JsonOption,
+    KbOption,
+    ModelOption,
+    WaitOption,
+    names,
+    print_json,
+    print_table,
+    say,
+)
 from index.errors import ModelError
 
 if TYPE_CHECKING:
@@ -41,6 +51,10 @@ def add_build(app: typer.Typer, default_model: str | None) -> None:
             float, typer.Option(min=0.0, max=1.0, help="Share of bad samples above which the build fails.")
         ] = 0.1,
         seed: Annotated[int, typer.Option(help="Seed of the searcher's training.")] = 0,
+        prune: Annotated[
+            bool, typer.Option("--prune/--no-prune", help="Take out pairs of shards that the sources no longer have.")
+        ] = False,
+        wait: WaitOption = 0,
         as_json: JsonOption = False,
     ) -> None:
         """Bring pairs in: exactly once, whatever interrupts it. Run it again to go on, or to take in what changed."""
@@ -54,11 +68,13 @@ def add_build(app: typer.Typer, default_model: str | None) -> None:
             max_bad_fraction=max_bad_fraction,
             workers=workers,
             seed=seed,
+            prune=prune,
+            wait=wait,
         )
         check_sources(sources, kb)  # before a model is loaded
         base = _open_or_create(kb, model, default_model)
         with _progress(as_json) as hooks:
-            report = build_knowledge_base(base, sources, config, **hooks)
+            report = build_knowledge_base(base, sources, config, on_wait=say, **hooks)
         print_json(report.to_json()) if as_json else _print_report(report)
 
 

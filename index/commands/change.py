@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from index.commands.options import DatasetOption, JsonOption, KbOption, names, print_json
+from index.commands.options import DatasetOption, JsonOption, KbOption, WaitOption, names, print_json, say
 from index.errors import QueryError
 
 if TYPE_CHECKING:
@@ -23,16 +23,18 @@ def add_changes(app: typer.Typer, default_model: str | None) -> None:
             str | None, typer.Option(help="What the image shows, or all images of the folder do.")
         ] = None,
         dataset: DatasetOption = None,
+        wait: WaitOption = 0,
         as_json: JsonOption = False,
     ) -> None:
         """Add an image with its caption, or a source of pairs that have theirs; they are found by the next query."""
         from index.knowledge_base import ADDED, KnowledgeBase
 
         base = KnowledgeBase.open(kb, models=names(default_model))
-        if caption is not None:
-            ids = base.add(_images_of(source), caption, dataset=dataset or ADDED)
-        else:
-            ids = _add_source(base, source, dataset)
+        with base.store.lock(wait, on_wait=say):
+            if caption is not None:
+                ids = base.add(_images_of(source), caption, dataset=dataset or ADDED)
+            else:
+                ids = _add_source(base, source, dataset)
         texts = [str(i) for i in ids]
         print_json({"kb": str(kb), "ids": texts, "snapshot": base.store.version}) if as_json else print(
             "\n".join(texts)
@@ -46,6 +48,7 @@ def add_changes(app: typer.Typer, default_model: str | None) -> None:
         ids_file: Annotated[
             Path | None, typer.Option(exists=True, dir_okay=False, help="A file of ids, one a line.")
         ] = None,
+        wait: WaitOption = 0,
         as_json: JsonOption = False,
     ) -> None:
         """Take pairs down. The next query obeys, and no later build brings them back."""
@@ -55,7 +58,8 @@ def add_changes(app: typer.Typer, default_model: str | None) -> None:
         if (where is None) == (ids is None and ids_file is None):
             raise typer.BadParameter("give either --id or --ids-file, or --where")
         base = KnowledgeBase.open(kb, models=names(default_model))
-        gone = base.remove(where=where) if where is not None else base.remove(wanted)
+        with base.store.lock(wait, on_wait=say):
+            gone = base.remove(where=where) if where is not None else base.remove(wanted)
         missing = sorted(set(wanted) - set(gone))
         if as_json:
             document = {"kb": str(kb), "removed": len(gone), "ids": [str(i) for i in gone]}

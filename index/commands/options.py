@@ -1,6 +1,7 @@
 """What the `radt index` commands share: options that mean the same everywhere, opening, and printing."""
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +15,9 @@ KbOption = Annotated[Path, typer.Option("--kb", help="Folder of the knowledge ba
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 ModelOption = Annotated[
     str | None, typer.Option("--model", help="An open_clip name (NAME or NAME/WEIGHTS), or a model folder or bundle.")
+]
+WaitOption = Annotated[
+    float, typer.Option("--wait", min=0, metavar="SECONDS", help="How long to wait while another process writes.")
 ]
 DatasetOption = Annotated[str | None, typer.Option("--dataset", help="Name of the dataset.")]
 
@@ -31,6 +35,11 @@ def open_for_query(kb: Path, model: str | None, default_model: str | None) -> "K
     if model is None:
         return KnowledgeBase.open(kb, models=names(default_model))
     return KnowledgeBase.open(kb, ClipEmbedder.load(model))
+
+
+def say(sentence: str) -> None:
+    """A word on stderr, for people: stdout belongs to the answer."""
+    print(sentence, file=sys.stderr, flush=True)
 
 
 def plain(value: Any) -> str:

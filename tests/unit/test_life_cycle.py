@@ -1,7 +1,12 @@
 """A knowledge base over its life: upgraded, built in groups, tagged, compacted, read while it is written."""
 
 import json
+import sys
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from subprocess import PIPE, Popen
 
 import lance
 import pyarrow as pa
@@ -14,6 +19,7 @@ from index.records import table_schema
 from index.store import PairStore
 from tests.fakes import HashEmbedder, caption_of, draw, sample, write_img2dataset, write_tar
 
+ROOT = Path(__file__).parents[2]
 FORMAT_1_COLUMNS = [
     *("kind", "id", "dataset", "source", "shard", "shard_digest", "key", "caption", "image_uri", "image_offset"),
     *("image_size", "image_sha256", "width", "height", "metadata", "reason", "vector"),
@@ -177,3 +183,77 @@ def test_pairs_of_shards_that_vanished_stay_until_they_are_pruned(corpus: Path, 
     assert (report.pairs_total, report.shards_pruned) == (12, 1)
     write_img2dataset(corpus, shards=3, per_shard=5)
     assert build_at(tmp_path / "kb", corpus).pairs_total == 17  # nothing was taken down: it may come back
+
+
+# Two writers, and readers meanwhile
+
+
+def other_process(kb: Path, source: Path, *, dataset: str, wait: float = 0, holds: bool = False) -> "Popen[str]":
+    """A build in a process of its own. It prints what it hears; one that `holds` the lock does so until it is told."""
+    script = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from index.cli import run
+from index.ingest.build import BuildConfig, build
+from index.knowledge_base import KnowledgeBase
+from tests.fakes import HashEmbedder
+
+def command(args):
+    kb = KnowledgeBase.create({str(kb)!r}, HashEmbedder())
+    config = BuildConfig(dataset={dataset!r}, wait={wait})
+    def landed(record):
+        print("landed", flush=True)
+        if {holds}:
+            sys.stdin.readline()
+    build(kb, [{str(source)!r}], config, on_shard=landed, on_wait=lambda text: print(text, flush=True))
+
+run(command, [])
+"""
+    return Popen([sys.executable, "-c", script], stdin=PIPE, stdout=PIPE, stderr=PIPE, text=True)
+
+
+@pytest.mark.slow
+def test_a_second_build_waits_when_it_is_told_to_and_says_so_otherwise(tmp_path: Path) -> None:
+    write_img2dataset(tmp_path / "pets", shards=1, per_shard=3)
+    kb = tmp_path / "kb"
+    first = other_process(kb, tmp_path / "pets", dataset="a", holds=True)
+    assert first.stdout is not None
+    assert first.stdout.readline() == "landed\n"
+    patient = other_process(kb, tmp_path / "pets", dataset="b", wait=60)
+    hasty = other_process(kb, tmp_path / "pets", dataset="c")
+    out, err = hasty.communicate(timeout=60)
+    assert (out, hasty.returncode) == ("", 1)
+    assert err.startswith(f"error: {kb} is being written by process {first.pid};")
+    assert patient.stdout is not None
+    assert patient.stdout.readline() == f"{kb} is being written by process {first.pid}; waiting for it up to 60 s\n"
+    first.communicate("go on\n", timeout=60)
+    assert patient.communicate(timeout=60) == ("landed\n", "")
+    assert (first.returncode, patient.returncode) == (0, 0)
+    assert PairStore(kb).datasets() == {"a": 3, "b": 3}
+
+
+def test_every_read_during_a_build_sees_whole_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("index.ingest.build.GROUP_ROWS", 1)  # a commit for every shard
+    write_img2dataset(tmp_path / "pets", shards=11, per_shard=8)
+    build_at(tmp_path / "kb", tmp_path / "pets" / "00000.tar")
+
+    class Slow(HashEmbedder):
+        def embed(self, prepared):  # type: ignore[no-untyped-def]
+            time.sleep(0.05)
+            return super().embed(prepared)
+
+    def build_slowly() -> BuildReport:
+        return build(KnowledgeBase.open(tmp_path / "kb", Slow()), [str(tmp_path / "pets")], BuildConfig())
+
+    reader = reopen(tmp_path / "kb")
+    seen: list[int] = []
+    with ThreadPoolExecutor(1) as thread:
+        building = thread.submit(build_slowly)
+        while not building.done():
+            hits = reader.search("a red circle", k=1000, by="clip")
+            shards = Counter(row.shard for row in reader.store.get([hit.id for hit in hits]))
+            assert set(shards.values()) == {8}, "a shard is there whole or not at all"
+            seen.append(len(hits))
+    assert building.result().pairs_total == 11 * 8
+    assert seen == sorted(seen)
+    assert len(set(seen)) > 2, "it read while the build committed"
