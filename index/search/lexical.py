@@ -54,6 +54,10 @@ class Lexical(Protocol):
         """At most `top_k` ids and scores above 0, best first, equal ones (see `coarse`) in order of id."""
         ...
 
+    def search_many(self, queries: Sequence[str], *, top_k: int, within: Subset | None = None) -> list[Ranking]:
+        """`search` for each of the queries."""
+        ...
+
     def scores(self, query: str, ids: Int64[ndarray, " n"]) -> Float64[ndarray, " n"]:
         """The scores of the named rows."""
         ...
@@ -88,7 +92,7 @@ class LanceBM25:
         return _best_of([(ids, scores), self._search_tail(query, within)], top_k)
 
     def search_many(self, queries: Sequence[str], *, top_k: int, within: Subset | None = None) -> list[Ranking]:
-        """`search` for each of many queries, several at a time: Lance searches outside Python's lock."""
+        """As `Lexical.search_many`, several at a time: Lance searches outside Python's lock."""
         if len(queries) < 2:
             return [self.search(query, top_k=top_k, within=within) for query in queries]
         with ThreadPoolExecutor(min(len(queries), os.cpu_count() or 1)) as pool:
@@ -217,6 +221,10 @@ class RankBM25:
         """As `Lexical.search`."""
         return _listed(self._postings.ids, self._all_scores(query), top_k=top_k, within=within)
 
+    def search_many(self, queries: Sequence[str], *, top_k: int, within: Subset | None = None) -> list[Ranking]:
+        """As `Lexical.search_many`."""
+        return [self.search(query, top_k=top_k, within=within) for query in queries]
+
     def scores(self, query: str, ids: Int64[ndarray, " n"]) -> Float64[ndarray, " n"]:
         """As `Lexical.scores`."""
         return self._all_scores(query)[positions_of(self._postings.ids, ids)]
@@ -231,6 +239,10 @@ class RankBM25:
             if at < len(documents) and documents[at] == position:
                 parts[term] = float(scores[at]) * times
         return parts
+
+    def statistics(self, query: str) -> Statistics:
+        """As `LanceBM25.statistics`, of every term there is: `query` does not matter."""
+        return self._statistics
 
     def reference(self, query: str) -> Ranking:
         """Ids and scores of every row as rank-bm25 itself computes them: slow, obvious, the twin of `search`."""
@@ -288,6 +300,10 @@ class TfIdf:
     def search(self, query: str, *, top_k: int, within: Subset | None = None) -> Ranking:
         """As `Lexical.search`."""
         return _listed(self._ids, self._all_scores(query), top_k=top_k, within=within)
+
+    def search_many(self, queries: Sequence[str], *, top_k: int, within: Subset | None = None) -> list[Ranking]:
+        """As `Lexical.search_many`."""
+        return [self.search(query, top_k=top_k, within=within) for query in queries]
 
     def scores(self, query: str, ids: Int64[ndarray, " n"]) -> Float64[ndarray, " n"]:
         """As `Lexical.scores`."""

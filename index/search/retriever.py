@@ -5,10 +5,10 @@ searcher is a snapshot: rows newer than it are compared one by one, and ids that
 """
 
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from jaxtyping import Float32, Float64, Int64
@@ -19,7 +19,7 @@ from index.records import Hit, StoredPair
 from index.search.fusion import FusionRule, best_first, fuse
 from index.search.lexical import Lexical, Subset, coarse
 from index.search.searcher import Queries, Searcher
-from index.search.view import RankedList, StoreView
+from index.search.view import RankedList, StoreView, View
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -102,9 +102,16 @@ class Retriever:
 
     def __init__(self, store: "PairStore", searcher: Searcher, embedder: "Embedder | None" = None):
         self.store = store
-        self._searcher = searcher
+        self._make_view: Callable[[], View] = lambda: StoreView(store, searcher)
         self._embedder = embedder
-        self._view: StoreView | None = None
+        self._view: View | None = None
+
+    @classmethod
+    def over(cls, store: Any, make_view: Callable[[], View], embedder: "Embedder | None" = None) -> "Retriever":
+        """Search what `make_view` shows. `store` answers `version`, `matching_ids` and `get` as a PairStore does."""
+        retriever = cls.__new__(cls)
+        retriever.store, retriever._make_view, retriever._embedder, retriever._view = store, make_view, embedder, None
+        return retriever
 
     def search(
         self,
@@ -297,7 +304,7 @@ class Retriever:
                 by_vector = self._search_vectors(vectors, queries, request, depth=depth)
         if request.uses_words:
             with clock("lexical"):
-                by_words = [self._search_words(query, lexical, request, depth=depth) for query in queries]
+                by_words = self._search_words(queries, lexical, request, depth=depth)
         ids = [np.union1d(one.ids, other.ids) for one, other in zip(by_vector, by_words, strict=True)]
         clips: list[Float64[ndarray, " n"]] | None = None
         words: list[Float64[ndarray, " n"]] | None = None
@@ -325,10 +332,16 @@ class Retriever:
             for i, s, query in zip(found, scores, queries, strict=True)
         ]
 
-    def _search_words(self, query: _Query, lexical: Lexical, request: _Request, *, depth: int) -> "RankedList":
-        assert query.text is not None
-        ids, scores = lexical.search(query.text, top_k=depth + len(query.exclude), within=request.subset)
-        return RankedList(ids=ids, scores=scores).without(query.exclude, limit=depth)
+    def _search_words(
+        self, queries: Sequence[_Query], lexical: Lexical, request: _Request, *, depth: int
+    ) -> list[RankedList]:
+        spare = max(len(query.exclude) for query in queries)
+        texts = [query.text or "" for query in queries]
+        rankings = lexical.search_many(texts, top_k=depth + spare, within=request.subset)
+        return [
+            RankedList(ids=ids, scores=scores).without(query.exclude, limit=depth)
+            for (ids, scores), query in zip(rankings, queries, strict=True)
+        ]
 
     def _fetch(self, ranked: Sequence[_Candidates], k: int) -> list[list[Hit]]:
         """The first k candidates of each query that show different images."""
@@ -344,9 +357,9 @@ class Retriever:
             window *= 2
         return hits
 
-    def _current(self) -> "StoreView":
+    def _current(self) -> View:
         if self._view is None or self._view.version != self.store.version:
-            self._view = StoreView(self.store, self._searcher)
+            self._view = self._make_view()
         return self._view
 
 

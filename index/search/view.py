@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float32, Float64, Int64
@@ -27,8 +27,6 @@ class RankedList:
 
     def without(self, exclude: Int64[ndarray, " x"], *, limit: int) -> "RankedList":
         """The first `limit` of those that are not excluded."""
-        if not len(exclude):
-            return self
         kept = ~np.isin(self.ids, exclude)
         return RankedList(ids=self.ids[kept][:limit], scores=self.scores[kept][:limit])
 
@@ -38,6 +36,28 @@ class RankedList:
         positions = np.searchsorted(ids, self.ids)
         scores[positions], known[positions] = self.scores, True
         return scores, known
+
+
+@runtime_checkable  # for the shape checks of the test run
+class View(Protocol):
+    """What the retriever searches: one store at one version, or several as if they were one."""
+
+    version: Any  # another one means that the view is out of date
+    ids: Int64[ndarray, " rows"]  # ascending
+
+    def search(self, queries: Queries, *, top_k: int, subset: Subset | None, exact: bool) -> tuple[Ids, Scores]:
+        """As `Searcher.search`, over all rows or over a subset of them."""
+        ...
+
+    def complete_clip(
+        self, vectors: Queries, ids: Sequence[Int64[ndarray, " _"]], known: Sequence[RankedList]
+    ) -> list[Float64[ndarray, " _"]]:
+        """The CLIP score of every candidate; those that only the words brought are computed here."""
+        ...
+
+    def lexical(self, by: str, *, many: bool = False) -> Lexical:
+        """Who scores words, one query at a time or many."""
+        ...
 
 
 class StoreView:
