@@ -19,9 +19,17 @@ from index.atomic import write_bytes
 from index.config import from_dict, to_dict
 from index.embedder import DeferredEmbedder, Embedder, check_fingerprint, decode_image
 from index.errors import ConfigError, CorpusError, DiskError, KnowledgeBaseError, QueryError
-from index.records import Hit, ImageLocation, StoredPair, pair_id
+from index.records import BadSample, Hit, ImageLocation, StoredPair, pair_id
 from index.search.retriever import Retriever, SearchResult
-from index.search.searcher import SearcherManifest, build_searcher, choose_kind, open_searcher
+from index.search.searcher import (
+    Searcher,
+    SearcherManifest,
+    build_searcher,
+    choose_kind,
+    exact_searcher,
+    open_searcher,
+)
+from index.snapshots import Snapshot, snapshots, tag_build
 from index.store import PairStore, one_sentence
 
 if TYPE_CHECKING:
@@ -32,6 +40,8 @@ MANIFEST = "kb.json"
 ADDED = "added"  # the folder of images that were added one by one, and the dataset they are in unless told
 ADDED_SHARD = "(added)"  # no path: cannot be the name of a shard that a build makes
 CALIBRATION_CAPTIONS = 200
+LAGGING_ROWS = 20_000  # rows that a build may leave to be compared one by one; they cost a query some milliseconds
+LAGGING_SHARE = 0.05  # of the searcher's rows, where that is less
 UPGRADE_WAIT = 10.0  # seconds: another process may be upgrading it at this moment
 
 SearcherChoice = Literal["auto", "exact", "scann", "lance"]
@@ -47,6 +57,9 @@ class Manifest:
     dim: int
     created: str  # ISO 8601, UTC
     searcher: str | None = None  # its folder, relative to the knowledge base
+    covers: int | None = None  # the store's `high_water` up to which the searcher knows the rows; None: as it says
+    moved_files: tuple[str, ...] = ()  # data files of a compaction that may be landing just now: no new rows
+    builds: int = 0  # that left a snapshot
 
     def write(self, directory: Path) -> None:
         """Replace the file whole: a reader sees the old one or the new one."""
@@ -76,12 +89,13 @@ class Manifest:
 class KnowledgeBase:
     """Pairs that can be searched. `open` one, or `create` an empty one; a query needs the model that made it."""
 
-    def __init__(self, directory: Path, manifest: Manifest, embedder: Embedder):
+    def __init__(self, directory: Path, manifest: Manifest, embedder: Embedder, *, snapshot: str | None = None):
         self.directory = directory
         self.embedder = embedder
-        self.store = _store_at(directory, manifest)
+        self.store = _store_at(directory, manifest, snapshot)
         self.manifest = manifest if manifest.format == FORMAT else self._upgrade()
-        self._retriever: tuple[str | None, Retriever] | None = None
+        self._searcher: tuple[str | None, Searcher] | None = None  # with its name in `kb.json`
+        self._retriever: Retriever | None = None
 
     @classmethod
     def create(cls, directory: str | Path, embedder: Embedder) -> "KnowledgeBase":
@@ -103,11 +117,18 @@ class KnowledgeBase:
 
     @classmethod
     def open(
-        cls, directory: str | Path, embedder: Embedder | None = None, *, models: Sequence[str] = ()
+        cls,
+        directory: str | Path,
+        embedder: Embedder | None = None,
+        *,
+        models: Sequence[str] = (),
+        snapshot: str | None = None,
     ) -> "KnowledgeBase":
         """Open a knowledge base. Without `embedder`, the model it was made with is loaded when it is first needed.
 
         `models` are tried after that one, in case it has moved. KnowledgeBaseError when `embedder` is another model.
+        `snapshot` names a state that a build has left, such as "build-2": it is read as it was then, but for what has
+        been taken down since, and cannot be changed. Its vectors are compared one by one, held in memory.
         """
         folder = Path(directory)
         manifest = Manifest.read(folder)
@@ -115,7 +136,7 @@ class KnowledgeBase:
             names = [manifest.model, *(name for name in models if name != manifest.model)]
             embedder = DeferredEmbedder(names, dim=manifest.dim, fingerprint=manifest.fingerprint)
         check_fingerprint(embedder, manifest.fingerprint)
-        return cls(folder, manifest, embedder)
+        return cls(folder, manifest, embedder, snapshot=snapshot)
 
     def __len__(self) -> int:
         """Number of pairs."""
@@ -129,18 +150,27 @@ class KnowledgeBase:
 
     def query(self, text: str | None = None, **asked: Any) -> SearchResult:
         """`search`, with where the time went."""
-        return self.retriever.search(text, **asked)
+        try:
+            return self.retriever.search(text, **asked)
+        except OSError:
+            if not self._is_outdated():
+                raise
+            return self.retriever.search(text, **asked)  # a compaction has deleted a file that was being read
 
     @property
     def retriever(self) -> Retriever:
         """The retriever over the store as it is now and the searcher that `kb.json` names now."""
-        self.store.refresh()
-        self.manifest = Manifest.read(self.directory)
-        if self._retriever is None or self._retriever[0] != self.manifest.searcher:
+        if self.store.snapshot is not None:
+            return self._past_retriever()
+        self._refresh()
+        if self._retriever is None or self._searcher is None or self._searcher[0] != self.manifest.searcher:
             folder = self.directory / (self.manifest.searcher or "searchers/none")
-            retriever = Retriever(self.store, open_searcher(folder, self.store), self.embedder)
-            self._retriever = (self.manifest.searcher, retriever)
-        return self._retriever[1]
+            self._searcher = (self.manifest.searcher, open_searcher(folder, self.store))
+            self._retriever = Retriever(self.store, self._searcher[1], self.embedder)
+        searcher, covers = self._searcher[1], self.manifest.covers
+        if covers is not None and searcher.snapshot is not None:
+            searcher.snapshot = max(searcher.snapshot, covers)  # a compaction has moved the rows that it knows
+        return self._retriever
 
     def show(self, pair: int) -> StoredPair:
         """One pair, its vector included. QueryError when it is not there."""
@@ -151,24 +181,25 @@ class KnowledgeBase:
         return rows[0]
 
     def stats(self) -> dict[str, Any]:
-        """Sizes, model and searcher, ready for JSON."""
+        """Sizes, model, searcher and history, ready for JSON."""
+        from index.stats import describe
+
+        return describe(self)
+
+    def quarantine(self, where: str | None = None) -> list[BadSample]:
+        """The samples that could not be used, and why; for `where` see `PairStore.bad_samples`."""
         self.store.refresh()
-        searcher = self._searcher_manifest()
-        return {
-            "kb": str(self.directory),
-            "pairs": self.store.count(),
-            "datasets": self.store.datasets(),
-            "shards": len(self.store.shards()),
-            "quarantined": self.store.count_bad(),
-            "model": self.manifest.model,
-            "fingerprint": self.manifest.fingerprint,
-            "dim": self.manifest.dim,
-            "created": self.manifest.created,
-            "searcher": None if searcher is None else searcher.kind,
-            "recall_at_10": None if searcher is None else searcher.recall_at_10,
-            "snapshot": self.store.version,
-            "bytes": folder_bytes(self.directory),
-        }
+        return self.store.bad_samples(where)
+
+    def snapshots(self) -> list[Snapshot]:
+        """The states that builds have left and no `compact` has let go, oldest first."""
+        return snapshots(self.store)
+
+    def searcher_manifest(self) -> SearcherManifest | None:
+        """What `kb.json` names as the searcher, if any."""
+        name = self.manifest.searcher
+        folder = self.directory / name if name else None
+        return SearcherManifest.read(folder) if folder is not None and folder.exists() else None
 
     # Changing
 
@@ -211,18 +242,37 @@ class KnowledgeBase:
             self._sweep_added_images()
         return gone
 
-    def build_search(self, kind: SearcherChoice = "auto", *, seed: int = 0) -> SearcherManifest:
-        """Make searcher, word index and id index fit the pairs that are there; nothing is done when they do."""
+    def build_search(self, kind: SearcherChoice = "auto", *, seed: int = 0, may_lag: bool = False) -> SearcherManifest:
+        """Make searcher, word index and id index fit the pairs that are there; nothing is done when they do.
+
+        A searcher that `may_lag` is kept when few rows have changed since: queries compare new ones one by one.
+        """
         from index.search.lexical import build_fts
 
         with self.store.lock(), one_sentence(self.directory):
-            current = self._searcher_manifest()
+            self._refresh()
+            current = self.searcher_manifest()
             wanted = choose_kind(self.store.count()) if kind == "auto" else kind
-            if current is None or (current.kind, current.snapshot) != (wanted, self.store.high_water):
+            if current is None or current.kind != wanted or self._changed_rows(current) > (_spare(current) * may_lag):
                 current = self._replace_searcher(wanted, seed)
             build_fts(self.store)
             self.store.index_ids()
         return current
+
+    def tag_build(self) -> None:
+        """Leave the present state as a snapshot, `build-1` for the first build and so on."""
+        with self.store.lock(), one_sentence(self.directory):
+            self._refresh()
+            lagging = self.unsearched()
+            tag_build(self.store, self.manifest.builds + 1, in_searcher=self.store.count() - lagging)
+            self.manifest = replace(self.manifest, builds=self.manifest.builds + 1)
+            self.manifest.write(self.directory)
+
+    def unsearched(self) -> int:
+        """Rows that the searcher does not know yet: they are compared one by one."""
+        searcher = self.searcher_manifest()
+        covers = self.manifest.covers if self.manifest.covers is not None or searcher is None else searcher.snapshot
+        return self.store.count_after(covers) if covers is not None else self.store.count()
 
     # Inside
 
@@ -240,10 +290,28 @@ class KnowledgeBase:
             ) from error
         return manifest
 
-    def _searcher_manifest(self) -> SearcherManifest | None:
-        name = self.manifest.searcher
-        folder = self.directory / name if name else None
-        return SearcherManifest.read(folder) if folder is not None and folder.exists() else None
+    def _refresh(self) -> None:
+        """See table and `kb.json` of one moment: a searcher younger than the table could miss rows of it."""
+        while True:
+            self.manifest = Manifest.read(self.directory)
+            self.store.moved_files = self.manifest.moved_files
+            self.store.refresh()
+            if Manifest.read(self.directory) == self.manifest:
+                return
+
+    def _is_outdated(self) -> bool:
+        return self.store.refresh() or Manifest.read(self.directory) != self.manifest
+
+    def _past_retriever(self) -> Retriever:
+        if self.store.refresh() or self._retriever is None:
+            self._retriever = Retriever(self.store, exact_searcher(self.store), self.embedder)
+        return self._retriever
+
+    def _changed_rows(self, searcher: SearcherManifest) -> int:
+        """Rows that were written or went since the searcher was built."""
+        new = self.unsearched()
+        known = self.store.count() - new
+        return new + max(searcher.rows - known, 0)
 
     def _replace_searcher(self, kind: Literal["exact", "scann", "lance"], seed: int) -> SearcherManifest:
         """Build beside the old one, then let `kb.json` name it: whoever reads meanwhile has one or the other."""
@@ -254,7 +322,8 @@ class KnowledgeBase:
         built = build_searcher(
             kind, ids, vectors, self.directory / name, seed=seed, queries=queries, snapshot=high_water
         )
-        previous, self.manifest = self.manifest.searcher, replace(self.manifest, searcher=name)
+        previous = self.manifest.searcher
+        self.manifest = replace(self.manifest, searcher=name, covers=high_water, moved_files=())
         self.manifest.write(self.directory)
         for folder in (self.directory / "searchers").iterdir():
             if f"searchers/{folder.name}" not in (name, previous):  # a reader may still have the previous one open
@@ -315,10 +384,15 @@ def folder_bytes(directory: Path) -> int:
     return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
 
 
-def _store_at(directory: Path, manifest: Manifest) -> PairStore:
+def _spare(searcher: SearcherManifest) -> int:
+    """How many rows may lag behind a searcher; exact search has nothing to rebuild, so none there."""
+    return 0 if searcher.kind == "exact" else min(LAGGING_ROWS, int(LAGGING_SHARE * searcher.rows))
+
+
+def _store_at(directory: Path, manifest: Manifest, snapshot: str | None) -> PairStore:
     """The table; a build that was killed between `kb.json` and the table has left none."""
     if PairStore.exists(directory):
-        return PairStore(directory)
+        return PairStore(directory, snapshot=snapshot)
     return PairStore.create(directory, dim=manifest.dim)
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -40,12 +41,20 @@ POLL_SECONDS = 0.2
 class PairStore:
     """Put, get, filter, version and take down the pairs of one knowledge base folder. Ids are ours, and stable."""
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, *, snapshot: str | None = None):
         import lance
 
         self.directory = directory
+        self.snapshot = snapshot  # the tag whose version is read, and never written; None: the newest
+        self.moved_files: Collection[str] = ()  # data files of rows that a compaction moved: not new, see `rows_after`
         self._uri = str(directory / f"{TABLE}.lance")
-        self._dataset = lance.dataset(self._uri)
+        try:
+            self._dataset = lance.dataset(self._uri, version=snapshot)
+        except ValueError as error:
+            raise KnowledgeBaseError(
+                f"{directory} has no snapshot {snapshot!r}; `radt index stats` lists those it has"
+            ) from error
+        self.hidden = self._hidden() if snapshot is not None else frozenset[int]()
         self._table: Any = None
         self._removed: set[int] | None = None
         self._lock_file: IO[str] | None = None
@@ -102,9 +111,12 @@ class PairStore:
         return int(self._dataset.schema.field("vector").type.list_size)
 
     def refresh(self) -> bool:
-        """See what others have committed; whether there was anything."""
+        """See what others have committed; whether there was anything. A snapshot hears of removals only."""
         import lance
 
+        if self.snapshot is not None:
+            before, self.hidden = self.hidden, self._hidden()
+            return self.hidden != before
         if self._dataset.latest_version == self._dataset.version:
             return False
         self._dataset = lance.dataset(self._uri)
@@ -115,32 +127,37 @@ class PairStore:
     def count(self, where: str | None = None) -> int:
         """How many pairs there are, or how many the SQL filter lets through."""
         with _filter_errors(where):
-            return int(self._dataset.count_rows(_pairs_where(where)))
+            return int(self._dataset.count_rows(self._pairs_where(where)))
 
     def matching_ids(self, where: str | None = None) -> Int64[np.ndarray, " n"]:
         """Ids of the pairs that the SQL filter lets through, in stored order."""
         with _filter_errors(where):
-            table = self._dataset.to_table(columns=["id"], filter=_pairs_where(where))
+            table = self._dataset.to_table(columns=["id"], filter=self._pairs_where(where))
         return table.column("id").to_numpy().astype(np.int64, copy=False)
 
     def captions(self, where: str | None = None) -> tuple[Int64[np.ndarray, " n"], list[str]]:
         """Ids and captions, in stored order."""
         with _filter_errors(where):
-            table = self._dataset.to_table(columns=["id", "caption"], filter=_pairs_where(where))
+            table = self._dataset.to_table(columns=["id", "caption"], filter=self._pairs_where(where))
         return table.column("id").to_numpy().astype(np.int64, copy=False), table.column("caption").to_pylist()
 
     def ids_and_vectors(self, where: str | None = None) -> tuple[Int64[np.ndarray, " n"], Float32[np.ndarray, "n d"]]:
         """Ids and unit vectors, in stored order; all in memory, so 2 GB for a million of 512."""
         with _filter_errors(where):
-            return self._scan_vectors(self._dataset.scanner(columns=["id", "vector"], filter=_pairs_where(where)))
+            return self._scan_vectors(self._dataset.scanner(columns=["id", "vector"], filter=self._pairs_where(where)))
 
     def rows_after(self, high_water: int) -> tuple[Int64[np.ndarray, " n"], Float32[np.ndarray, "n d"]]:
         """Ids and vectors of the pairs written since `high_water` was read: those a searcher of then cannot know."""
-        newer = [f for f in self._dataset.get_fragments() if f.fragment_id > high_water]
+        newer = self._fragments_after(high_water)
         if not newer:
             return np.empty(0, np.int64), np.empty((0, self.dim), np.float32)
-        scanner = self._dataset.scanner(columns=["id", "vector"], filter=_pairs_where(None), fragments=newer)
+        scanner = self._dataset.scanner(columns=["id", "vector"], filter=self._pairs_where(None), fragments=newer)
         return self._scan_vectors(scanner)
+
+    def count_after(self, high_water: int) -> int:
+        """How many rows `rows_after` would give."""
+        newer = self._fragments_after(high_water)
+        return sum(int(fragment.count_rows(self._pairs_where(None))) for fragment in newer)
 
     def get(
         self, ids: Sequence[int] | Int64[np.ndarray, " n"], *, vectors: bool = False, thumbnails: bool = False
@@ -150,7 +167,7 @@ class PairStore:
         if not wanted:
             return []
         columns = [*PAIR_COLUMNS, *["vector"] * vectors, *["thumbnail"] * thumbnails]
-        table = self._dataset.to_table(columns=columns, filter=_pairs_where(_id_in(wanted)))
+        table = self._dataset.to_table(columns=columns, filter=self._pairs_where(_id_in(wanted)))
         found = {row["id"]: row for row in table.to_pylist()}
         return [self._stored_pair(found[i]) for i in wanted if i in found]
 
@@ -169,10 +186,12 @@ class PairStore:
             for row in rows
         ]
 
-    def bad_samples(self) -> list[BadSample]:
-        """The quarantine."""
+    def bad_samples(self, where: str | None = None) -> list[BadSample]:
+        """The quarantine, or what an SQL filter over `dataset`, `shard`, `key`, `image_offset`, `reason` leaves."""
         columns = ["shard", "key", "image_offset", "reason"]
-        rows = self._dataset.to_table(columns=columns, filter="kind = 'bad'").to_pylist()
+        only = f"kind = 'bad' AND ({where})" if where else "kind = 'bad'"
+        with _filter_errors(where):
+            rows = self._dataset.to_table(columns=columns, filter=only).to_pylist()
         return [
             BadSample(shard=row["shard"], key=row["key"], offset=row["image_offset"], reason=row["reason"])
             for row in rows
@@ -182,10 +201,33 @@ class PairStore:
         """Size of the quarantine."""
         return int(self._dataset.count_rows("kind = 'bad'"))
 
+    def count_removed(self) -> int:
+        """How many pairs have been taken down for good."""
+        return int(self._dataset.count_rows("kind = 'removed'"))
+
+    def count_shards(self) -> int:
+        """Entries of the ledger."""
+        return int(self._dataset.count_rows("kind = 'shard'"))
+
+    def count_unindexed(self, index: str) -> int:
+        """Pairs written since an index of the table was built; all of them when there is no such index."""
+        segments = [s for each in self._dataset.describe_indices() if each.name == index for s in each.segments]
+        covered = {fragment for segment in segments for fragment in segment.fragment_ids}
+        newer = [f for f in self._dataset.get_fragments() if f.fragment_id not in covered]
+        return sum(int(fragment.count_rows(self._pairs_where(None))) for fragment in newer)
+
+    def reasons(self) -> dict[str, int]:
+        """Bad samples by reason, most first. What a reason says of the single sample, after a colon, is left out."""
+        counts: Counter[str] = Counter()
+        for batch in self._dataset.to_batches(columns=["reason"], filter="kind = 'bad'"):
+            for entry in batch.column("reason").value_counts().to_pylist():
+                counts[entry["values"].partition(":")[0]] += entry["counts"]
+        return dict(counts.most_common())
+
     def datasets(self) -> dict[str, int]:
         """Pairs per dataset name, sorted by name."""
         counts: dict[str, int] = {}
-        for batch in self._dataset.to_batches(columns=["dataset"], filter=_pairs_where(None)):
+        for batch in self._dataset.to_batches(columns=["dataset"], filter=self._pairs_where(None)):
             for entry in batch.column("dataset").value_counts().to_pylist():
                 counts[entry["values"]] = counts.get(entry["values"], 0) + entry["counts"]
         return dict(sorted(counts.items()))
@@ -199,6 +241,8 @@ class PairStore:
         When another process has it, wait up to `wait` seconds, after telling `on_wait` which one it is;
         KnowledgeBaseError when it still has it then.
         """
+        if self.snapshot is not None:
+            raise KnowledgeBaseError(f"the snapshot {self.snapshot} is the past and cannot be changed; leave it out")
         with self._mutex:
             if self._lock_file is not None:
                 yield
@@ -272,7 +316,7 @@ class PairStore:
             condition = where if where is not None else _id_in([int(i) for i in ids or ()])
             with _filter_errors(where):
                 columns = ["id", "dataset", "shard"]
-                rows = self._dataset.to_table(columns=columns, filter=_pairs_where(condition)).to_pylist()
+                rows = self._dataset.to_table(columns=columns, filter=self._pairs_where(condition)).to_pylist()
             if rows:
                 gone = [row["id"] for row in rows]
                 table = _arrow_table([{**row, "kind": "removed"} for row in rows], self._dataset.schema)
@@ -308,6 +352,25 @@ class PairStore:
                 self.refresh()
 
     # Inside
+
+    def _fragments_after(self, high_water: int) -> list[Any]:
+        newer = [f for f in self._dataset.get_fragments() if f.fragment_id > high_water]
+        return [f for f in newer if not any(file.path in self.moved_files for file in f.data_files())]
+
+    def _pairs_where(self, where: str | None) -> str:
+        parts = ["kind = 'pair'", *[f"({where})"] * bool(where)]
+        if self.hidden:
+            parts.append(f"NOT ({_id_in(sorted(self.hidden))})")
+        return " AND ".join(parts)
+
+    def _hidden(self) -> frozenset[int]:
+        """Pairs of this snapshot that have been taken down since: they must not come back through the past."""
+        import lance
+
+        latest = lance.dataset(self._uri)
+        removed = latest.to_table(columns=["id"], filter="kind = 'removed'").column("id").to_pylist()
+        there = self._dataset.to_table(columns=["id"], filter=f"kind = 'pair' AND {_id_in(removed)}")
+        return frozenset(there.column("id").to_pylist())
 
     def _write_fragments(self, table: "pa.Table") -> list[Any]:
         import lance
@@ -392,10 +455,6 @@ def _arrow_table(rows: list[dict[str, Any]], schema: "pa.Schema") -> "pa.Table":
     if vectors:
         chunks.insert(0, pa.FixedSizeListArray.from_arrays(pa.array(np.concatenate(vectors)), type=vector.type))
     return columns.append_column(vector, pa.chunked_array(chunks, vector.type)).select(schema.names)
-
-
-def _pairs_where(where: str | None) -> str:
-    return f"kind = 'pair' AND ({where})" if where else "kind = 'pair'"
 
 
 def _id_in(ids: Sequence[int]) -> str:

@@ -1,0 +1,72 @@
+"""Everything that `radt index stats` shows: what is there, what became of the rest, what lags behind, and its bytes."""
+
+from typing import TYPE_CHECKING, Any
+
+from index.config import to_dict
+from index.search.lexical import FTS_NAME
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from index.knowledge_base import KnowledgeBase
+    from index.search.duplicates import DuplicatesManifest
+
+
+def describe(kb: "KnowledgeBase") -> dict[str, Any]:
+    """Sizes, model, searcher and history of a knowledge base, ready for JSON."""
+    store = kb.store
+    store.refresh()
+    searcher = kb.searcher_manifest()
+    duplicates = _duplicates(kb)
+    parts = bytes_by_part(kb.directory)
+    lance_stats = store.dataset.stats.dataset_stats()
+    return {
+        "kb": str(kb.directory),
+        "pairs": store.count(),
+        "datasets": store.datasets(),
+        "shards": store.count_shards(),
+        "quarantined": store.count_bad(),
+        "quarantined_by_reason": store.reasons(),
+        "removed": store.count_removed(),
+        "model": kb.manifest.model,
+        "fingerprint": kb.manifest.fingerprint,
+        "dim": kb.manifest.dim,
+        "format": kb.manifest.format,
+        "created": kb.manifest.created,
+        "searcher": None if searcher is None else searcher.kind,
+        "recall_at_10": None if searcher is None else searcher.recall_at_10,
+        "searcher_manifest": None if searcher is None else to_dict(searcher),
+        "not_in_searcher": kb.unsearched(),
+        "not_in_word_index": store.count_unindexed(FTS_NAME),
+        "duplicates": None if duplicates is None else to_dict(duplicates),
+        "snapshot": store.version,
+        "snapshots": [to_dict(each) for each in kb.snapshots()],
+        "fragments": int(lance_stats["num_fragments"]),
+        "deleted_rows": int(lance_stats["num_deleted_rows"]),
+        "versions": len(store.dataset.versions()),
+        "bytes": sum(parts.values()),
+        "bytes_by_part": parts,
+    }
+
+
+def _duplicates(kb: "KnowledgeBase") -> "DuplicatesManifest | None":
+    from index.search.duplicates import Duplicates
+
+    name = kb.manifest.searcher
+    return Duplicates.open(kb.directory / name).manifest if name else None
+
+
+def bytes_by_part(directory: "Path") -> dict[str, int]:
+    """Bytes of each part of the folder: the rows, the indices and the history of the table, the searchers, the rest."""
+    parts: dict[str, int] = {}
+    for path in directory.rglob("*"):
+        if path.is_file():
+            part = _part_of(path.relative_to(directory).parts)
+            parts[part] = parts.get(part, 0) + path.stat().st_size
+    return dict(sorted(parts.items()))
+
+
+def _part_of(names: tuple[str, ...]) -> str:
+    if names[0] == "pairs.lance":
+        return {"data": "rows", "_indices": "word and id indices"}.get(names[1], "history")
+    return names[0] if len(names) > 1 else "other"
