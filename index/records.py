@@ -125,6 +125,7 @@ class Hit:
     dataset: str
     image: ImageLocation
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    kb: str | None = None  # where it was found, when several knowledge bases were searched
 
     def open_image(self) -> "PIL.Image.Image":
         """Decode the image as RGB."""
@@ -144,6 +145,7 @@ class Hit:
             "dataset": self.dataset,
             "image": self.image.to_json(),
             "metadata": dict(self.metadata),
+            **({"kb": self.kb} if self.kb is not None else {}),
         }
 
 

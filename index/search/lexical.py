@@ -127,11 +127,12 @@ class LanceBM25:
             scores[by_id[np.searchsorted(ids, matching, sorter=by_id)]] = values
         return scores
 
-    def contributions(self, query: str, pair_id: int) -> dict[str, float]:
+    def contributions(self, query: str, pair_id: int, *, corpus: Statistics | None = None) -> dict[str, float]:
         """As `Lexical.contributions`: Lance tells only totals, so they are computed from the caption."""
         _, captions = self._store.captions(f"id = {pair_id}")
-        terms = self._tokenizer(query)
-        return self.statistics(query).contributions(terms, self._tokenizer(captions[0])) if captions else {}
+        if not captions:
+            return {}
+        return (corpus or self.statistics(query)).contributions(self._tokenizer(query), self._tokenizer(captions[0]))
 
     def statistics(self, query: str) -> Statistics:
         """What the index counted, for the terms of a query: removed captions until it is rebuilt, newer ones then."""
@@ -428,7 +429,7 @@ def _most_gain(own: Statistics, corpus: Statistics) -> float:
 
 
 def _id_in(ids: Int64[ndarray, " n"]) -> str:
-    return f"id IN ({', '.join(map(str, ids.tolist()))})"
+    return f"id IN ({', '.join(map(str, ids.tolist()))})" if len(ids) else "false"
 
 
 def _best_of(rankings: Sequence[tuple[Int64[ndarray, " _"], Float64[ndarray, " _"]]], top_k: int) -> Ranking:

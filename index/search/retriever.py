@@ -357,6 +357,11 @@ class Retriever:
             window *= 2
         return hits
 
+    @property
+    def view(self) -> View:
+        """What is searched now."""
+        return self._current()
+
     def _current(self) -> View:
         if self._view is None or self._view.version != self.store.version:
             self._view = self._make_view()

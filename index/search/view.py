@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float32, Float64, Int64
@@ -128,13 +128,8 @@ class StoreView:
         return [scores for scores, _ in scattered]
 
     def lexical(self, by: str, *, many: bool = False) -> Lexical:
-        """Who scores words: Lance; for a batch, and where Lance has no word index, the captions in memory."""
-        if by == "tfidf":
-            kind = "tfidf"
-        elif (many and len(self.ids) <= _IN_MEMORY_WORDS) or not has_fts(self._store):
-            kind = "memory"
-        else:
-            kind = "lance"
+        """As `View.lexical`."""
+        kind = lexical_kind(by, rows=len(self.ids), many=many, indexed=has_fts(self._store))
         if kind not in self._words:
             self._words[kind] = self._make_lexical(kind)
         return self._words[kind]
@@ -149,6 +144,13 @@ class StoreView:
         if self._exact is not None or isinstance(self._searcher, ExactSearcher):
             return self.exact_searcher()
         return exact_searcher(self._store, f"id IN ({', '.join(map(str, ids.tolist()))})")
+
+
+def lexical_kind(by: str, *, rows: int, many: bool, indexed: bool) -> Literal["tfidf", "memory", "lance"]:
+    """Who scores words: Lance; for a batch, and where Lance has no word index, the captions in memory."""
+    if by == "tfidf":
+        return "tfidf"
+    return "memory" if not indexed or (many and rows <= _IN_MEMORY_WORDS) else "lance"
 
 
 def _newer_rows(

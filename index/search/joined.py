@@ -1,0 +1,312 @@
+"""Several knowledge bases searched as one: what they hold together is ranked as if one of them held it all.
+
+Vectors are compared alike everywhere, so the lists of the parts merge. Words weigh by how rare they are in all parts
+together, so the statistics are added up before any part is asked. A pair that several parts have counts as the first
+one's. Built on the views of `view.py`; the retriever is the one that a single knowledge base has.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import reduce
+from operator import add
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Bool, Float64, Int64
+from numpy import ndarray
+
+from index.embedder import Embedder
+from index.errors import KnowledgeBaseError, QueryError
+from index.records import Hit, StoredPair
+from index.search.fusion import best_first
+from index.search.lexical import LanceBM25, Lexical, RankBM25, Ranking, Subset, TfIdf, coarse, has_fts
+from index.search.retriever import Retriever, SearchResult
+from index.search.searcher import Ids, Queries, Scores
+from index.search.view import RankedList, View, lexical_kind
+from index.search.words import Statistics
+
+if TYPE_CHECKING:
+    from index.knowledge_base import KnowledgeBase
+    from index.store import PairStore
+
+
+class JoinedKnowledgeBase:
+    """Knowledge bases of one model, searched as one. What changes a knowledge base is done to each by itself."""
+
+    def __init__(self, parts: "Sequence[KnowledgeBase]"):
+        _check_parts(parts)
+        self.parts = list(parts)
+        self.manifest = parts[0].manifest
+        self.embedder: Embedder = parts[0].embedder
+        self.store = JoinedStore([part.store for part in parts])
+        self._retriever = Retriever.over(self.store, self._make_view, self.embedder)
+
+    @classmethod
+    def open(
+        cls, directories: Sequence[str | Path], embedder: Embedder | None = None, *, models: Sequence[str] = ()
+    ) -> "JoinedKnowledgeBase":
+        """Open each as `KnowledgeBase.open` does; one model serves all. KnowledgeBaseError when one has another."""
+        from index.knowledge_base import KnowledgeBase
+
+        return cls([KnowledgeBase.open(directory, embedder, models=models) for directory in directories])
+
+    @property
+    def name(self) -> str:
+        """All their folders, for people."""
+        return " + ".join(str(part.directory) for part in self.parts)
+
+    def __len__(self) -> int:
+        """Number of pairs; one that several parts have counts once."""
+        return self.store.count()
+
+    def search(self, text: str | None = None, **asked: Any) -> list[Hit]:
+        """As `KnowledgeBase.search`; each hit says in `kb` where it was found."""
+        return self.query(text, **asked).hits
+
+    def query(self, text: str | None = None, **asked: Any) -> SearchResult:
+        """`search`, with where the time went."""
+        result = self.retriever.search(text, **asked)
+        return replace(result, hits=[replace(hit, kb=str(self.part_of(hit.id).directory)) for hit in result.hits])
+
+    @property
+    def retriever(self) -> Retriever:
+        """The retriever over all parts as they are now."""
+        for part in self.parts:
+            part.store.refresh()
+        return self._retriever
+
+    def part_of(self, pair: int) -> "KnowledgeBase":
+        """The knowledge base that has the pair, the first if several do. QueryError when none does."""
+        for part in self.parts:
+            if part.store.count(f"id = {pair}"):
+                return part
+        raise QueryError(f"there is no pair {pair} in {self.name}; `radt index query` lists ids")
+
+    def show(self, pair: int) -> StoredPair:
+        """One pair, its vector included. QueryError when it is not there."""
+        return self.part_of(pair).show(pair)
+
+    def stats(self) -> dict[str, Any]:
+        """Sizes of all parts together, then those of each."""
+        parts = [part.stats() for part in self.parts]
+        return {
+            "kb": [part["kb"] for part in parts],
+            "pairs": len(self),
+            "datasets": self.store.datasets(),
+            "parts": parts,
+        }
+
+    def _make_view(self) -> View:
+        return JoinedView(self.store.parts, [part.retriever.view for part in self.parts])
+
+
+class JoinedStore:
+    """What the retriever asks of a store, answered by several. Of a pair that several have, the first one's row."""
+
+    def __init__(self, parts: "Sequence[PairStore]"):
+        self.parts = list(parts)
+
+    @property
+    def version(self) -> tuple[int, ...]:
+        """The version of each."""
+        return tuple(part.version for part in self.parts)
+
+    def count(self, where: str | None = None) -> int:
+        """How many pairs there are, or how many the SQL filter lets through."""
+        return len(self.matching_ids(where))
+
+    def matching_ids(self, where: str | None = None) -> Int64[ndarray, " n"]:
+        """Ids of the pairs that the SQL filter lets through, ascending."""
+        return np.unique(np.concatenate([part.matching_ids(where) for part in self.parts]))
+
+    def captions(self, where: str | None = None) -> tuple[Int64[ndarray, " n"], list[str]]:
+        """Ids, ascending, and captions."""
+        ids, texts = zip(*(part.captions(where) for part in self.parts), strict=True)
+        unique, first = np.unique(np.concatenate(ids), return_index=True)
+        captions = [caption for several in texts for caption in several]
+        return unique, [captions[position] for position in first.tolist()]
+
+    def get(self, ids: Sequence[int] | Int64[ndarray, " n"], **asked: Any) -> list[StoredPair]:
+        """Rows in the order of `ids`; an id that is not there (any more) is left out."""
+        wanted = [int(i) for i in ids]
+        found: dict[int, StoredPair] = {}
+        for part in self.parts:
+            found |= {pair.id: pair for pair in part.get([i for i in wanted if i not in found], **asked)}
+        return [found[i] for i in wanted if i in found]
+
+    def datasets(self) -> dict[str, int]:
+        """Pairs per dataset name, sorted by name; here a pair that several parts have counts for each."""
+        counts: dict[str, int] = {}
+        for part in self.parts:
+            for name, pairs in part.datasets().items():
+                counts[name] = counts.get(name, 0) + pairs
+        return dict(sorted(counts.items()))
+
+
+class JoinedView:
+    """The views of several stores as one."""
+
+    def __init__(self, stores: "Sequence[PairStore]", views: Sequence[View]):
+        self._joined = JoinedStore(stores)
+        self._stores = stores
+        self._views = views
+        self.version = self._joined.version
+        self._own: list[Int64[ndarray, " _"]] = []  # the ids of each view that no earlier one has, ascending
+        self.ids: Int64[ndarray, " rows"] = np.empty(0, dtype=np.int64)
+        for view in views:
+            self._own.append(np.setdiff1d(view.ids, self.ids, assume_unique=True))
+            self.ids = np.union1d(self.ids, view.ids)
+        self._words: dict[str, Lexical] = {}
+
+    def search(self, queries: Queries, *, top_k: int, subset: Subset | None, exact: bool) -> tuple[Ids, Scores]:
+        """As `View.search`: every part's best, merged."""
+        answers = []
+        for view, own in zip(self._views, self._own, strict=True):
+            part = _part_of(subset, own)
+            if len(own) and (part is None or len(part.ids)):
+                answers.append(_search_own(view, own, queries, top_k=top_k, subset=part, exact=exact))
+        ids = np.concatenate([ids for ids, _ in answers], axis=1)
+        scores = np.concatenate([scores for _, scores in answers], axis=1)
+        order = np.lexsort((ids, -scores), axis=1)[:, :top_k]
+        return np.take_along_axis(ids, order, axis=1), np.take_along_axis(scores, order, axis=1)
+
+    def complete_clip(
+        self, vectors: Queries, ids: Sequence[Int64[ndarray, " _"]], known: Sequence[RankedList]
+    ) -> list[Float64[ndarray, " _"]]:
+        """As `View.complete_clip`: every part completes those of its own."""
+        completed = [np.zeros(len(i)) for i in ids]
+        for view, own in zip(self._views, self._own, strict=True):
+            masks = [_is_in(own, i) for i in ids]
+            theirs = [_only(listed, own) for listed in known]
+            answers = view.complete_clip(vectors, [i[m] for i, m in zip(ids, masks, strict=True)], theirs)
+            for scores, mask, answer in zip(completed, masks, answers, strict=True):
+                scores[mask] = answer
+        return completed
+
+    def lexical(self, by: str, *, many: bool = False) -> Lexical:
+        """As `View.lexical`. In memory, all captions are one corpus; in Lance every part has an index of its own."""
+        kind = lexical_kind(by, rows=len(self.ids), many=many, indexed=all(map(has_fts, self._stores)))
+        if kind not in self._words:
+            self._words[kind] = self._make_lexical(kind)
+        return self._words[kind]
+
+    def _make_lexical(self, kind: str) -> Lexical:
+        if kind == "lance":
+            return JoinedBM25([LanceBM25(store) for store in self._stores], self._own)
+        ids, captions = self._joined.captions()
+        return TfIdf(ids, captions) if kind == "tfidf" else RankBM25(ids, captions)
+
+
+class JoinedBM25:
+    """BM25 by the word indices of several stores, under the statistics of all their captions together."""
+
+    def __init__(self, parts: Sequence[LanceBM25], own: Sequence[Int64[ndarray, " _"]]):
+        self._parts = parts
+        self._own = own
+
+    def search(self, query: str, *, top_k: int, within: Subset | None = None) -> Ranking:
+        """As `Lexical.search`."""
+        corpus = self.statistics(query)
+        found = [
+            _search_own_words(part, own, corpus, query, top_k=top_k, within=_part_of(within, own))
+            for part, own in zip(self._parts, self._own, strict=True)
+        ]
+        ids, scores = np.concatenate([ids for ids, _ in found]), np.concatenate([scores for _, scores in found])
+        order = best_first(ids, coarse(scores))[:top_k]
+        return ids[order], scores[order]
+
+    def search_many(self, queries: Sequence[str], *, top_k: int, within: Subset | None = None) -> list[Ranking]:
+        """As `Lexical.search_many`."""
+        with ThreadPoolExecutor() as pool:
+            return list(pool.map(lambda query: self.search(query, top_k=top_k, within=within), queries))
+
+    def scores(self, query: str, ids: Int64[ndarray, " n"]) -> Float64[ndarray, " n"]:
+        """As `Lexical.scores`."""
+        corpus, scores = self.statistics(query), np.zeros(len(ids))
+        for part, own in zip(self._parts, self._own, strict=True):
+            mask = _is_in(own, ids)
+            scores[mask] = part.scores(query, ids[mask], corpus=corpus)
+        return scores
+
+    def contributions(self, query: str, pair_id: int) -> dict[str, float]:
+        """As `Lexical.contributions`."""
+        one = np.array([pair_id], dtype=np.int64)
+        for part, own in zip(self._parts, self._own, strict=True):
+            if _is_in(own, one)[0]:
+                return part.contributions(query, pair_id, corpus=self.statistics(query))
+        return {}
+
+    def statistics(self, query: str) -> Statistics:
+        """Of all parts together."""
+        return reduce(add, (part.statistics(query) for part in self._parts))
+
+
+def _search_own(
+    view: View, own: Int64[ndarray, " own"], queries: Queries, *, top_k: int, subset: Subset | None, exact: bool
+) -> tuple[Ids, Scores]:
+    """The best of one part, without the pairs that count as another's."""
+    if len(own) == len(view.ids):
+        return view.search(queries, top_k=top_k, subset=subset, exact=exact)
+    asked = top_k
+    while True:
+        ids, scores = view.search(queries, top_k=asked, subset=subset, exact=exact)
+        is_own = _is_in(own, ids)
+        if asked >= len(view.ids) or (is_own.sum(axis=1) >= min(top_k, len(own))).all():
+            return np.where(is_own, ids, -1), np.where(is_own, scores, np.float32(-np.inf))
+        asked *= 2
+
+
+def _search_own_words(
+    part: LanceBM25,
+    own: Int64[ndarray, " own"],
+    corpus: Statistics,
+    query: str,
+    *,
+    top_k: int,
+    within: Subset | None,
+) -> Ranking:
+    """The best of one part, without the pairs that count as another's."""
+    asked = top_k
+    while True:
+        ids, scores = part.search_among(corpus, query, top_k=asked, within=within)
+        is_own = _is_in(own, ids)
+        if len(ids) < asked or is_own.sum() >= top_k:
+            return ids[is_own][:top_k], scores[is_own][:top_k]
+        asked *= 2
+
+
+def _check_parts(parts: "Sequence[KnowledgeBase]") -> None:
+    """Something to search, nothing twice, and vectors that can be compared."""
+    if not parts:
+        raise KnowledgeBaseError("there is nothing to search; name at least one knowledge base with --kb")
+    folders = [str(part.directory) for part in parts]
+    for folder, times in Counter(folders).items():
+        if times > 1:
+            raise KnowledgeBaseError(f"the knowledge base {folder} is named {times} times; name each once")
+    usual, _ = Counter(part.manifest.fingerprint for part in parts).most_common(1)[0]
+    model = next(part.manifest.model for part in parts if part.manifest.fingerprint == usual)
+    for part in parts:
+        if part.manifest.fingerprint != usual:
+            raise KnowledgeBaseError(
+                f"{part.directory} was made by the model {part.manifest.model}, and the others by {model}: their "
+                "vectors cannot be compared. Leave it out, or build it again with the model of the others"
+            )
+
+
+def _part_of(subset: Subset | None, own: Int64[ndarray, " own"]) -> Subset | None:
+    return None if subset is None else replace(subset, ids=np.intersect1d(subset.ids, own, assume_unique=True))
+
+
+def _is_in(own: Int64[ndarray, " own"], ids: Int64[ndarray, "*n"]) -> Bool[ndarray, "*n"]:
+    """Which of `ids` are in ascending `own`."""
+    if not len(own):
+        return np.zeros(ids.shape, dtype=bool)
+    return own[np.minimum(np.searchsorted(own, ids), len(own) - 1)] == ids
+
+
+def _only(listed: RankedList, own: Int64[ndarray, " own"]) -> RankedList:
+    kept = _is_in(own, listed.ids)
+    return RankedList(ids=listed.ids[kept], scores=listed.scores[kept])
