@@ -10,8 +10,12 @@ import typer
 
 if TYPE_CHECKING:
     from index.knowledge_base import KnowledgeBase
+    from index.search.joined import JoinedKnowledgeBase
 
 KbOption = Annotated[Path, typer.Option("--kb", help="Folder of the knowledge base.")]
+KbsOption = Annotated[
+    list[str], typer.Option("--kb", help="Folder or URL of a knowledge base; several are searched as if they were one.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 ModelOption = Annotated[
     str | None, typer.Option("--model", help="An open_clip name (NAME or NAME/WEIGHTS), or a model folder or bundle.")
@@ -27,7 +31,7 @@ def names(model: str | None) -> list[str]:
     return [model] if model else []
 
 
-def open_for_query(kb: Path, model: str | None, default_model: str | None) -> "KnowledgeBase":
+def open_for_query(kb: str | Path, model: str | None, default_model: str | None) -> "KnowledgeBase":
     """Open it with the model it was made with, or with the one that is asked for."""
     from index.embedder import ClipEmbedder
     from index.knowledge_base import KnowledgeBase
@@ -37,9 +41,33 @@ def open_for_query(kb: Path, model: str | None, default_model: str | None) -> "K
     return KnowledgeBase.open(kb, ClipEmbedder.load(model))
 
 
+def open_all_for_query(
+    kbs: Sequence[str], model: str | None, default_model: str | None
+) -> "KnowledgeBase | JoinedKnowledgeBase":
+    """Open one as `open_for_query` does, or several as one."""
+    from index.embedder import ClipEmbedder
+    from index.knowledge_base import KnowledgeBase
+    from index.search.joined import JoinedKnowledgeBase
+
+    embedder = None if model is None else ClipEmbedder.load(model)
+    parts = [KnowledgeBase.open(kb, embedder, models=names(default_model)) for kb in kbs]
+    return parts[0] if len(parts) == 1 else JoinedKnowledgeBase(parts)
+
+
 def say(sentence: str) -> None:
     """A word on stderr, for people: stdout belongs to the answer."""
     print(sentence, file=sys.stderr, flush=True)
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a file that say something."""
+    from index.errors import QueryError
+
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise QueryError(f"{path} cannot be read ({error}); it should be text in UTF-8, one query a line") from error
+    return [line.strip() for line in lines if line.strip()]
 
 
 def plain(value: Any) -> str:

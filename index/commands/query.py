@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from index.commands.options import JsonOption, KbOption, ModelOption, open_for_query, print_json
+from index.commands.options import JsonOption, KbsOption, ModelOption, open_all_for_query, print_json
 from index.errors import QueryError
 
 if TYPE_CHECKING:
     from index.knowledge_base import KnowledgeBase
     from index.records import Hit
+    from index.search.joined import JoinedKnowledgeBase
     from index.search.retriever import SearchResult
 
 
@@ -20,7 +21,7 @@ def add_query(app: typer.Typer, default_model: str | None) -> None:
 
     @app.command()
     def query(
-        kb: KbOption,
+        kbs: KbsOption,
         text: Annotated[str | None, typer.Argument(help="What to look for.")] = None,
         k: Annotated[int, typer.Option("-k", min=1, help="How many hits.")] = 5,
         by: Annotated[Literal["hybrid", "clip", "bm25", "tfidf"], typer.Option(help="What to compare by.")] = "hybrid",
@@ -30,7 +31,7 @@ def add_query(app: typer.Typer, default_model: str | None) -> None:
         ] = None,
         pair: Annotated[int | None, typer.Option("--id", help="Look for what is like this pair.")] = None,
         where: Annotated[str | None, typer.Option(help="An SQL filter: width >= 256.")] = None,
-        dataset: Annotated[str | None, typer.Option(help="Only pairs of this dataset.")] = None,
+        dataset: Annotated[list[str] | None, typer.Option(help="Only pairs of this dataset, or of these.")] = None,
         min_score: Annotated[float | None, typer.Option(help="Lowest score of a hit.")] = None,
         exact: Annotated[bool, typer.Option("--exact/--no-exact", help="Compare every pair.")] = False,
         why_not: Annotated[int | None, typer.Option(help="Say why this pair is not a hit.")] = None,
@@ -41,7 +42,7 @@ def add_query(app: typer.Typer, default_model: str | None) -> None:
         """Find the best pairs for a text, an image, or a pair."""
         if text is None and image is None and pair is None:
             raise typer.BadParameter("give a TEXT, an --image or an --id to look for")
-        base = open_for_query(kb, model, default_model)
+        base = open_all_for_query(kbs, model, default_model)
         asked: dict[str, Any] = {"by": by, "fusion": fusion, "where": where, "dataset": dataset, "exact": exact}
         asked.update(k=k, min_score=min_score)
         if image is not None:
@@ -51,7 +52,7 @@ def add_query(app: typer.Typer, default_model: str | None) -> None:
         result = base.query(text, **asked)
         document = {
             "query": text if text is not None else str(image or pair),
-            "kb": str(kb),
+            "kb": kbs[0] if len(kbs) == 1 else kbs,
             "snapshot": base.store.version,
             "timings_ms": {name: round(ms, 3) for name, ms in result.timings_ms.items()},
             "hits": [hit.to_json() for hit in result.hits],
@@ -62,12 +63,20 @@ def add_query(app: typer.Typer, default_model: str | None) -> None:
             document["why_not"] = explain(base.retriever, why_not, text, **asked)
         if html is not None:
             words = text if by in ("hybrid", "bm25") else None
-            _write_html(html, base, result, title=str(document["query"]), words=words, image=asked.get("image"))
+            title, kb = str(document["query"]), " + ".join(kbs)
+            _write_html(html, base, result, kb=kb, title=title, words=words, image=asked.get("image"))
         print_json(document) if as_json else _print_hits(result.hits, document)
 
 
 def _write_html(
-    path: Path, base: "KnowledgeBase", result: "SearchResult", *, title: str, words: str | None, image: Any
+    path: Path,
+    base: "KnowledgeBase | JoinedKnowledgeBase",
+    result: "SearchResult",
+    *,
+    kb: str,
+    title: str,
+    words: str | None,
+    image: Any,
 ) -> None:
     from index.search.explain import write_contact_sheet
 
@@ -78,7 +87,7 @@ def _write_html(
             title,
             result.hits,
             timings_ms=result.timings_ms,
-            kb=str(base.directory),
+            kb=kb,
             query_image=image,
             terms=terms,
         )
