@@ -20,15 +20,19 @@ from index.config import from_dict, to_dict
 from index.embedder import DeferredEmbedder, Embedder, check_fingerprint, decode_image
 from index.errors import ConfigError, CorpusError, DiskError, KnowledgeBaseError, QueryError
 from index.records import BadSample, Hit, ImageLocation, StoredPair, pair_id
+from index.search.duplicates import FOLDER as DUPLICATES
+from index.search.duplicates import Duplicates, build_duplicates
 from index.search.retriever import Retriever, SearchResult
 from index.search.searcher import (
+    DEFAULT_RECALL,
     Searcher,
     SearcherManifest,
     build_searcher,
-    choose_kind,
     exact_searcher,
+    is_as_planned,
     open_searcher,
 )
+from index.search.sizes import choose_structure
 from index.snapshots import Snapshot, snapshots, tag_build
 from index.store import PairStore, one_sentence
 
@@ -39,7 +43,7 @@ FORMAT = 2
 MANIFEST = "kb.json"
 ADDED = "added"  # the folder of images that were added one by one, and the dataset they are in unless told
 ADDED_SHARD = "(added)"  # no path: cannot be the name of a shard that a build makes
-CALIBRATION_CAPTIONS = 200
+CALIBRATION_CAPTIONS = 512  # half choose the settings, half measure: their recall is then known to about 0.005
 LAGGING_ROWS = 20_000  # rows that a build may leave to be compared one by one; they cost a query some milliseconds
 LAGGING_SHARE = 0.05  # of the searcher's rows, where that is less
 UPGRADE_WAIT = 10.0  # seconds: another process may be upgrading it at this moment
@@ -166,7 +170,8 @@ class KnowledgeBase:
         if self._retriever is None or self._searcher is None or self._searcher[0] != self.manifest.searcher:
             folder = self.directory / (self.manifest.searcher or "searchers/none")
             self._searcher = (self.manifest.searcher, open_searcher(folder, self.store))
-            self._retriever = Retriever(self.store, self._searcher[1], self.embedder)
+            groups = Duplicates.open(folder)
+            self._retriever = Retriever(self.store, self._searcher[1], self.embedder, duplicates=groups)
         searcher, covers = self._searcher[1], self.manifest.covers
         if covers is not None and searcher.snapshot is not None:
             searcher.snapshot = max(searcher.snapshot, covers)  # a compaction has moved the rows that it knows
@@ -239,22 +244,48 @@ class KnowledgeBase:
         """Take pairs down, by ids or by an SQL filter: the next query obeys. The ids that were there."""
         with self.store.lock():
             gone = self.store.remove(ids, where=where)
-            self._sweep_added_images()
+            if gone:
+                self.sweep_added_images()
         return gone
 
-    def build_search(self, kind: SearcherChoice = "auto", *, seed: int = 0, may_lag: bool = False) -> SearcherManifest:
+    def sweep_added_images(self) -> None:
+        """Delete the images of ours that no pair shows (any more)."""
+        paths = list((self.directory / ADDED).glob("*"))
+        shown = {Path(uri).name for uri in self.store.image_uris(f"source = '{ADDED}'")} if paths else set()
+        for path in paths:
+            if path.name not in shown:
+                path.unlink()
+
+    def build_search(
+        self,
+        kind: SearcherChoice = "auto",
+        *,
+        seed: int = 0,
+        may_lag: bool = False,
+        duplicates: bool = True,
+        recall: float | None = None,
+        ram: int | None = None,
+    ) -> SearcherManifest:
         """Make searcher, word index and id index fit the pairs that are there; nothing is done when they do.
 
         A searcher that `may_lag` is kept when few rows have changed since: queries compare new ones one by one.
+        `duplicates` has the groups of equal pictures found too (see `build_duplicates`), unless they lie beside it.
+        `recall` and `ram` (bytes) are those of `build_searcher`; not given, they are what they were the last time.
         """
         from index.search.lexical import build_fts
 
         with self.store.lock(), one_sentence(self.directory):
             self._refresh()
             current = self.searcher_manifest()
-            wanted = choose_kind(self.store.count()) if kind == "auto" else kind
-            if current is None or current.kind != wanted or self._changed_rows(current) > (_spare(current) * may_lag):
-                current = self._replace_searcher(wanted, seed)
+            if current is not None:
+                recall, ram = recall or current.target_recall, ram or current.ram
+            recall = recall or DEFAULT_RECALL
+            structure = choose_structure(self.store.count(), self.store.dim, ram=ram, kind=kind)
+            is_good = current is not None and is_as_planned(current, structure, target_recall=recall)
+            if current is None or not is_good or self._changed_rows(current) > (_spare(current) * may_lag):
+                current = self._replace_searcher(structure.kind, seed, recall=recall, ram=ram)
+            if duplicates:
+                self._find_duplicates()
             build_fts(self.store)
             self.store.index_ids()
         return current
@@ -313,14 +344,23 @@ class KnowledgeBase:
         known = self.store.count() - new
         return new + max(searcher.rows - known, 0)
 
-    def _replace_searcher(self, kind: Literal["exact", "scann", "lance"], seed: int) -> SearcherManifest:
+    def _replace_searcher(
+        self, kind: Literal["exact", "scann", "lance"], seed: int, *, recall: float, ram: int | None
+    ) -> SearcherManifest:
         """Build beside the old one, then let `kb.json` name it: whoever reads meanwhile has one or the other."""
         high_water = self.store.high_water
-        ids, vectors = self.store.ids_and_vectors()
         name = f"searchers/{high_water}-{kind}"
-        queries = self._calibration_queries(seed) if kind != "exact" and len(ids) else None
+        if self.manifest.searcher == name:  # the same rows, another recall or another size: readers look at the name
+            name += f"-{self.store.version}"
         built = build_searcher(
-            kind, ids, vectors, self.directory / name, seed=seed, queries=queries, snapshot=high_water
+            kind,
+            self.store,
+            self.directory / name,
+            seed=seed,
+            queries=self._calibration_queries(seed) if kind != "exact" and self.store.count() else None,
+            snapshot=high_water,
+            target_recall=recall,
+            ram=ram,
         )
         previous = self.manifest.searcher
         self.manifest = replace(self.manifest, searcher=name, covers=high_water, moved_files=())
@@ -330,20 +370,17 @@ class KnowledgeBase:
                 shutil.rmtree(folder)
         return built
 
+    def _find_duplicates(self) -> None:
+        folder = self.directory / str(self.manifest.searcher)
+        if not (folder / DUPLICATES).exists():
+            build_duplicates(self.store, open_searcher(folder, self.store), folder)
+
     def _calibration_queries(self, seed: int) -> np.ndarray:
         """Captions as queries: text vectors lie elsewhere than image vectors, and those flatter the recall."""
         ids = np.sort(self.store.matching_ids())
         chosen = np.random.default_rng(seed).choice(ids, size=min(CALIBRATION_CAPTIONS, len(ids)), replace=False)
         vectors = self.embedder.texts([row.caption for row in self.store.get(chosen)])
         return vectors[np.isfinite(vectors).all(axis=1)]
-
-    def _sweep_added_images(self) -> None:
-        """Delete the images of ours that no pair shows (any more)."""
-        if (self.directory / ADDED).is_dir():
-            shown = {row.image.uri for row in self.store.get(self.store.matching_ids(f"source = '{ADDED}'"))}
-            for path in (self.directory / ADDED).iterdir():
-                if str(path) not in shown:
-                    path.unlink()
 
     def _added_pair(
         self,
@@ -377,11 +414,6 @@ class KnowledgeBase:
             metadata=metadata,
             vector=vector,
         )
-
-
-def folder_bytes(directory: Path) -> int:
-    """Size of everything in a folder."""
-    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
 
 
 def _spare(searcher: SearcherManifest) -> int:

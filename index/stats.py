@@ -1,13 +1,13 @@
 """Everything that `radt index stats` shows: what is there, what became of the rest, what lags behind, and its bytes."""
 
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from index.config import to_dict
 from index.search.lexical import FTS_NAME
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from index.knowledge_base import KnowledgeBase
     from index.search.duplicates import DuplicatesManifest
 
@@ -56,17 +56,23 @@ def _duplicates(kb: "KnowledgeBase") -> "DuplicatesManifest | None":
     return Duplicates.open(kb.directory / name).manifest if name else None
 
 
-def bytes_by_part(directory: "Path") -> dict[str, int]:
+def folder_bytes(directory: Path) -> int:
+    """Size of everything in a folder."""
+    return sum(bytes_by_part(directory).values())
+
+
+def bytes_by_part(directory: Path) -> dict[str, int]:
     """Bytes of each part of the folder: the rows, the indices and the history of the table, the searchers, the rest."""
     parts: dict[str, int] = {}
     for path in directory.rglob("*"):
-        if path.is_file():
+        with suppress(FileNotFoundError):  # a reader of ours may look while another process cleans up
+            size = path.stat().st_size if path.is_file() else 0
             part = _part_of(path.relative_to(directory).parts)
-            parts[part] = parts.get(part, 0) + path.stat().st_size
+            parts[part] = parts.get(part, 0) + size
     return dict(sorted(parts.items()))
 
 
 def _part_of(names: tuple[str, ...]) -> str:
-    if names[0] == "pairs.lance":
+    if names[0] == "pairs.lance" and len(names) > 1:
         return {"data": "rows", "_indices": "word and id indices"}.get(names[1], "history")
-    return names[0] if len(names) > 1 else "other"
+    return names[0] if len(names) > 1 or names[0] in ("searchers", "added") else "other"

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -33,9 +34,21 @@ PAIR_COLUMNS = [
     *("id", "dataset", "source", "shard", "shard_digest", "key", "caption"),
     *("image_uri", "image_offset", "image_size", "image_sha256", "width", "height", "dhash", "metadata"),
 ]
+SHARD_COLUMNS = ["dataset", "source", "shard", "shard_digest", "metadata"]
 SMALL_ROWS = 4096  # a shard's rows, when fewer, wait in memory to share a fragment with other shards' of the commit
 SMALL_BYTES = 8 << 20
 POLL_SECONDS = 0.2
+CREATE_SECONDS = 30.0  # when several processes begin with a knowledge base at once, one of them makes the table
+FRAGMENT_ROWS = 262_144  # of a compacted fragment: what one removal makes the next compaction write anew
+BATCH_BYTES = 64 << 20  # held while fragments are written anew
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rewrite:
+    """Fragments that have been written anew and wait for their commit, and the names of their files."""
+
+    results: Sequence[Any]
+    files: tuple[str, ...]
 
 
 class PairStore:
@@ -65,7 +78,7 @@ class PairStore:
         """Make an empty table for vectors of `dim` numbers, unless there is one. KnowledgeBaseError from the disk."""
         import lance
 
-        with _writer_lock(directory), one_sentence(directory):
+        with _writer_lock(directory, wait=CREATE_SECONDS), one_sentence(directory):
             if cls.exists(directory):
                 return cls(directory)
             schema = table_schema(dim)
@@ -146,6 +159,19 @@ class PairStore:
         with _filter_errors(where):
             return self._scan_vectors(self._dataset.scanner(columns=["id", "vector"], filter=self._pairs_where(where)))
 
+    def vector_batches(
+        self, rows: int, where: str | None = None
+    ) -> Iterator[tuple[Int64[np.ndarray, " n"], Float32[np.ndarray, "n d"]]]:
+        """Ids and unit vectors in stored order, at most `rows` of them in memory at once."""
+        with _filter_errors(where):
+            scanner = self._dataset.scanner(
+                columns=["id", "vector"], filter=self._pairs_where(where), batch_size=rows, batch_readahead=1
+            )
+            for batch in scanner.to_batches():
+                if len(batch):
+                    vectors = batch.column("vector").flatten().to_numpy().reshape(-1, self.dim)
+                    yield batch.column("id").to_numpy(), vectors
+
     def rows_after(self, high_water: int) -> tuple[Int64[np.ndarray, " n"], Float32[np.ndarray, "n d"]]:
         """Ids and vectors of the pairs written since `high_water` was read: those a searcher of then cannot know."""
         newer = self._fragments_after(high_water)
@@ -173,18 +199,18 @@ class PairStore:
 
     def shards(self) -> list[ShardRecord]:
         """The ledger: every shard that is in the store, the empty ones too."""
-        columns = ["dataset", "source", "shard", "shard_digest", "metadata"]
-        rows = self._dataset.to_table(columns=columns, filter="kind = 'shard'").to_pylist()
-        return [
-            ShardRecord(
-                dataset=row["dataset"],
-                source=row["source"],
-                shard=row["shard"],
-                digest=row["shard_digest"],
-                **json.loads(row["metadata"]),
-            )
-            for row in rows
-        ]
+        rows = self._dataset.to_table(columns=SHARD_COLUMNS, filter="kind = 'shard'").to_pylist()
+        return [_shard_record(row) for row in rows]
+
+    def landed_after(self, high_water: int) -> tuple[Int64[np.ndarray, " n"], list[ShardRecord]]:
+        """Ids of the pairs and ledger entries written since `high_water` was read."""
+        newer = [f for f in self._dataset.get_fragments() if f.fragment_id > high_water]
+        if not newer:
+            return np.empty(0, np.int64), []
+        pairs = self._dataset.scanner(columns=["id"], filter="kind = 'pair'", fragments=newer).to_table()
+        shards = self._dataset.scanner(columns=SHARD_COLUMNS, filter="kind = 'shard'", fragments=newer).to_table()
+        ids = pairs.column("id").to_numpy().astype(np.int64, copy=False)
+        return ids, [_shard_record(row) for row in shards.to_pylist()]
 
     def bad_samples(self, where: str | None = None) -> list[BadSample]:
         """The quarantine, or what an SQL filter over `dataset`, `shard`, `key`, `image_offset`, `reason` leaves."""
@@ -232,6 +258,11 @@ class PairStore:
                 counts[entry["values"]] = counts.get(entry["values"], 0) + entry["counts"]
         return dict(sorted(counts.items()))
 
+    def image_uris(self, where: str) -> set[str]:
+        """Where the images of the pairs that the SQL filter leaves lie, as the rows have it: ours are relative."""
+        table = self._dataset.to_table(columns=["image_uri"], filter=self._pairs_where(where))
+        return set(table.column("image_uri").to_pylist())
+
     # Writing
 
     @contextmanager
@@ -263,7 +294,7 @@ class PairStore:
         The last rows of a shard bring its ledger entry and its bad samples with them. Many rows go to disk at once;
         a few stay in memory until the commit, where they share a fragment with those of other shards.
         """
-        removed = self._removed_among([pair.id for pair in pairs])
+        removed = self.removed_among([pair.id for pair in pairs])
         rows = [_pair_row(pair) for pair in pairs if pair.id not in removed]
         if record is not None:
             rows += [*(_bad_row(record, sample) for sample in bad), _ledger_row(record)]
@@ -351,7 +382,50 @@ class PairStore:
                 self._dataset.create_scalar_index(column, kind, name=name, replace=True)
                 self.refresh()
 
+    # Compaction, see `index/compaction.py`
+
+    def count_fragments(self) -> int:
+        """Files of rows, roughly: a scan opens each."""
+        return len(self._dataset.get_fragments())
+
+    def rewrite_fragments(self) -> "Rewrite | None":
+        """Write small and partly deleted fragments anew, merged, not yet visible; None when there are none."""
+        from lance.optimize import Compaction
+
+        with self.lock(), one_sentence(self.directory):
+            options = {
+                "target_rows_per_fragment": FRAGMENT_ROWS,
+                "materialize_deletions_threshold": 0.0,  # one deleted row is enough: it must be purged
+                "batch_size": self._rows_at_once(),
+            }
+            tasks = Compaction.plan(self._dataset, options).tasks
+            results = [task.execute(self._dataset) for task in tasks]
+        paths = [file.path for result in results for fragment in result.new_fragments for file in fragment.files]
+        return Rewrite(results=results, files=tuple(paths)) if results else None
+
+    def commit_rewrite(self, rewrite: "Rewrite") -> None:
+        """Let what `rewrite_fragments` wrote take the place of what it read, indices included."""
+        from lance.optimize import Compaction
+
+        with self.lock(), one_sentence(self.directory):
+            Compaction.commit(self._dataset, rewrite.results)
+            self.refresh()
+
+    def forget_versions(self) -> int:
+        """Delete all earlier versions that no tag holds, and files of commits that never were; how many versions."""
+        with self.lock(), one_sentence(self.directory):
+            cleaned = self._dataset.cleanup_old_versions(
+                older_than=timedelta(0), delete_unverified=True, error_if_tagged_old_versions=False
+            )
+        return int(cleaned.old_versions)
+
     # Inside
+
+    def _rows_at_once(self) -> int:
+        """So many rows that a batch of them, kept images included, is some ten megabytes."""
+        rows = max(self._dataset.count_rows(), 1)
+        row_bytes = sum(file.stat().st_size for file in Path(self._uri, "data").iterdir()) // rows
+        return int(np.clip(BATCH_BYTES // max(row_bytes, 1), 16, 8192))
 
     def _fragments_after(self, high_water: int) -> list[Any]:
         newer = [f for f in self._dataset.get_fragments() if f.fragment_id > high_water]
@@ -408,7 +482,8 @@ class PairStore:
                 trimmed.append(rest)
         return emptied, trimmed
 
-    def _removed_among(self, ids: list[int]) -> set[int]:
+    def removed_among(self, ids: list[int]) -> set[int]:
+        """Those of `ids` that have been taken down."""
         if self._removed is None or self._lock_file is None:  # only who holds the lock knows that none is added
             table = self._dataset.to_table(columns=["id"], filter="kind = 'removed'")
             self._removed = set(table.column("id").to_pylist())
@@ -508,6 +583,16 @@ def _pair_row(pair: StoredPair) -> dict[str, Any]:
     }
 
 
+def _shard_record(row: dict[str, Any]) -> ShardRecord:
+    return ShardRecord(
+        dataset=row["dataset"],
+        source=row["source"],
+        shard=row["shard"],
+        digest=row["shard_digest"],
+        **json.loads(row["metadata"]),
+    )
+
+
 def _ledger_row(record: ShardRecord) -> dict[str, Any]:
     counts = {"stamp": record.stamp, "pairs": record.pairs, "bad": record.bad, "bytes": record.bytes}
     return {
@@ -602,3 +687,12 @@ def _lock_file(file: IO[str]) -> None:
         msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
     else:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def try_lock(file: IO[str]) -> bool:
+    """Take the advisory lock of an open file, unless another process has it."""
+    try:
+        _lock_file(file)
+    except OSError:
+        return False
+    return True

@@ -16,11 +16,14 @@ from typing import Any, Literal
 
 from index.atomic import write_bytes
 from index.errors import ConfigError, CorpusError
+from index.ingest.decode import KeepImages
 from index.ingest.engines import StagedShard, run_local
 from index.ingest.ledger import Ledger
+from index.ingest.meter import Meter
 from index.ingest.readers import Shard, SkippedShard, check_source, read
-from index.knowledge_base import KnowledgeBase, SearcherChoice, folder_bytes
+from index.knowledge_base import KnowledgeBase, SearcherChoice
 from index.records import ShardRecord
+from index.stats import folder_bytes
 from index.store import PairStore, one_sentence
 
 QUARANTINE = "quarantine.jsonl"
@@ -40,6 +43,7 @@ class BuildConfig:
     engine: Literal["local", "ray"] = "local"
     ray_address: str | None = None  # HOST:PORT; None: the cluster that Ray finds, or this machine
     workers: int | None = None  # decoding threads, or processes on Ray; None: as many as there are processors for
+    keep: KeepImages = field(default_factory=KeepImages)  # copies and thumbnails of the images
     seed: int = 0
     wait: float = 0.0  # seconds to wait for another writer
     prune: bool = False  # take out the pairs of shards that are no longer in these sources
@@ -69,6 +73,8 @@ class BuildReport:
     skipped: tuple[SkippedShard, ...]
     seconds: float
     pairs_per_second: float
+    stages: dict[str, float]  # shares of the time until all is read in, by what was waited for
+    bottleneck: str | None
     bytes: int  # of the knowledge base on disk
     searcher: str
     recall_at_10: float
@@ -96,6 +102,7 @@ def build(
     on_batch: Callable[[int], None] = lambda images: None,
     on_shard: Callable[[ShardRecord], None] = lambda record: None,
     on_wait: Callable[[str], None] = lambda sentence: None,
+    meter: Meter | None = None,
 ) -> BuildReport:
     """Bring all pairs of `sources` into `kb`, then fit its searcher and its word index, and tag the outcome.
 
@@ -105,6 +112,7 @@ def build(
     landed stays.
     """
     started = time.perf_counter()
+    meter = meter or Meter()
     check_sources(sources, kb.directory)
     tally = _Tally()
     with kb.store.lock(config.wait, on_wait=on_wait), _strict_images(), _readable_sources():
@@ -117,6 +125,8 @@ def build(
             claim=ledger.claim,
             on_batch=on_batch,
             workers=config.workers,
+            keep=config.keep,
+            meter=meter,
         )
         landing = _Landing(kb.store, ledger, tally, on_shard)
         try:
@@ -131,7 +141,7 @@ def build(
         searcher = kb.build_search(config.searcher, seed=config.seed, may_lag=True)
         if tally.done or tally.pruned or not kb.manifest.builds:
             kb.tag_build()
-    seconds = time.perf_counter() - started
+    seconds, progress = time.perf_counter() - started, meter.progress
     return BuildReport(
         kb=str(kb.directory),
         pairs_total=kb.store.count(),
@@ -145,6 +155,8 @@ def build(
         skipped=tuple(tally.skipped),
         seconds=round(seconds, 3),
         pairs_per_second=round(tally.pairs / seconds, 3),
+        stages={stage: round(share, 3) for stage, share in progress.stages.items()},
+        bottleneck=progress.bottleneck,
         bytes=folder_bytes(kb.directory),
         searcher=searcher.kind,
         recall_at_10=searcher.recall_at_10,

@@ -5,6 +5,7 @@ import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from subprocess import PIPE, Popen
 
@@ -12,12 +13,13 @@ import lance
 import pyarrow as pa
 import pytest
 
+from index.compaction import compact
 from index.errors import KnowledgeBaseError
 from index.ingest.build import BuildConfig, BuildReport, build
 from index.knowledge_base import FORMAT, KnowledgeBase, Manifest
 from index.records import table_schema
-from index.store import PairStore
-from tests.fakes import HashEmbedder, caption_of, draw, sample, write_img2dataset, write_tar
+from index.store import PairStore, Rewrite
+from tests.fakes import HashEmbedder, caption_of, draw, encode, sample, write_img2dataset, write_tar
 
 ROOT = Path(__file__).parents[2]
 FORMAT_1_COLUMNS = [
@@ -257,3 +259,209 @@ def test_every_read_during_a_build_sees_whole_shards(tmp_path: Path, monkeypatch
     assert building.result().pairs_total == 11 * 8
     assert seen == sorted(seen)
     assert len(set(seen)) > 2, "it read while the build committed"
+
+
+# Snapshots
+
+
+def test_every_build_that_changes_something_leaves_a_snapshot(corpus: Path, tmp_path: Path) -> None:
+    build_at(tmp_path / "kb", corpus / "00000.tar")
+    build_at(tmp_path / "kb", corpus)
+    build_at(tmp_path / "kb", corpus)
+    kb = reopen(tmp_path / "kb")
+    assert [(each.tag, each.pairs, each.in_searcher) for each in kb.snapshots()] == [
+        ("build-1", 5, 5),
+        ("build-2", 15, 15),
+    ]
+    assert [each["tag"] for each in kb.stats()["snapshots"]] == ["build-1", "build-2"]
+
+
+def test_a_snapshot_is_the_past_but_for_what_was_taken_down(corpus: Path, tmp_path: Path) -> None:
+    build_at(tmp_path / "kb", corpus)
+    then = {by: reopen(tmp_path / "kb").search("a red circle", k=50, by=by) for by in ("clip", "bm25", "hybrid")}
+    write_tar(corpus / "00001.tar", sample(77, key="000000005") | sample(10, key="new"))
+    build_at(tmp_path / "kb", corpus)
+    now = reopen(tmp_path / "kb")
+    past = KnowledgeBase.open(tmp_path / "kb", HashEmbedder(), snapshot="build-1")
+    assert (len(past), len(now)) == (15, 12)
+    for by, hits in then.items():
+        found = past.search("a red circle", k=50, by=by)
+        assert [(hit.id, hit.score, hit.caption) for hit in found] == [(h.id, h.score, h.caption) for h in hits], by
+    victim = then["bm25"][0].id
+    now.remove([victim])
+    assert [hit.id for hit in past.search("a red circle", k=50, by="bm25")] == [h.id for h in then["bm25"][1:]]
+    assert (len(past), past.store.get([victim])) == (14, [])
+    with pytest.raises(KnowledgeBaseError, match="build-1 is the past"):
+        past.remove([then["bm25"][1].id])
+    with pytest.raises(KnowledgeBaseError, match="has no snapshot 'build-9'"):
+        KnowledgeBase.open(tmp_path / "kb", HashEmbedder(), snapshot="build-9")
+
+
+# Compaction
+
+
+def in_files(folder: Path, marker: bytes) -> list[str]:
+    return [
+        str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and marker in path.read_bytes()
+    ]
+
+
+def answers(kb: KnowledgeBase) -> list[object]:
+    asked = [kb.search("a red circle", k=50, by=by) for by in ("clip", "bm25", "tfidf", "hybrid")]
+    return [[(hit.id, hit.score, hit.caption) for hit in hits] for hits in asked]
+
+
+def many_fragments(kb: Path, corpus: Path) -> KnowledgeBase:
+    """A knowledge base of several builds, additions and a removal, so that there is something to compact."""
+    for shard in ("00000.tar", "00001.tar", "00002.tar"):
+        build_at(kb, corpus / shard)
+    base = reopen(kb)
+    added = [base.add(draw(number), caption_of(number))[0] for number in (50, 51, 52)]
+    base.remove(added[:1])
+    base.build_search()  # BM25 counts its words anew when they are indexed; after that nothing may change
+    return base
+
+
+def test_compaction_changes_no_answer_and_is_done_once(corpus: Path, tmp_path: Path) -> None:
+    kb = many_fragments(tmp_path / "kb", corpus)
+    open_reader = reopen(tmp_path / "kb")
+    before, rows = answers(kb), contents(tmp_path / "kb")
+    assert answers(open_reader) == before
+    report = compact(kb)
+    assert report.pairs == 17
+    assert (report.fragments_after, report.snapshots) == (1, ("build-1", "build-2", "build-3"))
+    assert answers(kb) == answers(open_reader) == answers(reopen(tmp_path / "kb")) == before
+    assert contents(tmp_path / "kb") == rows
+    assert kb.unsearched() == 0
+    version = kb.store.version
+    again = compact(kb)
+    assert (again.bytes_after, kb.store.version) == (report.bytes_after, version)
+    assert kb.manifest.moved_files == ()
+    (new,) = kb.add(draw(60), "a zeppelin")  # rows that come later are new ones
+    assert kb.unsearched() == 1
+    assert open_reader.search("zeppelin", k=1)[0].id == new
+    assert build_at(tmp_path / "kb", corpus).pairs_added == 0
+
+
+def test_compaction_lets_old_snapshots_go(corpus: Path, tmp_path: Path) -> None:
+    for shard in ("00000.tar", "00001.tar", "00002.tar"):
+        build_at(tmp_path / "kb", corpus / shard)
+    kb = reopen(tmp_path / "kb")
+    report = compact(kb, keep=1)
+    assert (report.snapshots_dropped, report.snapshots) == (("build-1", "build-2"), ("build-3",))
+    assert len(KnowledgeBase.open(tmp_path / "kb", HashEmbedder(), snapshot="build-3")) == 15
+    report = compact(kb, keep=0)
+    assert (report.snapshots_dropped, report.bytes_after < report.bytes_before) == (("build-3",), True)
+    (corpus / "00001.tar").unlink()
+    build_at(tmp_path / "kb", corpus, prune=True)
+    assert [each.tag for each in kb.snapshots()] == ["build-4"]  # a name is used once
+
+
+@pytest.mark.parametrize("searcher", ["exact", "lance"])
+def test_what_is_taken_down_is_nowhere_after_compaction(tmp_path: Path, searcher: str) -> None:
+    kb = KnowledgeBase.create(tmp_path / "kb", HashEmbedder())
+    secret = draw(999)
+    (gone,) = kb.add(secret, "qqsecretqq of somebody", metadata={"url": "https://qqurlqq"})
+    (copied,) = kb.add(draw(998), "qqcopyqq", dataset="copies")
+    (row,) = kb.store.get([copied], vectors=True)
+    kb.store.add([replace(row, image_bytes=b"qqimageqq" * 50, thumbnail=b"qqthumbqq" * 50)])
+    kept = [kb.add(draw(number), caption_of(number))[0] for number in range(8)]
+    kb.build_search(searcher)  # type: ignore[arg-type]
+    kb.tag_build()
+    marks = [b"qqsecretqq", b"qqurlqq", b"qqcopyqq", b"qqimageqq", b"qqthumbqq", encode(secret)]
+    for vector in (kb.show(gone).vector, kb.show(copied).vector):
+        assert vector is not None
+        marks.append(vector.tobytes())
+    assert all(in_files(tmp_path / "kb", mark) for mark in marks), "the test can see them"
+    kb.remove([gone, copied])
+    report = compact(kb, searcher=searcher)  # type: ignore[arg-type]
+    assert report.snapshots_dropped_for_removed == ("build-1",)
+    assert [in_files(tmp_path / "kb", mark) for mark in marks] == [[]] * len(marks)
+    assert sorted(kb.store.matching_ids().tolist()) == sorted(kept)
+    assert reopen(tmp_path / "kb").stats()["removed"] == 2
+
+
+def test_one_deleted_row_of_a_large_file_is_purged(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build_at(tmp_path / "kb", corpus)
+    monkeypatch.setattr("index.store.FRAGMENT_ROWS", 2)  # every file is a large one
+    kb = reopen(tmp_path / "kb")
+    (row,) = kb.store.get(kb.store.matching_ids("key = '000000007'"), vectors=True)
+    assert row.vector is not None
+    kb.remove([row.id])
+    assert in_files(tmp_path / "kb", row.vector.tobytes())
+    compact(kb)
+    assert in_files(tmp_path / "kb", row.vector.tobytes()) == []
+    assert len(kb) == 14
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        "index.store.PairStore.index_ids",
+        "index.store.PairStore.rewrite_fragments",
+        "index.store.PairStore.commit_rewrite",
+        "lance.optimize.Compaction.commit",
+        "index.compaction.holding_removed",
+        "index.store.PairStore.forget_versions",
+        "index.compaction._sweep",
+    ],
+)
+def test_a_compaction_that_dies_is_done_again(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    kb = many_fragments(tmp_path / "kb", corpus)
+    before = answers(kb)
+
+    def dies(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("power cut")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(step, dies)
+        with pytest.raises(RuntimeError, match="power cut"):
+            compact(kb)
+    assert answers(reopen(tmp_path / "kb")) == before
+    (new,) = reopen(tmp_path / "kb").add(draw(60), "a zeppelin")
+    assert reopen(tmp_path / "kb").search("zeppelin", k=1)[0].id == new
+    reopen(tmp_path / "kb").remove([new])
+    assert answers(reopen(tmp_path / "kb")) == before
+    assert compact(reopen(tmp_path / "kb")).fragments_after == 1
+    assert answers(reopen(tmp_path / "kb")) == before
+
+
+def test_a_compaction_may_die_right_after_its_commit(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kb = many_fragments(tmp_path / "kb", corpus)
+    before, commit = answers(kb), PairStore.commit_rewrite
+
+    def dies(store: PairStore, rewrite: Rewrite) -> None:
+        commit(store, rewrite)
+        raise RuntimeError("power cut")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PairStore, "commit_rewrite", dies)
+        with pytest.raises(RuntimeError, match="power cut"):
+            compact(kb)
+    after = reopen(tmp_path / "kb")
+    assert answers(after) == before
+    assert (after.unsearched(), after.manifest.moved_files != ()) == (0, True)
+    after.add(draw(60), "a zeppelin")
+    assert after.unsearched() == 1
+
+
+def test_what_killed_builds_left_is_swept(corpus: Path, tmp_path: Path) -> None:
+    build_at(tmp_path / "kb", corpus)
+    kb = reopen(tmp_path / "kb")
+    rows = kb.store.get(kb.store.matching_ids(), vectors=True)
+    other = PairStore(tmp_path / "kb")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("index.store.SMALL_ROWS", 0)
+        other.stage([replace(row, caption="qqleftoverqq") for row in rows])  # on disk, never committed
+    (tmp_path / "kb" / ".kb.json.new-12345678").write_text("half")
+    (tmp_path / "kb" / "searchers" / ".1-exact.new-12345678").mkdir()
+    assert in_files(tmp_path / "kb", b"qqleftoverqq")
+    compact(kb)
+    assert in_files(tmp_path / "kb", b"qqleftoverqq") == []
+    assert not list((tmp_path / "kb").rglob(".*"))
