@@ -38,6 +38,12 @@ class HashEmbedder:
     def embed(self, prepared: Sequence[np.ndarray]) -> np.ndarray:
         return self._unit([self._word(pixels.tobytes().hex()) for pixels in prepared])
 
+    def image_side(self) -> int | None:
+        return None
+
+    def batch_rows(self) -> int:
+        return 64
+
     def _word(self, word: str) -> np.ndarray:
         seed = int.from_bytes(blake2b(word.encode(), digest_size=8).digest(), "big")
         return np.random.default_rng(seed).normal(size=self.dim)

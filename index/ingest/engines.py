@@ -6,49 +6,44 @@ An engine yields shards in the order given and makes nothing visible; the build 
 import os
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from hashlib import sha256
+from functools import cached_property
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 from jaxtyping import Float32
 
-from index.embedder import Embedder, decode_image
-from index.errors import CorpusError
+from index.embedder import Embedder
+from index.ingest.decode import Decoded, KeepImages, Sample, bad, chunks, decode_chunk
+from index.ingest.meter import Meter, Stage
 from index.ingest.readers import Shard
-from index.records import BadSample, Pair, ShardRecord, StoredPair
+from index.records import BadSample, ShardRecord, StoredPair
 from index.store import PairStore
 
 T = TypeVar("T")
 
 STAGE_ROWS = 16_384  # rows held in memory before they go to disk, so that a shard may be of any length
-EMBED_ROWS = 64  # rows embedded at once; batches start anew with every shard, so that a resumed build repeats them
+STAGE_BYTES = 64 << 20  # of image copies and thumbnails, likewise
+PENDING_BLOCKS = 3  # blocks of rows that wait for the disk
+AHEAD_CHUNKS = 32  # chunks of samples read and decoded ahead of the network, and two for each decoding thread
+
+Outcomes = list[Decoded | BadSample]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StagedShard:
-    """A shard whose rows are on disk and not yet visible."""
+    """A shard whose rows are ready and not yet visible."""
 
     record: ShardRecord
     fragments: Sequence[Any]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Decoded:
-    """A pair whose image could be decoded, ready for the network."""
-
-    pair: Pair
-    prepared: Float32[np.ndarray, "c h w"]
-    sha256: str
-    width: int
-    height: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class _ShardWork:
-    """A shard on its way: what it was when reading began, and its samples as they come out of the decoders."""
+    """A shard on its way: what it was when reading began; its samples follow as they come out of the decoders."""
 
     shard: Shard
     stamp: str
@@ -57,11 +52,12 @@ class _ShardWork:
 
 @dataclass(slots=True)
 class _ShardInHand:
-    """What has become of the shard in hand."""
+    """What has become of a shard."""
 
     work: _ShardWork
-    decoded: list[_Decoded] = field(default_factory=list)
-    rows: list[StoredPair] = field(default_factory=list)
+    decoded: list[Decoded] = field(default_factory=list)  # to be embedded
+    rows: list[StoredPair] = field(default_factory=list)  # to be written
+    rows_bytes: int = 0
     bad: list[BadSample] = field(default_factory=list)
     writes: list[Future[list[Any]]] = field(default_factory=list)
     pairs: int = 0
@@ -75,109 +71,216 @@ def run_local(
     claim: Callable[[Sequence[StoredPair]], None],
     on_batch: Callable[[int], None],
     workers: int | None = None,
+    keep: KeepImages | None = None,
+    meter: Meter | None = None,
 ) -> Iterator[StagedShard]:
-    """Stage shards, given with stamp and digest, on this machine: threads decode, one embeds, one writes.
+    """Stage shards, given with stamp and digest, on this machine: threads read and decode, one embeds, one writes.
 
-    `on_batch` hears how many images go into the network. `claim` sees the rows before they are written, and raises if
-    one must not be. Memory is bounded by the queue and by a block of rows, not by the shards.
+    `on_batch` hears how many images go into the network, `meter` where the time goes. `claim` sees the rows before
+    they are written, and raises if one must not be. Memory is bounded by what is read ahead and by a few blocks of
+    rows, not by the shards. When something fails, the shards that are whole are yielded before it is raised.
     """
     workers = workers or os.cpu_count() or 1
-    with ThreadPoolExecutor(workers) as decoders, ThreadPoolExecutor(1) as writer:
-        events = _prefetch(_events(shards, decoders, embedder), size=EMBED_ROWS * 2 + workers)
+    meter = meter or Meter()
+    with ThreadPoolExecutor(workers) as threads, ThreadPoolExecutor(1) as writer:
+        decoders = _Decoders(threads, workers, embedder, keep or KeepImages())
+        line = _Line(embedder, store, writer, claim=claim, on_batch=on_batch, meter=meter)
+        events = _prefetch(_events(shards, decoders), size=AHEAD_CHUNKS + 2 * workers)
         try:
-            hand: _ShardInHand | None = None
-            for event in events:
+            for event in _metered(events, meter):
                 if isinstance(event, _ShardWork):
-                    hand = _ShardInHand(work=event)
-                    continue
-                assert hand is not None, "samples come after their shard"
-                is_end = event is None
-                if event is not None:
-                    _take(event.result(), hand)
-                if is_end or len(hand.decoded) >= EMBED_ROWS:
-                    on_batch(len(hand.decoded))
-                    _embed(hand, embedder)
-                if is_end or len(hand.rows) >= STAGE_ROWS:
-                    claim(hand.rows)
-                    _write(hand, writer, store, is_end=is_end)
-                if is_end:
-                    yield StagedShard(record=_record(hand), fragments=[f for w in hand.writes for f in w.result()])
+                    line.begin(event)
+                elif event is None:
+                    line.end()
+                else:
+                    line.take(_wait_for(event, decoders, meter))
+                yield from line.finished()
+            yield from line.finished(wait=True)
+        except Exception:
+            yield from line.finished(wait=True)
+            raise
         finally:
+            meter.stop()
             events.close()
-            decoders.shutdown(cancel_futures=True)
+            threads.shutdown(cancel_futures=True)
+
+
+# Reading and decoding
+
+
+class _Decoders:
+    """The decoding threads, and whether they keep up."""
+
+    def __init__(self, threads: ThreadPoolExecutor, workers: int, embedder: Embedder, keep: KeepImages):
+        self._threads, self._workers, self._embedder, self._keep = threads, workers, embedder, keep
+        self._mutex = threading.Lock()
+        self._unfinished = 0
+        self.has_all = False  # nothing more will be submitted
+
+    def submit(self, samples: Sequence[Sample]) -> "Future[Outcomes]":
+        """Decode a chunk in one of the threads."""
+        self._count(1)
+        future = self._threads.submit(decode_chunk, samples, self._embedder, self._keep)
+        future.add_done_callback(lambda _: self._count(-1))
+        return future
+
+    def who_is_late(self) -> Stage:
+        """Why a chunk is not there yet: the threads have more than they can do, or the reader feeds them too slowly."""
+        return "decode" if self.has_all or self._unfinished > self._workers else "read"
+
+    def _count(self, change: int) -> None:
+        with self._mutex:
+            self._unfinished += change
 
 
 def _events(
-    shards: Iterable[tuple[Shard, str, str]], decoders: ThreadPoolExecutor, embedder: Embedder
-) -> Iterator[_ShardWork | Future[_Decoded | BadSample] | None]:
+    shards: Iterable[tuple[Shard, str, str]], decoders: _Decoders
+) -> Iterator["_ShardWork | Future[Outcomes] | None"]:
     """A shard, its samples as they are being decoded, None at its end; then the next shard."""
     for shard, stamp, digest in shards:
         yield _ShardWork(shard=shard, stamp=stamp, digest=digest)
-        for sample in shard.samples():
-            yield decoders.submit(_decode, sample, embedder)
+        for chunk in chunks(shard.samples()):
+            yield decoders.submit(chunk)
         yield None
+    decoders.has_all = True
 
 
-def _decode(sample: Pair | BadSample, embedder: Embedder) -> _Decoded | BadSample:
-    if isinstance(sample, BadSample):
-        return sample
-    try:
-        image = decode_image(sample.encoded)
-    except CorpusError as error:
-        return BadSample(shard=sample.shard, key=sample.key, offset=sample.image.offset, reason=str(error))
-    return _Decoded(
-        pair=sample,
-        prepared=embedder.prepare(image),
-        sha256=sha256(sample.encoded).hexdigest(),
-        width=image.width,
-        height=image.height,
-    )
+def _metered(events: Iterator[T], meter: Meter) -> Iterator[T]:
+    """The same; the time until the next one is there is the reader's."""
+    meter.enter("read")
+    for event in events:
+        yield event
+        meter.enter("read")
 
 
-def _take(outcome: _Decoded | BadSample, hand: _ShardInHand) -> None:
-    if isinstance(outcome, BadSample):
-        hand.bad.append(outcome)
-    else:
-        hand.decoded.append(outcome)
+def _wait_for(chunk: "Future[Outcomes]", decoders: _Decoders, meter: Meter) -> Outcomes:
+    if not chunk.done():
+        meter.enter(decoders.who_is_late())
+    return chunk.result()
 
 
-def _embed(hand: _ShardInHand, embedder: Embedder) -> None:
-    vectors = embedder.embed([item.prepared for item in hand.decoded])
-    for item, vector in zip(hand.decoded, vectors, strict=True):
-        pair = item.pair
-        if not np.isfinite(vector).all():
-            reason = "the model gives no finite vector for this image"
-            hand.bad.append(BadSample(shard=pair.shard, key=pair.key, offset=pair.image.offset, reason=reason))
-            continue
-        hand.pairs += 1
-        hand.rows.append(_row(item, hand.work, vector))
-    hand.decoded = []
+# Embedding and writing
 
 
-def _write(hand: _ShardInHand, writer: ThreadPoolExecutor, store: PairStore, *, is_end: bool) -> None:
-    """Hand the rows to the writing thread, the last with the ledger entry; at most two blocks wait for the disk."""
-    record, bad = (_record(hand), hand.bad) if is_end else (None, ())
-    hand.writes.append(writer.submit(store.stage, hand.rows, record=record, bad=bad))
-    hand.rows = []
-    for write in hand.writes[:-2]:
-        write.result()
+class _Line:
+    """Takes the samples of one shard after the other, embeds them in batches and hands blocks of rows to the writer."""
+
+    def __init__(
+        self,
+        embedder: Embedder,
+        store: PairStore,
+        writer: ThreadPoolExecutor,
+        *,
+        claim: Callable[[Sequence[StoredPair]], None],
+        on_batch: Callable[[int], None],
+        meter: Meter,
+    ):
+        self._embedder, self._store, self._writer = embedder, store, writer
+        self._claim, self._on_batch, self._meter = claim, on_batch, meter
+        self._hand: _ShardInHand | None = None
+        self._ended: deque[_ShardInHand] = deque()
+        self._pending: deque[Future[list[Any]]] = deque()
+
+    def begin(self, work: _ShardWork) -> None:
+        """What is taken from now on belongs to this shard."""
+        self._hand = _ShardInHand(work=work)
+
+    def take(self, outcomes: Outcomes) -> None:
+        """More samples of the shard; embedded and written as soon as there are enough of them."""
+        hand = self._shard()
+        for outcome in outcomes:
+            if isinstance(outcome, BadSample):
+                hand.bad.append(outcome)
+            elif outcome.prepared is None:
+                self._keep(hand, [outcome], [outcome.vector])
+            else:
+                hand.decoded.append(outcome)
+        while hand.decoded and len(hand.decoded) >= self._batch_rows:
+            self._embed(hand)
+        if len(hand.rows) >= STAGE_ROWS or hand.rows_bytes >= STAGE_BYTES:
+            self._write(hand, is_end=False)
+
+    def end(self) -> None:
+        """The shard has no more samples. Batches start anew with every shard, so that a resumed build repeats them."""
+        hand, self._hand = self._shard(), None
+        while hand.decoded:
+            self._embed(hand)
+        self._write(hand, is_end=True)
+        self._ended.append(hand)
+
+    def finished(self, *, wait: bool = False) -> Iterator[StagedShard]:
+        """The ended shards whose rows are ready, in order; with `wait`, all that have ended."""
+        while self._ended and (wait or all(write.done() for write in self._ended[0].writes)):
+            self._meter.enter("write")
+            hand = self._ended.popleft()
+            fragments = [fragment for write in hand.writes for fragment in write.result()]
+            self._meter.shards += 1
+            yield StagedShard(record=_record(hand), fragments=fragments)
+
+    @cached_property
+    def _batch_rows(self) -> int:
+        return self._embedder.batch_rows()
+
+    def _shard(self) -> _ShardInHand:
+        assert self._hand is not None, "samples come after their shard"
+        return self._hand
+
+    def _embed(self, hand: _ShardInHand) -> None:
+        batch, hand.decoded = hand.decoded[: self._batch_rows], hand.decoded[self._batch_rows :]
+        self._meter.enter("embed")
+        self._on_batch(len(batch))
+        vectors = self._embedder.embed([item.prepared for item in batch if item.prepared is not None])
+        self._keep(hand, batch, list(vectors))
+
+    def _keep(self, hand: _ShardInHand, items: Sequence[Decoded], vectors: Sequence[np.ndarray | None]) -> None:
+        self._meter.enter("write")
+        for item, vector in zip(items, vectors, strict=True):
+            if vector is None or not np.isfinite(vector).all():
+                hand.bad.append(bad(item.pair, _why_no_vector(item)))
+                continue
+            hand.rows.append(_row(item, hand.work, vector))
+            hand.rows_bytes += len(item.copy or b"") + len(item.thumbnail or b"")
+            hand.pairs += 1
+            self._meter.pairs += 1
+
+    def _write(self, hand: _ShardInHand, *, is_end: bool) -> None:
+        """Hand the rows to the writing thread, the last with the ledger entry, once it has few enough waiting."""
+        self._meter.enter("write")
+        self._claim(hand.rows)
+        while len(self._pending) >= PENDING_BLOCKS or (self._pending and self._pending[0].done()):
+            self._pending.popleft().result()
+        record, bad_samples = (_record(hand), hand.bad) if is_end else (None, ())
+        write = self._writer.submit(self._store.stage, hand.rows, record=record, bad=bad_samples)
+        hand.writes.append(write)
+        self._pending.append(write)
+        hand.rows, hand.rows_bytes = [], 0
 
 
-def _row(item: _Decoded, work: _ShardWork, vector: Float32[np.ndarray, " d"]) -> StoredPair:
+def _why_no_vector(item: Decoded) -> str:
+    if item.prepared is None:
+        return "its vector is not finite"
+    return "the model gives no finite vector for this image"
+
+
+def _row(item: Decoded, work: _ShardWork, vector: Float32[np.ndarray, " d"]) -> StoredPair:
+    pair = item.pair
     return StoredPair(
-        id=item.pair.id,
-        dataset=item.pair.dataset,
+        id=pair.id,
+        dataset=pair.dataset,
         source=work.shard.source,
-        shard=item.pair.shard,
+        shard=pair.shard,
         digest=work.digest,
-        key=item.pair.key,
-        caption=item.pair.caption,
-        image=item.pair.image,
+        key=pair.key,
+        caption=pair.caption,
+        image=pair.image,
         sha256=item.sha256,
         width=item.width,
         height=item.height,
-        metadata=item.pair.metadata,
+        dhash=item.dhash,
+        metadata=pair.metadata,
         vector=vector,
+        image_bytes=item.copy,
+        thumbnail=item.thumbnail,
     )
 
 

@@ -153,7 +153,8 @@ def test_an_id_that_belongs_to_another_pair_fails_the_build(
 
 def test_shards_longer_than_memory_allows_land_in_one_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("index.ingest.engines.STAGE_ROWS", 4)
-    monkeypatch.setattr("index.ingest.engines.EMBED_ROWS", 3)
+    monkeypatch.setattr("index.ingest.decode.CHUNK_SAMPLES", 2)
+    monkeypatch.setattr(HashEmbedder, "batch_rows", lambda self: 3)
     write_img2dataset(tmp_path / "d", shards=1, per_shard=20)
     before = KnowledgeBase.create(tmp_path / "kb", HashEmbedder()).store.version
     assert build_at(tmp_path / "kb", tmp_path / "d").pairs_total == 20

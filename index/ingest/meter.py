@@ -1,0 +1,116 @@
+"""Where a build's time goes: every moment is put down to the stage that is waited for, and the largest is named."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Stage = Literal["read", "decode", "embed", "write"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
+REMEDIES: dict[Stage, str] = {
+    "read": "faster storage, or --engine ray on several machines",
+    "decode": "raise --workers",
+    "embed": "a GPU, or a smaller model",
+    "write": "a faster disk",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Progress:
+    """A build so far. `seconds` since it began to read; `stages` are shares of 1, of all machines together."""
+
+    pairs: int
+    shards: int
+    shards_found: int | None  # None: not all sources are listed yet
+    seconds: float
+    stages: dict[Stage, float]
+
+    @property
+    def pairs_per_second(self) -> float:
+        """Since the start; 0 before it."""
+        return self.pairs / self.seconds if self.seconds else 0.0
+
+    @property
+    def bottleneck(self) -> Stage | None:
+        """The stage that the others wait for most; None before anything was waited for."""
+        slowest: Stage = max(STAGES, key=self.stages.__getitem__)
+        return slowest if self.stages[slowest] else None
+
+    @property
+    def seconds_left(self) -> float | None:
+        """As long for each shard to come as for those that are done; None while that is not known."""
+        if not self.shards_found or not self.shards:
+            return None
+        return self.seconds / self.shards * max(0, self.shards_found - self.shards)
+
+
+class Meter:
+    """A stopwatch that is always in one stage or stopped. One thread calls `enter` and `stop`, any may look."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter):
+        self._clock = clock
+        self._seconds: dict[Stage, float] = dict.fromkeys(STAGES, 0.0)
+        self._now: tuple[Stage, float] | None = None  # the running stage and since when
+        self._begun: float | None = None
+        self._ended = 0.0
+        self.pairs = 0
+        self.shards = 0
+        self.shards_found: int | None = None
+
+    def enter(self, stage: Stage) -> None:
+        """What follows is put down to `stage`."""
+        self.stop()
+        self._now = (stage, self._clock())
+        self._begun = self._now[1] if self._begun is None else self._begun
+
+    def stop(self) -> None:
+        """What follows is put down to nothing."""
+        if self._now is not None:
+            (stage, since), self._ended = self._now, self._clock()
+            self._now = None
+            self._seconds[stage] += self._ended - since
+
+    def add(self, seconds: Mapping[Stage, float], *, pairs: int) -> None:
+        """A shard that was staged elsewhere, and how long each stage of it took there."""
+        self._ended = self._clock()
+        self._begun = self._ended - sum(seconds.values()) if self._begun is None else self._begun
+        for stage, value in seconds.items():
+            self._seconds[stage] += value
+        self.pairs += pairs
+        self.shards += 1
+
+    @property
+    def seconds(self) -> dict[Stage, float]:
+        """Of each stage so far."""
+        seconds, now = dict(self._seconds), self._now
+        if now is not None:
+            seconds[now[0]] += self._clock() - now[1]
+        return seconds
+
+    @property
+    def progress(self) -> Progress:
+        """As it is at this moment."""
+        seconds = self.seconds
+        total = sum(seconds.values())
+        until = self._ended if self._now is None else self._clock()
+        return Progress(
+            pairs=self.pairs,
+            shards=self.shards,
+            shards_found=self.shards_found,
+            seconds=0.0 if self._begun is None else until - self._begun,
+            stages={stage: value / total if total else 0.0 for stage, value in seconds.items()},
+        )
+
+
+def progress_line(progress: Progress) -> str:
+    """`12,400 pairs · 1,240 pairs/s · read 5 % decode 61 % embed 30 % write 4 % · bottleneck: decode (...)`."""
+    parts = [f"{progress.pairs:,} pairs", f"{progress.pairs_per_second:,.0f} pairs/s"]
+    if progress.shards_found is not None:
+        parts.append(f"{progress.shards:,} of {progress.shards_found:,} shards")
+    if progress.bottleneck is not None:
+        parts.append(" ".join(f"{stage} {share:.0%}".replace("%", " %") for stage, share in progress.stages.items()))
+        parts.append(f"bottleneck: {progress.bottleneck} ({REMEDIES[progress.bottleneck]})")
+    if progress.seconds_left is not None:
+        minutes, seconds = divmod(round(progress.seconds_left), 60)
+        parts.append(f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d} left")
+    return " \u00b7 ".join(parts)
