@@ -126,6 +126,7 @@ class Hit:
     image: ImageLocation
     metadata: Mapping[str, Any] = field(default_factory=dict)
     kb: str | None = None  # where it was found, when several knowledge bases were searched
+    part: str | None = None  # what it answers, when the prompt was decomposed
 
     def open_image(self) -> "PIL.Image.Image":
         """Decode the image as RGB."""
@@ -146,6 +147,7 @@ class Hit:
             "image": self.image.to_json(),
             "metadata": dict(self.metadata),
             **({"kb": self.kb} if self.kb is not None else {}),
+            **({"part": self.part} if self.part is not None else {}),
         }
 
 

@@ -1,13 +1,12 @@
-"""Retriever: a query in, fused hits out. Embed, search by vector and by words, fuse, fetch.
+"""Retriever: a query in, fused hits out. Embed, search by vector and by words, fuse, arrange, fetch.
 
 Candidates are the union of the best max(10 k, 100) of both lists, with both scores exact for every one of them. The
-searcher is a snapshot: rows newer than it are compared one by one, and ids that are gone never come back.
+searcher is a snapshot: rows newer than it are compared one by one, and ids that are gone never come back. What is done
+to the candidates after they are scored is in `candidates.py`, `diversity.py` and `decompose.py`.
 """
 
-import time
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
@@ -16,9 +15,14 @@ from numpy import ndarray
 
 from index.errors import KnowledgeBaseError, QueryError
 from index.records import Hit, StoredPair
+from index.search.candidates import Candidates, first_of_each, interleave
+from index.search.decompose import Corpus, CountedWords, Decompose, cover_terms, phrases, subject
+from index.search.diversity import check_diversity, spread
+from index.search.duplicates import Duplicates
 from index.search.fusion import FusionRule, best_first, fuse
 from index.search.lexical import Lexical, Subset, coarse
 from index.search.searcher import Queries, Searcher
+from index.search.trace import Stage, Trace
 from index.search.view import RankedList, StoreView, View
 
 if TYPE_CHECKING:
@@ -32,14 +36,25 @@ By = Literal["hybrid", "clip", "bm25", "tfidf"]
 _DEPTH = 10  # candidates of each list per hit asked for
 _MIN_DEPTH = 100
 _EMBED_BATCH = 256
+_WORDS_SHARE = 0.05  # of the rows; words of a filter that leaves more are searched unfiltered, and deeper
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SearchResult:
-    """Hits, best first, and where the time went: embed, vector, lexical, fuse, fetch, in milliseconds."""
+    """Hits, best first; where the time went, in milliseconds; and the stages that candidates went through.
+
+    `timings_ms` has load (of the model, the first time), embed, decompose, filter, vector, lexical, fuse, diversity
+    and fetch. `matching` rows pass the filter, `examined` were looked at by the search by vector. `shortfall` says why
+    there are fewer than k hits, `parts` what the prompt was decomposed into.
+    """
 
     hits: list[Hit]
     timings_ms: dict[str, float]
+    stages: list[Stage] = field(default_factory=list)
+    matching: int = 0
+    examined: int = 0
+    shortfall: str | None = None
+    parts: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,15 +74,45 @@ class Standing:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class _Bounds:
+    """Least scores of a hit: fused, and of each component."""
+
+    score: float | None = None
+    clip: float | None = None
+    bm25: float | None = None
+
+    def __bool__(self) -> bool:
+        return not (self.score is None and self.clip is None and self.bm25 is None)
+
+    def names(self) -> str:
+        """Those that are set, as a user calls them."""
+        return " and ".join(f"min_{name}" for name in ("score", "clip", "bm25") if getattr(self, name) is not None)
+
+    def keep(self, candidates: Candidates) -> Candidates:
+        """The candidates that reach every bound."""
+        kept = np.ones(len(candidates), dtype=bool)
+        for values, least in (
+            (candidates.score, self.score),
+            (candidates.clip, self.clip),
+            (candidates.words, self.bm25),
+        ):
+            if values is not None and least is not None:
+                kept &= values >= least
+        return candidates.take(kept)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class _Request:
     """What is asked of every query of a batch."""
 
     k: int
     by: By
-    fusion: FusionRule
-    min_score: float | None
-    exact: bool
-    subset: Subset | None
+    fusion: FusionRule = "rrf"
+    bounds: _Bounds = field(default_factory=_Bounds)
+    exact: bool = False
+    subset: Subset | None = None
+    diversity: float = 0.0
+    decompose: Decompose = "off"
 
     @property
     def uses_clip(self) -> bool:
@@ -80,7 +125,10 @@ class _Request:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Query:
-    """One query of a batch. `vector` is None when no vector is needed, `text` when no words are."""
+    """What is searched for at once: a whole query, or a part of one.
+
+    `vector` is None when no vector is needed, `text` when no words are.
+    """
 
     text: str | None
     vector: Float32[ndarray, " d"] | None
@@ -88,27 +136,32 @@ class _Query:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Candidates:
-    """The scored candidates of one query, best first."""
+class _Asked:
+    """A query of the user's, as what is searched for. `labels` names the parts where it is decomposed."""
 
-    ids: Int64[ndarray, " n"]
-    score: Float64[ndarray, " n"]
-    clip: Float64[ndarray, " n"] | None
-    words: Float64[ndarray, " n"] | None
+    queries: list[_Query]
+    labels: list[str]
 
 
 class Retriever:
     """Finds pairs by CLIP, by words, or by both. Reads the store at its present version, whatever the searcher knew."""
 
-    def __init__(self, store: "PairStore", searcher: Searcher, embedder: "Embedder | None" = None):
+    def __init__(
+        self,
+        store: "PairStore",
+        searcher: Searcher,
+        embedder: "Embedder | None" = None,
+        *,
+        duplicates: Duplicates | None = None,
+    ):
         self.store = store
-        self._make_view: Callable[[], View] = lambda: StoreView(store, searcher)
+        self._make_view: Callable[[], View] = lambda: StoreView(store, searcher, duplicates)
         self._embedder = embedder
         self._view: View | None = None
 
     @classmethod
     def over(cls, store: Any, make_view: Callable[[], View], embedder: "Embedder | None" = None) -> "Retriever":
-        """Search what `make_view` shows. `store` answers `version`, `matching_ids` and `get` as a PairStore does."""
+        """Search what `make_view` shows. `store` answers `version` and `get` as a PairStore does."""
         retriever = cls.__new__(cls)
         retriever.store, retriever._make_view, retriever._embedder, retriever._view = store, make_view, embedder, None
         return retriever
@@ -123,24 +176,59 @@ class Retriever:
         by: By = "hybrid",
         fusion: FusionRule = "rrf",
         where: str | None = None,
-        dataset: str | None = None,
+        dataset: str | Sequence[str] | None = None,
         min_score: float | None = None,
+        min_clip: float | None = None,
+        min_bm25: float | None = None,
         exclude: Collection[int] = (),
+        exclude_group_of: Collection[int] = (),
         exact: bool = False,
+        diversity: float = 0.0,
+        decompose: Decompose = "off",
     ) -> SearchResult:
         """The k best pairs with distinct images, by text, by image, by a vector, or by text and one of those.
 
         An image or a vector takes the text's place on the CLIP side; the text then speaks through its words only.
-        Without text, `hybrid` means `clip`. `min_score` is a bound on the fused score. `exact` compares every pair.
+        Without text, `hybrid` means `clip`. `min_score` is a bound on the fused score, `min_clip` and `min_bm25` on
+        the raw components. `exclude_group_of` excludes pairs and all duplicates of theirs. `exact` compares every
+        pair. `diversity` in [0, 1] trades score for difference from the hits above (see `spread`), and `decompose`
+        gives a text that names several things neighbours of each (see `decompose.py`).
         """
-        clock = _Clock()
-        by = _checked_by(by, text, has_vector=image is not None or vector is not None)
-        request = self._request(k, by, fusion=fusion, min_score=min_score, exact=exact, where=where, dataset=dataset)
-        with clock("embed"):
-            row = self._query_vector(text, image, vector) if request.uses_clip else None
-        query = _Query(text=text, vector=row, exclude=_id_array(exclude))
-        (hits,) = self._answer([query], request, clock, lexical=self._current().lexical(by))
-        return SearchResult(hits=hits, timings_ms=clock.milliseconds)
+        trace = Trace()
+        has_vector = image is not None or vector is not None
+        by = _checked_by(by, text, has_vector=has_vector)
+        if decompose != "off" and has_vector:
+            raise QueryError("decompose splits a text; give no image and no vector with it")
+        request = self._request(
+            trace,
+            k=k,
+            by=by,
+            fusion=fusion,
+            where=where,
+            dataset=dataset,
+            bounds=_Bounds(score=min_score, clip=min_clip, bm25=min_bm25),
+            exact=exact,
+            diversity=diversity,
+            decompose=decompose,
+        )
+        view = self._current()
+        excluded = np.union1d(_id_array(exclude), view.repeats_of(_id_array(exclude_group_of)))
+        if has_vector or text is None:
+            row = self._query_vector(image, vector, trace) if request.uses_clip else None
+            asked = _Asked(queries=[_Query(text=text, vector=row, exclude=excluded)], labels=[])
+        else:
+            (asked,) = self._asked([text], None, [excluded], request, trace=trace)
+        (hits,) = self._answer([asked], request, trace, lexical=view.lexical(by))
+        matching = len(view.ids) if request.subset is None else len(request.subset.ids)
+        return SearchResult(
+            hits=hits,
+            timings_ms=trace.milliseconds,
+            stages=trace.stages(matching=matching, hits=len(hits)),
+            matching=matching,
+            examined=trace.examined,
+            shortfall=_shortfall(len(hits), request, trace, matching=matching),
+            parts=asked.labels,
+        )
 
     def standing(
         self,
@@ -152,18 +240,22 @@ class Retriever:
         by: By = "hybrid",
         fusion: FusionRule = "rrf",
         where: str | None = None,
-        dataset: str | None = None,
+        dataset: str | Sequence[str] | None = None,
     ) -> Standing | None:
         """Where a pair stands when every pair is compared; None when it is not there, or the filter takes it away."""
-        by = _checked_by(by, text, has_vector=image is not None or vector is not None)
-        request = self._request(1, by, fusion=fusion, min_score=None, exact=True, where=where, dataset=dataset)
+        trace = Trace()
+        has_vector = image is not None or vector is not None
+        by = _checked_by(by, text, has_vector=has_vector)
+        request = self._request(trace, k=1, by=by, fusion=fusion, exact=True, where=where, dataset=dataset)
         view = self._current()
         among = view.ids if request.subset is None else request.subset.ids
         if pair_id not in among:
             return None
-        row = self._query_vector(text, image, vector) if request.uses_clip else None
+        row = None
+        if request.uses_clip:
+            row = self._query_vector(image, vector, trace) if has_vector else self._embed([str(text)], trace)[0]
         query = _Query(text=text, vector=row, exclude=_id_array(()))
-        (ranked,) = self._rank([query], request, _Clock(), depth=len(among), lexical=view.lexical(by))
+        (ranked,) = self._rank([query], request, trace, depth=len(among), lexical=view.lexical(by))
         return _standing(ranked, pair_id, of=len(among))
 
     def contributions(self, text: str, pair_ids: Sequence[int]) -> list[dict[str, float]]:
@@ -180,181 +272,53 @@ class Retriever:
         by: By = "hybrid",
         fusion: FusionRule = "rrf",
         where: str | None = None,
-        dataset: str | None = None,
+        dataset: str | Sequence[str] | None = None,
         min_score: float | None = None,
+        min_clip: float | None = None,
+        min_bm25: float | None = None,
         exclude: Sequence[Collection[int]] | None = None,
+        exclude_group_of: Sequence[Collection[int]] | None = None,
         exact: bool = False,
+        diversity: float = 0.0,
+        decompose: Decompose = "off",
     ) -> list[list[Hit]]:
-        """`search` for many texts at once, embedded and searched in batches; `exclude` has one entry for each text.
+        """`search` for many texts at once, embedded and searched in batches.
 
-        `vectors`, unit rows, stand in for the embedded texts.
+        `exclude` and `exclude_group_of` have one entry for each text. `vectors`, unit rows, stand in for the embedded
+        texts.
         """
-        if vectors is not None and len(vectors) != len(texts):
-            raise QueryError(f"{len(texts)} texts need as many vectors, got {len(vectors)}")
-        if exclude is not None and len(exclude) != len(texts):
-            raise QueryError(f"{len(texts)} texts need as many lists of excluded ids, got {len(exclude)}")
+        for name, given in (
+            ("vectors", vectors),
+            ("lists of excluded ids", exclude),
+            ("lists of excluded groups", exclude_group_of),
+        ):
+            if given is not None and len(given) != len(texts):
+                raise QueryError(f"{len(texts)} texts need as many {name}, got {len(given)}")
+        if decompose != "off" and vectors is not None:
+            raise QueryError("decompose splits a text; give no vectors with it")
         if not texts:
             return []
         for text in texts:
             _checked_by(by, text, has_vector=vectors is not None)
-        request = self._request(k, by, fusion=fusion, min_score=min_score, exact=exact, where=where, dataset=dataset)
-        if request.uses_clip:
-            rows = self._embed(texts) if vectors is None else _unit_rows(vectors)
-        queries = [
-            _Query(
-                text=text,
-                vector=rows[position] if request.uses_clip else None,
-                exclude=_id_array(exclude[position] if exclude is not None else ()),
-            )
-            for position, text in enumerate(texts)
-        ]
+        trace = Trace()
+        request = self._request(
+            trace,
+            k=k,
+            by=by,
+            fusion=fusion,
+            where=where,
+            dataset=dataset,
+            bounds=_Bounds(score=min_score, clip=min_clip, bm25=min_bm25),
+            exact=exact,
+            diversity=diversity,
+            decompose=decompose,
+        )
+        rows = _unit_rows(vectors) if vectors is not None else None
+        asked = self._asked(texts, rows, self._exclusions(len(texts), exclude, exclude_group_of), request, trace=trace)
         lexical = self._current().lexical(by, many=len(texts) > 1)
         hits: list[list[Hit]] = []
-        for start in range(0, len(queries), _EMBED_BATCH):
-            hits += self._answer(queries[start : start + _EMBED_BATCH], request, _Clock(), lexical=lexical)
-        return hits
-
-    # From the words of the caller to a request
-
-    def _request(
-        self,
-        k: int,
-        by: By,
-        *,
-        fusion: FusionRule,
-        min_score: float | None,
-        exact: bool,
-        where: str | None,
-        dataset: str | None,
-    ) -> _Request:
-        if k < 1:
-            raise QueryError(f"k must be at least 1, got {k}")
-        if fusion not in get_args(FusionRule):
-            raise QueryError(f"fusion is one of {', '.join(get_args(FusionRule))}, got {fusion!r}")
-        if not len(self._current().ids):
-            raise KnowledgeBaseError(
-                "the knowledge base is empty; add pairs with `radt index build` or `radt index add`"
-            )
-        condition = _condition(where, dataset)
-        subset = None
-        if condition is not None:
-            subset = Subset(where=condition, ids=np.sort(self.store.matching_ids(condition)))
-        return _Request(k=k, by=by, fusion=fusion, min_score=min_score, exact=exact, subset=subset)
-
-    def _query_vector(
-        self, text: str | None, image: "PIL.Image.Image | None", vector: Float32[ndarray, " d"] | None
-    ) -> Float32[ndarray, " d"]:
-        if vector is not None:
-            if image is not None:
-                raise QueryError("give an image or a vector to search by, not both")
-            return _unit_rows(np.asarray(vector, dtype=np.float32)[None])[0]
-        if image is not None:
-            return self._need_embedder().images([image])[0]
-        assert text is not None
-        return self._need_embedder().texts([text])[0]
-
-    def _embed(self, texts: Sequence[str]) -> Queries:
-        embedder = self._need_embedder()
-        starts = range(0, len(texts), _EMBED_BATCH)
-        return np.concatenate([embedder.texts(list(texts[start : start + _EMBED_BATCH])) for start in starts])
-
-    def _need_embedder(self) -> "Embedder":
-        if self._embedder is None:
-            raise QueryError(
-                "searching by CLIP needs the model the knowledge base was built with; name it with --model"
-            )
-        return self._embedder
-
-    # From a request to hits
-
-    def _answer(
-        self, queries: Sequence[_Query], request: _Request, clock: "_Clock", *, lexical: Lexical
-    ) -> list[list[Hit]]:
-        view = self._current()
-        rows = len(view.ids) if request.subset is None else len(request.subset.ids)
-        depth = rows if request.exact else max(_DEPTH * request.k, _MIN_DEPTH)
-        answers: list[list[Hit]] = [[] for _ in queries]
-        pending = list(range(len(queries))) if rows else []
-        while pending:
-            asked = [queries[position] for position in pending]
-            ranked = self._rank(asked, request, clock, depth=depth, lexical=lexical)
-            with clock("fetch"):
-                fetched = self._fetch(ranked, request.k)
-            for position, hits in zip(pending, fetched, strict=True):
-                answers[position] = hits
-            if depth >= rows:
-                break
-            # Many captions of few images can use up the candidates before there are k images. A threshold has cut
-            # the list for good, so then there is nothing more to find further down.
-            pending = [p for p in pending if len(answers[p]) < request.k and request.min_score is None]
-            depth *= 4
-        return answers
-
-    def _rank(
-        self, queries: Sequence[_Query], request: _Request, clock: "_Clock", *, depth: int, lexical: Lexical
-    ) -> list[_Candidates]:
-        """Score and order the candidates of every query."""
-        vectors = (
-            np.stack([query.vector for query in queries if query.vector is not None]) if request.uses_clip else None
-        )
-        by_vector = [RankedList()] * len(queries)
-        by_words = [RankedList()] * len(queries)
-        if vectors is not None:
-            with clock("vector"):
-                by_vector = self._search_vectors(vectors, queries, request, depth=depth)
-        if request.uses_words:
-            with clock("lexical"):
-                by_words = self._search_words(queries, lexical, request, depth=depth)
-        ids = [np.union1d(one.ids, other.ids) for one, other in zip(by_vector, by_words, strict=True)]
-        clips: list[Float64[ndarray, " n"]] | None = None
-        words: list[Float64[ndarray, " n"]] | None = None
-        if vectors is not None:
-            with clock("vector"):
-                clips = self._current().complete_clip(vectors, ids, by_vector)
-        if request.uses_words:
-            with clock("lexical"):
-                words = [
-                    _complete_words(lexical, query, i, known, exhausted=len(known.ids) < depth)
-                    for query, i, known in zip(queries, ids, by_words, strict=True)
-                ]
-        with clock("fuse"):
-            return [
-                _order(i, clips[n] if clips else None, words[n] if words else None, request) for n, i in enumerate(ids)
-            ]
-
-    def _search_vectors(
-        self, vectors: Queries, queries: Sequence[_Query], request: _Request, *, depth: int
-    ) -> list[RankedList]:
-        spare = max(len(query.exclude) for query in queries)
-        found, scores = self._current().search(vectors, top_k=depth + spare, subset=request.subset, exact=request.exact)
-        return [
-            RankedList(ids=i[i >= 0], scores=s[i >= 0].astype(np.float64)).without(query.exclude, limit=depth)
-            for i, s, query in zip(found, scores, queries, strict=True)
-        ]
-
-    def _search_words(
-        self, queries: Sequence[_Query], lexical: Lexical, request: _Request, *, depth: int
-    ) -> list[RankedList]:
-        spare = max(len(query.exclude) for query in queries)
-        texts = [query.text or "" for query in queries]
-        rankings = lexical.search_many(texts, top_k=depth + spare, within=request.subset)
-        return [
-            RankedList(ids=ids, scores=scores).without(query.exclude, limit=depth)
-            for (ids, scores), query in zip(rankings, queries, strict=True)
-        ]
-
-    def _fetch(self, ranked: Sequence[_Candidates], k: int) -> list[list[Hit]]:
-        """The first k candidates of each query that show different images."""
-        rows: dict[int, StoredPair] = {}
-        hits: list[list[Hit]] = [[] for _ in ranked]
-        pending, window = list(range(len(ranked))), k
-        while pending:
-            wanted = {i for p in pending for i in ranked[p].ids[:window].tolist()} - rows.keys()
-            rows.update((pair.id, pair) for pair in self.store.get(sorted(wanted)))
-            for p in pending:
-                hits[p] = _distinct_hits(ranked[p], rows, k=k, window=window)
-            pending = [p for p in pending if len(hits[p]) < k and window < len(ranked[p].ids)]
-            window *= 2
+        for start in range(0, len(asked), _EMBED_BATCH):
+            hits += self._answer(asked[start : start + _EMBED_BATCH], request, trace, lexical=lexical)
         return hits
 
     @property
@@ -362,25 +326,254 @@ class Retriever:
         """What is searched now."""
         return self._current()
 
+    # From the words of the caller to a request
+
+    def _request(
+        self,
+        trace: Trace,
+        *,
+        k: int,
+        by: By,
+        where: str | None = None,
+        dataset: str | Sequence[str] | None = None,
+        **options: Any,
+    ) -> _Request:
+        request = _Request(k=k, by=by, **options)
+        _check_request(request)
+        if not len(self._current().ids):
+            raise KnowledgeBaseError(
+                "the knowledge base is empty; add pairs with `radt index build` or `radt index add`"
+            )
+        condition = _condition(where, dataset)
+        if condition is None:
+            return request
+        with trace("filter"):
+            return replace(request, subset=self._current().subset(condition))
+
+    def _asked(
+        self,
+        texts: Sequence[str],
+        rows: Queries | None,
+        excluded: Sequence[Int64[ndarray, " _"]],
+        request: _Request,
+        *,
+        trace: Trace,
+    ) -> list[_Asked]:
+        """Every text as what is searched for: itself, or what it is decomposed into; embedded unless `rows` are."""
+        parts = [[text] for text in texts]
+        if request.decompose != "off":
+            with trace("decompose"):
+                corpus = self._corpus(many=len(texts) > 1)
+                cut = phrases if request.decompose == "phrases" else lambda text, corpus: [subject(text)]
+                parts = [cut(text, corpus) for text in texts]
+        if request.uses_clip and rows is None:
+            rows = self._embed([part for each in parts for part in each], trace)
+        vectors = iter(rows if rows is not None else ())
+        return [
+            _Asked(
+                queries=[
+                    _Query(text=part, vector=next(vectors) if request.uses_clip else None, exclude=exclude)
+                    for part in each
+                ],
+                labels=each if request.decompose != "off" else [],
+            )
+            for each, exclude in zip(parts, excluded, strict=True)
+        ]
+
+    def _exclusions(
+        self,
+        num: int,
+        exclude: Sequence[Collection[int]] | None,
+        exclude_group_of: Sequence[Collection[int]] | None,
+    ) -> list[Int64[ndarray, " _"]]:
+        repeats_of = self._current().repeats_of
+        return [
+            np.union1d(
+                _id_array(exclude[i] if exclude is not None else ()),
+                repeats_of(_id_array(exclude_group_of[i] if exclude_group_of is not None else ())),
+            )
+            for i in range(num)
+        ]
+
+    def _query_vector(
+        self, image: "PIL.Image.Image | None", vector: Float32[ndarray, " d"] | None, trace: Trace
+    ) -> Float32[ndarray, " d"]:
+        if vector is not None:
+            if image is not None:
+                raise QueryError("give an image or a vector to search by, not both")
+            return _unit_rows(np.asarray(vector, dtype=np.float32)[None])[0]
+        assert image is not None
+        embedder = self._ready_embedder(trace)
+        with trace("embed"):
+            return embedder.images([image])[0]
+
+    def _embed(self, texts: Sequence[str], trace: Trace) -> Queries:
+        embedder = self._ready_embedder(trace)
+        starts = range(0, len(texts), _EMBED_BATCH)
+        with trace("embed"):
+            return np.concatenate([embedder.texts(list(texts[start : start + _EMBED_BATCH])) for start in starts])
+
+    def _ready_embedder(self, trace: Trace) -> "Embedder":
+        """The embedder, its model loaded."""
+        from index.embedder import DeferredEmbedder
+
+        if self._embedder is None:
+            raise QueryError(
+                "searching by CLIP needs the model the knowledge base was built with; name it with --model"
+            )
+        if isinstance(self._embedder, DeferredEmbedder):
+            with trace("load"):
+                self._embedder.load_now()
+        return self._embedder
+
+    # From a request to hits
+
+    def _answer(self, asked: Sequence[_Asked], request: _Request, trace: Trace, *, lexical: Lexical) -> list[list[Hit]]:
+        rows = len(self._current().ids) if request.subset is None else len(request.subset.ids)
+        depth = rows if request.exact else max(_DEPTH * request.k, _MIN_DEPTH)
+        answers: list[list[Hit]] = [[] for _ in asked]
+        pending = list(range(len(asked))) if rows else []
+        while pending:
+            queries = [query for position in pending for query in asked[position].queries]
+            ranked = iter(self._rank(queries, request, trace, depth=depth, lexical=lexical))
+            own = [[next(ranked) for _ in asked[position].queries] for position in pending]
+            with trace("diversity"):
+                arranged = [
+                    self._arrange(asked[p].labels, lists, request) for p, lists in zip(pending, own, strict=True)
+                ]
+            trace.kept["duplicates"] = sum(map(len, arranged))
+            with trace("fetch"):
+                fetched = self._fetch(arranged, request.k, trace)
+            for position, hits in zip(pending, fetched, strict=True):
+                answers[position] = hits
+            if depth >= rows:
+                break
+            # Many captions of few images can use up the candidates before there are k images. A threshold has cut
+            # the list for good, so then there is nothing more to find further down.
+            pending = [p for p in pending if len(answers[p]) < request.k and not request.bounds]
+            depth *= 4
+        return answers
+
+    def _rank(
+        self, queries: Sequence[_Query], request: _Request, trace: Trace, *, depth: int, lexical: Lexical
+    ) -> list[Candidates]:
+        """Score and order the candidates of every query."""
+        vectors = (
+            np.stack([query.vector for query in queries if query.vector is not None]) if request.uses_clip else None
+        )
+        by_vector = [RankedList()] * len(queries)
+        by_words = [RankedList()] * len(queries)
+        if vectors is not None:
+            with trace("vector"):
+                by_vector = self._search_vectors(vectors, queries, request, trace, depth=depth)
+        if request.uses_words:
+            with trace("lexical"):
+                by_words = self._search_words(queries, lexical, request, trace, depth=depth)
+        ids = [np.union1d(one.ids, other.ids) for one, other in zip(by_vector, by_words, strict=True)]
+        clips: list[Float64[ndarray, " n"]] | None = None
+        words: list[Float64[ndarray, " n"]] | None = None
+        if vectors is not None:
+            with trace("vector"):
+                clips = self._current().complete_clip(vectors, ids, by_vector)
+        if request.uses_words:
+            with trace("lexical"):
+                words = [
+                    _complete_words(lexical, query, i, known, exhausted=len(known.ids) < depth)
+                    for query, i, known in zip(queries, ids, by_words, strict=True)
+                ]
+        with trace("fuse"):
+            ranked = [
+                _order(i, clips[n] if clips else None, words[n] if words else None, request) for n, i in enumerate(ids)
+            ]
+            trace.kept["union"] = sum(map(len, ranked))
+            if request.bounds:
+                ranked = [request.bounds.keep(candidates) for candidates in ranked]
+                trace.kept["thresholds"] = sum(map(len, ranked))
+        return ranked
+
+    def _search_vectors(
+        self, vectors: Queries, queries: Sequence[_Query], request: _Request, trace: Trace, *, depth: int
+    ) -> list[RankedList]:
+        spare = max(len(query.exclude) for query in queries)
+        found = self._current().search(vectors, top_k=depth + spare, subset=request.subset, exact=request.exact)
+        trace.examined = found.examined
+        listed = [
+            RankedList(ids=i[i >= 0], scores=s[i >= 0].astype(np.float64))
+            for i, s in zip(found.ids, found.scores, strict=True)
+        ]
+        return _without_excluded(listed, queries, trace, "vector", depth=depth)
+
+    def _search_words(
+        self, queries: Sequence[_Query], lexical: Lexical, request: _Request, trace: Trace, *, depth: int
+    ) -> list[RankedList]:
+        top_k = depth + max(len(query.exclude) for query in queries)
+        texts = [query.text or "" for query in queries]
+        rankings = _words_within(lexical, texts, request.subset, top_k=top_k, rows=len(self._current().ids))
+        listed = [RankedList(ids=ids, scores=scores) for ids, scores in rankings]
+        return _without_excluded(listed, queries, trace, "words", depth=depth)
+
+    def _arrange(self, labels: Sequence[str], lists: Sequence[Candidates], request: _Request) -> Candidates:
+        """One list of the lists of a query's parts: no two pairs of one group, spread out, each part in turn."""
+        lists = [self._distinct(candidates) for candidates in lists]
+        if request.diversity:
+            lists = [self._spread(candidates, request) for candidates in lists]
+        if request.decompose == "terms":
+            lists = [self._by_terms(candidates, text) for candidates, text in zip(lists, labels, strict=True)]
+        elif labels:
+            return self._distinct(interleave(lists, labels))
+        return lists[0]
+
+    def _distinct(self, candidates: Candidates) -> Candidates:
+        groups = self._current().duplicates.group_of(candidates.ids)
+        return candidates.take(first_of_each(groups))
+
+    def _spread(self, candidates: Candidates, request: _Request) -> Candidates:
+        """By maximal marginal relevance; beyond the usual number of candidates they keep their order."""
+        pool = max(_DEPTH * request.k, _MIN_DEPTH)
+        vectors = self._current().vectors(candidates.ids[:pool])
+        order = spread(candidates.score[:pool], vectors, diversity=request.diversity)
+        return candidates.take(np.concatenate([order, np.arange(len(order), len(candidates))]))
+
+    def _by_terms(self, candidates: Candidates, text: str) -> Candidates:
+        """By greedy coverage of the text's rare words, each labelled with those that its caption has."""
+        corpus = self._corpus(many=False)
+        terms, statistics = corpus.terms(text), corpus.statistics(text)
+        known = [term for term in terms if statistics.frequencies.get(term, 0)]
+        pool = candidates.take(np.arange(min(len(candidates), 5 * _MIN_DEPTH)))
+        if not known or not len(pool):
+            return candidates
+        has = corpus.having(known, pool.ids)
+        pool = pool.take(order := cover_terms(has, np.array([statistics.idf(term) for term in known])))
+        labels = [
+            " ".join(term for term, here in zip(known, column, strict=True) if here) for column in has[:, order].T
+        ]
+        return replace(pool, labels=tuple(labels), part=np.where(has[:, order].any(axis=0), np.arange(len(labels)), -1))
+
+    def _corpus(self, *, many: bool) -> Corpus:
+        lexical = self._current().lexical("bm25", many=many)
+        assert isinstance(lexical, CountedWords), type(lexical)
+        return Corpus(lexical)
+
+    def _fetch(self, ranked: Sequence[Candidates], k: int, trace: Trace) -> list[list[Hit]]:
+        """The first k candidates of each query that show different images."""
+        rows: dict[int, StoredPair] = {}
+        hits: list[list[Hit]] = [[] for _ in ranked]
+        pending, window = list(range(len(ranked))), k
+        repeats = [0] * len(ranked)
+        while pending:
+            wanted = {i for p in pending for i in ranked[p].ids[:window].tolist()} - rows.keys()
+            rows.update((pair.id, pair) for pair in self.store.get(sorted(wanted)))
+            for p in pending:
+                hits[p], repeats[p] = _distinct_hits(ranked[p], rows, k=k, window=window)
+            pending = [p for p in pending if len(hits[p]) < k and window < len(ranked[p])]
+            window *= 2
+        trace.kept["duplicates"] -= sum(repeats)
+        return hits
+
     def _current(self) -> View:
         if self._view is None or self._view.version != self.store.version:
             self._view = self._make_view()
         return self._view
-
-
-class _Clock:
-    """Adds up wall time under a few names."""
-
-    def __init__(self) -> None:
-        self.milliseconds: dict[str, float] = dict.fromkeys(("embed", "vector", "lexical", "fuse", "fetch"), 0.0)
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.milliseconds[name] += (time.perf_counter() - start) * 1e3
 
 
 def _checked_by(by: By, text: str | None, *, has_vector: bool) -> By:
@@ -398,11 +591,26 @@ def _checked_by(by: By, text: str | None, *, has_vector: bool) -> By:
     return by
 
 
-def _condition(where: str | None, dataset: str | None) -> str | None:
+def _check_request(request: _Request) -> None:
+    """Known words, numbers in range, and no bound on a score that is not computed."""
+    if request.k < 1:
+        raise QueryError(f"k must be at least 1, got {request.k}")
+    for name, options in (("fusion", FusionRule), ("decompose", Decompose)):
+        if getattr(request, name) not in get_args(options):
+            raise QueryError(f"{name} is one of {', '.join(get_args(options))}, got {getattr(request, name)!r}")
+    check_diversity(request.diversity)
+    if request.bounds.clip is not None and not request.uses_clip:
+        raise QueryError(f"min_clip has no effect on a search by {request.by}; use min_score, or search by hybrid")
+    if request.bounds.bm25 is not None and request.by not in ("hybrid", "bm25"):
+        raise QueryError(f"min_bm25 has no effect on a search by {request.by}; use min_score, or search by hybrid")
+
+
+def _condition(where: str | None, dataset: str | Sequence[str] | None) -> str | None:
     parts = [f"({where})"] if where else []
-    if dataset is not None:
-        quoted = dataset.replace("'", "''")
-        parts.append(f"dataset = '{quoted}'")
+    if dataset:
+        names = [dataset] if isinstance(dataset, str) else dataset
+        quoted = ["'" + name.replace("'", "''") + "'" for name in names]
+        parts.append(f"dataset IN ({', '.join(quoted)})")
     return " AND ".join(parts) or None
 
 
@@ -415,6 +623,40 @@ def _unit_rows(vectors: Queries) -> Queries:
 
 def _id_array(ids: Collection[int]) -> Int64[ndarray, " x"]:
     return np.fromiter((int(i) for i in ids), dtype=np.int64, count=len(ids))
+
+
+def _without_excluded(
+    listed: Sequence[RankedList], queries: Sequence[_Query], trace: Trace, stage: str, *, depth: int
+) -> list[RankedList]:
+    trace.kept[stage] = sum(len(each.ids) for each in listed)
+    kept = [each.without(query.exclude, limit=depth) for each, query in zip(listed, queries, strict=True)]
+    trace.excluded = max(trace.excluded, max(len(query.exclude) for query in queries))
+    return kept
+
+
+def _words_within(
+    lexical: Lexical, texts: Sequence[str], subset: Subset | None, *, top_k: int, rows: int
+) -> list[tuple[Int64[ndarray, " _"], Float64[ndarray, " _"]]]:
+    """The best `top_k` by words among the rows of a filter.
+
+    A filter that leaves few rows goes down into the word index, which reads the filtered columns of all rows for every
+    query; one that leaves many is applied to a list as much longer, which is doubled until it is enough.
+    """
+    if subset is None or len(subset.ids) < _WORDS_SHARE * rows:
+        return lexical.search_many(texts, top_k=top_k, within=subset)
+    answers: list[tuple[Int64[ndarray, " _"], Float64[ndarray, " _"]]] = [(_id_array(()), np.empty(0))] * len(texts)
+    pending = list(range(len(texts)))
+    asked = min(rows, 2 * top_k * rows // len(subset.ids))
+    while pending:
+        rankings = lexical.search_many([texts[p] for p in pending], top_k=asked)
+        enough = []
+        for position, (ids, scores) in zip(pending, rankings, strict=True):
+            kept = np.isin(ids, subset.ids)
+            answers[position] = ids[kept][:top_k], scores[kept][:top_k]
+            enough.append(kept.sum() >= top_k or len(ids) < asked or asked == rows)
+        pending = [position for position, is_enough in zip(pending, enough, strict=True) if not is_enough]
+        asked = min(rows, 2 * asked)
+    return answers
 
 
 def _complete_words(
@@ -433,26 +675,19 @@ def _order(
     clip: Float64[ndarray, " n"] | None,
     words: Float64[ndarray, " n"] | None,
     request: _Request,
-) -> _Candidates:
-    """Fuse, apply the threshold, and put the best first."""
+) -> Candidates:
+    """Fuse, and put the best first."""
     alone = clip if words is None else words
     assert alone is not None
     score = alone
     if clip is not None and words is not None:
         # Ranks tell apart what ties but for rounding; sums and products do not.
         score = fuse(ids, clip, coarse(words) if request.fusion == "rrf" else words, rule=request.fusion)
-    order = best_first(ids, score)
-    if request.min_score is not None:
-        order = order[score[order] >= request.min_score]
-    return _Candidates(
-        ids=ids[order],
-        score=score[order],
-        clip=clip[order] if clip is not None else None,
-        words=words[order] if words is not None and request.by != "tfidf" else None,
-    )
+    candidates = Candidates(ids=ids, score=score, clip=clip, words=words if request.by != "tfidf" else None)
+    return candidates.take(best_first(ids, score))
 
 
-def _standing(ranked: _Candidates, pair_id: int, *, of: int) -> Standing | None:
+def _standing(ranked: Candidates, pair_id: int, *, of: int) -> Standing | None:
     (positions,) = np.nonzero(ranked.ids == pair_id)
     if not len(positions):  # by words alone, what shares no word is not even a candidate
         return Standing(rank=of, of=of, score=0.0, clip=None, clip_rank=None, bm25=0.0, bm25_rank=None)
@@ -474,15 +709,19 @@ def _standing(ranked: _Candidates, pair_id: int, *, of: int) -> Standing | None:
     )
 
 
-def _distinct_hits(ranked: _Candidates, rows: dict[int, StoredPair], *, k: int, window: int) -> list[Hit]:
-    """Hits for the first k images among the first `window` candidates; further captions of an image are passed over."""
+def _distinct_hits(ranked: Candidates, rows: dict[int, StoredPair], *, k: int, window: int) -> tuple[list[Hit], int]:
+    """Hits for the first k images among the first `window` candidates, and how many were passed over as shown."""
     hits: list[Hit] = []
     images: set[str] = set()
+    repeats = 0
     for position, pair_id in enumerate(ranked.ids[:window].tolist()):
         pair = rows.get(pair_id)
-        if pair is None or pair.sha256 in images:
+        if pair is None:
             continue
-        images.add(pair.sha256)
+        if pair.sha256 is not None and pair.sha256 in images:
+            repeats += 1
+            continue
+        images.add(pair.sha256 or "")
         hits.append(
             Hit(
                 id=pair_id,
@@ -494,8 +733,33 @@ def _distinct_hits(ranked: _Candidates, rows: dict[int, StoredPair], *, k: int, 
                 dataset=pair.dataset,
                 image=pair.image,
                 metadata=pair.metadata,
+                part=ranked.label(position),
             )
         )
         if len(hits) == k:
             break
-    return hits
+    return hits, repeats
+
+
+def _shortfall(found: int, request: _Request, trace: Trace, *, matching: int) -> str | None:
+    """Why there are fewer than k hits; None when there are k."""
+    if found >= request.k:
+        return None
+    union, kept = trace.kept.get("union", 0), trace.kept.get("thresholds", trace.kept.get("union", 0))
+    reasons = []
+    if matching < request.k:
+        whole = "the filter leaves" if request.subset is not None else "the knowledge base has"
+        reasons.append(f"{whole} {_count(matching, 'pair')}")
+    elif not request.uses_clip and union < request.k:
+        reasons.append(f"{_count(union, 'caption')} {'shares' if union == 1 else 'share'} a word with the query")
+    if trace.excluded:
+        reasons.append(f"{_count(trace.excluded, 'pair')} excluded")
+    if union > kept:
+        reasons.append(f"{request.bounds.names()} leaves out {_count(union - kept, 'candidate')}")
+    if repeats := kept - trace.kept.get("duplicates", kept):
+        reasons.append(f"{_count(repeats, 'duplicate')} of shown images")
+    return f"{found} of {request.k} hits: {'; '.join(reasons)}" if reasons else f"{found} of {request.k} hits"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

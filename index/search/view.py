@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float32, Float64, Int64
 from numpy import ndarray
 
+from index.search.duplicates import Duplicates
 from index.search.lexical import LanceBM25, Lexical, RankBM25, Subset, TfIdf, has_fts
 from index.search.searcher import ExactSearcher, Ids, Queries, Scores, Searcher, exact_searcher, padded
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 _IN_MEMORY_WORDS = 200_000  # captions up to which a batch of queries is scored in memory rather than by Lance
 _SMALL_SUBSET = 20_000  # rows left by a filter up to which they are simply compared one by one
+_KEPT_FILTERS = 8  # whose ids are remembered: sessions and batches ask for the same ones again
+_NO_IDS: Int64[ndarray, " 0"] = np.empty(0, dtype=np.int64)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,6 +41,14 @@ class RankedList:
         return scores, known
 
 
+class Found(NamedTuple):
+    """What a search by vector found, as `Searcher.search` has it, and how many rows it looked at for a query."""
+
+    ids: Ids
+    scores: Scores
+    examined: int
+
+
 @runtime_checkable  # for the shape checks of the test run
 class View(Protocol):
     """What the retriever searches: one store at one version, or several as if they were one."""
@@ -45,7 +56,16 @@ class View(Protocol):
     version: Any  # another one means that the view is out of date
     ids: Int64[ndarray, " rows"]  # ascending
 
-    def search(self, queries: Queries, *, top_k: int, subset: Subset | None, exact: bool) -> tuple[Ids, Scores]:
+    @property
+    def duplicates(self) -> Duplicates:
+        """Which rows are known to show the same picture."""
+        ...
+
+    def subset(self, condition: str) -> Subset:
+        """The rows that an SQL filter leaves. QueryError when it does not parse."""
+        ...
+
+    def search(self, queries: Queries, *, top_k: int, subset: Subset | None, exact: bool) -> Found:
         """As `Searcher.search`, over all rows or over a subset of them."""
         ...
 
@@ -55,44 +75,76 @@ class View(Protocol):
         """The CLIP score of every candidate; those that only the words brought are computed here."""
         ...
 
+    def vectors(self, ids: Int64[ndarray, " n"]) -> Float32[ndarray, "n d"]:
+        """The vectors of these rows, in their order."""
+        ...
+
     def lexical(self, by: str, *, many: bool = False) -> Lexical:
         """Who scores words, one query at a time or many."""
         ...
+
+    def repeats_of(self, ids: Int64[ndarray, " n"]) -> Int64[ndarray, " m"]:
+        """These rows and every row that shows the same picture as one of them, ascending."""
+        ...
+
+
+@dataclass(kw_only=True, slots=True)
+class _Filtered:
+    """The rows of a filter, and what was made of them."""
+
+    subset: Subset
+    split: tuple[Int64[ndarray, " valid"], Int64[ndarray, " newer"]] | None = None
+    searcher: ExactSearcher | None = None
 
 
 class StoreView:
     """Searches the rows of the store as it is now, whatever the searcher was built from."""
 
-    def __init__(self, store: "PairStore", searcher: Searcher):
+    def __init__(self, store: "PairStore", searcher: Searcher, duplicates: Duplicates | None = None):
         self._store = store
         self._searcher = searcher
         self.version = store.version
-        self.ids: Int64[ndarray, " rows"] = np.sort(store.matching_ids())
-        newer = _newer_rows(store, searcher, self.ids)
+        newer = _newer_rows(store, searcher)
         self._tail = ExactSearcher(*newer) if len(newer[0]) else None
+        tail_ids = self._tail.ids if self._tail is not None else _NO_IDS
+        if self._tail is None and searcher.snapshot is not None and store.count() == len(searcher.ids):
+            self.ids: Int64[ndarray, " rows"] = searcher.ids  # nothing is newer and none is gone: they are the same
+        else:
+            self.ids = np.sort(store.matching_ids())
         # A row that was replaced keeps its id: the searcher's copy of it is out of date, so it counts as gone there.
-        known = np.isin(searcher.ids, self.ids, assume_unique=True)
-        if self._tail is not None:
-            known &= ~np.isin(searcher.ids, self._tail.ids, assume_unique=True)
-        self._valid: Int64[ndarray, " valid"] = searcher.ids[known]
+        self._valid: Int64[ndarray, " valid"] = searcher.ids
+        if self.ids is not searcher.ids:
+            known = _contains(self.ids, searcher.ids) & ~_contains(tail_ids, searcher.ids)
+            self._valid = searcher.ids[known]
+        self._duplicates = (duplicates or Duplicates()).without(tail_ids)
         self._exact: ExactSearcher | None = None
-        self._subset: tuple[str, ExactSearcher] | None = None
+        self._filters: dict[str, _Filtered] = {}
         self._words: dict[str, Lexical] = {}
 
-    def search(self, queries: Queries, *, top_k: int, subset: Subset | None, exact: bool) -> tuple[Ids, Scores]:
-        """As `Searcher.search`, over the rows of the store as it is now, or over a subset of them."""
-        top_k = min(top_k, len(self.ids) if subset is None else max(1, len(subset.ids)))
-        if subset is not None and (exact or len(subset.ids) <= _SMALL_SUBSET):
-            return self._subset_searcher(subset).search(queries, top_k=top_k)
+    @property
+    def duplicates(self) -> Duplicates:
+        """As `View.duplicates`, without what was replaced since."""
+        return self._duplicates
+
+    def subset(self, condition: str) -> Subset:
+        """As `View.subset`."""
+        if condition in self._filters:
+            return self._filters[condition].subset
+        return self._kept(Subset(where=condition, ids=np.sort(self._store.matching_ids(condition)))).subset
+
+    def search(self, queries: Queries, *, top_k: int, subset: Subset | None, exact: bool) -> Found:
+        """As `View.search`: a small subset exactly, a large one by asking the searcher for more than is wanted."""
+        rows = len(self.ids) if subset is None else len(subset.ids)
+        top_k = max(1, min(top_k, rows))
+        if subset is not None and (exact or rows <= _SMALL_SUBSET):
+            return Found(*self._subset_searcher(subset).search(queries, top_k=top_k), examined=rows)
         if exact:
-            return self.exact_searcher().search(queries, top_k=top_k)
-        valid = self._valid if subset is None else np.intersect1d(self._valid, subset.ids, assume_unique=True)
+            return Found(*self.exact_searcher().search(queries, top_k=top_k), examined=rows)
+        valid, newer = self._split(subset)
         answers = [_search_valid(self._searcher, queries, top_k, valid)]
-        if self._tail is not None:
-            tail = self._tail.ids if subset is None else np.intersect1d(self._tail.ids, subset.ids, assume_unique=True)
-            if len(tail):
-                answers.append(_search_valid(self._tail, queries, top_k, tail))
-        return _merge(answers, top_k)
+        if self._tail is not None and len(newer):
+            answers.append(_search_valid(self._tail, queries, top_k, newer))
+        return merge(answers, top_k)
 
     def exact_searcher(self) -> ExactSearcher:
         """Every row of the store, in memory."""
@@ -104,28 +156,23 @@ class StoreView:
                 self._exact = exact_searcher(self._store)
         return self._exact
 
-    def _subset_searcher(self, subset: Subset) -> ExactSearcher:
-        """The rows that a filter leaves. The last one is kept: sessions and batches ask for the same again."""
-        if self._subset is None or self._subset[0] != subset.where:
-            if self._exact is not None or isinstance(self._searcher, ExactSearcher):
-                searcher = self.exact_searcher().subset(subset.ids)
-            else:
-                searcher = exact_searcher(self._store, subset.where)
-            self._subset = (subset.where, searcher)
-        return self._subset[1]
-
     def complete_clip(
         self, vectors: Queries, ids: Sequence[Int64[ndarray, " _"]], known: Sequence[RankedList]
     ) -> list[Float64[ndarray, " _"]]:
-        """The CLIP score of every candidate; those that only the words brought are computed here."""
+        """As `View.complete_clip`."""
         scattered = [listed.scatter(i) for i, listed in zip(ids, known, strict=True)]
         missing = [i[~have] for i, (_, have) in zip(ids, scattered, strict=True)]
         wanted = np.unique(np.concatenate(missing))
         if len(wanted):
-            source = self._vectors_of(wanted)
+            source = self._searcher_of(wanted)
             for vector, gaps, (scores, have) in zip(vectors, missing, scattered, strict=True):
                 scores[~have] = source.scores(vector, gaps)
         return [scores for scores, _ in scattered]
+
+    def vectors(self, ids: Int64[ndarray, " n"]) -> Float32[ndarray, "n d"]:
+        """As `View.vectors`."""
+        source = self._searcher_of(np.unique(ids))
+        return source.vectors[np.searchsorted(source.ids, ids)]
 
     def lexical(self, by: str, *, many: bool = False) -> Lexical:
         """As `View.lexical`."""
@@ -134,64 +181,116 @@ class StoreView:
             self._words[kind] = self._make_lexical(kind)
         return self._words[kind]
 
+    def repeats_of(self, ids: Int64[ndarray, " n"]) -> Int64[ndarray, " m"]:
+        """As `View.repeats_of`: by group, and for rows that no group was looked for, by the bytes of the image."""
+        members = self.duplicates.members(ids)
+        if self.duplicates.manifest is not None and self._tail is None:
+            return members
+        digests = {pair.sha256 for pair in self._store.get(members)} - {None}
+        if not digests:
+            return members
+        quoted = ", ".join(f"'{digest}'" for digest in sorted(map(str, digests)))
+        return np.union1d(members, self._store.matching_ids(f"image_sha256 IN ({quoted})"))
+
     def _make_lexical(self, kind: str) -> Lexical:
         if kind == "lance":
             return LanceBM25(self._store)
         ids, captions = self._store.captions()
         return TfIdf(ids, captions) if kind == "tfidf" else RankBM25(ids, captions)
 
-    def _vectors_of(self, ids: Int64[ndarray, " n"]) -> ExactSearcher:
+    def _kept(self, subset: Subset) -> _Filtered:
+        """What was made of these rows before. One of several stores is asked for fewer than the filter leaves."""
+        known = self._filters.get(subset.where)
+        if known is None or len(known.subset.ids) != len(subset.ids):
+            known = self._filters[subset.where] = _Filtered(subset=subset)
+            while len(self._filters) > _KEPT_FILTERS:
+                del self._filters[next(iter(self._filters))]
+        return known
+
+    def _split(self, subset: Subset | None) -> tuple[Int64[ndarray, " valid"], Int64[ndarray, " newer"]]:
+        """The rows that the searcher knows, and those that are newer, both ascending."""
+        if subset is None:
+            return self._valid, self._tail.ids if self._tail is not None else _NO_IDS
+        kept = self._kept(subset)
+        if kept.split is None:
+            is_known = np.ones(len(subset.ids), dtype=bool)
+            if self._valid is not self.ids:
+                is_known = _contains(self._valid, subset.ids)
+            kept.split = subset.ids[is_known], subset.ids[~is_known]
+        return kept.split
+
+    def _subset_searcher(self, subset: Subset) -> ExactSearcher:
+        """The rows that a filter leaves, in memory."""
+        kept = self._kept(subset)
+        if kept.searcher is None:
+            if self._exact is not None or isinstance(self._searcher, ExactSearcher):
+                kept.searcher = self.exact_searcher().subset(subset.ids)
+            else:
+                kept.searcher = exact_searcher(self._store, subset.where).subset(subset.ids)
+        return kept.searcher
+
+    def _searcher_of(self, ids: Int64[ndarray, " n"]) -> ExactSearcher:
+        """One that has these rows, and perhaps others."""
         if self._exact is not None or isinstance(self._searcher, ExactSearcher):
             return self.exact_searcher()
         return exact_searcher(self._store, f"id IN ({', '.join(map(str, ids.tolist()))})")
 
 
-def lexical_kind(by: str, *, rows: int, many: bool, indexed: bool) -> Literal["tfidf", "memory", "lance"]:
+def lexical_kind(by: str, *, rows: int, many: bool, indexed: bool) -> Literal["lance", "memory", "tfidf"]:
     """Who scores words: Lance; for a batch, and where Lance has no word index, the captions in memory."""
     if by == "tfidf":
         return "tfidf"
-    return "memory" if not indexed or (many and rows <= _IN_MEMORY_WORDS) else "lance"
+    return "memory" if (many and rows <= _IN_MEMORY_WORDS) or not indexed else "lance"
 
 
-def _newer_rows(
-    store: "PairStore", searcher: Searcher, live: Int64[ndarray, " rows"]
-) -> tuple[Int64[ndarray, " new"], Float32[ndarray, "new d"]]:
+def _newer_rows(store: "PairStore", searcher: Searcher) -> tuple[Int64[ndarray, " new"], Float32[ndarray, "new d"]]:
     """The rows written since the searcher was built."""
     if searcher.snapshot is not None:
         return store.rows_after(searcher.snapshot)
-    unknown = np.setdiff1d(live, searcher.ids, assume_unique=True)
+    unknown = np.setdiff1d(store.matching_ids(), searcher.ids, assume_unique=True)
     if not len(unknown):
         return np.empty(0, dtype=np.int64), np.empty((0, store.dim), dtype=np.float32)
     return store.ids_and_vectors(f"id IN ({', '.join(map(str, unknown.tolist()))})")
 
 
-def _search_valid(
-    searcher: Searcher, queries: Queries, top_k: int, valid: Int64[ndarray, " valid"]
-) -> tuple[Ids, Scores]:
+def _contains(ids: Int64[ndarray, " rows"], wanted: Int64[ndarray, "*n"]) -> Bool[ndarray, "*n"]:
+    """Whether each wanted id is among ascending `ids`."""
+    if not len(ids):
+        return np.zeros(wanted.shape, dtype=bool)
+    return ids[np.minimum(np.searchsorted(ids, wanted), len(ids) - 1)] == wanted
+
+
+def _search_valid(searcher: Searcher, queries: Queries, top_k: int, valid: Int64[ndarray, " valid"]) -> Found:
     """Search for ids in ascending `valid` only: ask for more than is wanted until every query has enough."""
     rows = len(searcher.ids)
     wanted = min(top_k, len(valid))
     if not wanted:
-        return padded(len(queries), top_k)
+        return Found(*padded(len(queries), top_k), examined=0)
     if len(valid) == rows:
-        return searcher.search(queries, top_k=wanted)
+        return Found(*searcher.search(queries, top_k=wanted), examined=_examined(searcher, wanted))
     asked = min(rows, max(wanted + 10, 2 * wanted * rows // len(valid)))
     while True:
         ids, scores = searcher.search(queries, top_k=asked)
-        positions = np.minimum(np.searchsorted(valid, ids), len(valid) - 1)
-        is_valid = valid[positions] == ids
+        is_valid = _contains(valid, ids)
         if asked == rows or (is_valid.sum(axis=1) >= wanted).all():
             ids, scores = np.where(is_valid, ids, -1), np.where(is_valid, scores, np.float32(-np.inf))
             order = np.argsort(~is_valid, axis=1, kind="stable")[:, :wanted]
-            return np.take_along_axis(ids, order, axis=1), np.take_along_axis(scores, order, axis=1)
+            ids, scores = np.take_along_axis(ids, order, axis=1), np.take_along_axis(scores, order, axis=1)
+            return Found(ids, scores, examined=_examined(searcher, asked))
         asked = min(rows, 2 * asked)
 
 
-def _merge(answers: Sequence[tuple[Int64[ndarray, "q _"], Float32[ndarray, "q _"]]], top_k: int) -> tuple[Ids, Scores]:
+def _examined(searcher: Searcher, asked: int) -> int:
+    """An exact searcher scores every row; of an approximate one those are counted that it was asked to rank."""
+    return len(searcher.ids) if isinstance(searcher, ExactSearcher) else asked
+
+
+def merge(answers: Sequence[Found], top_k: int) -> Found:
     """The best of several answers over disjoint rows."""
     if len(answers) == 1:
         return answers[0]
-    ids = np.concatenate([ids for ids, _ in answers], axis=1)
-    scores = np.concatenate([scores for _, scores in answers], axis=1)
+    ids = np.concatenate([answer.ids for answer in answers], axis=1)
+    scores = np.concatenate([answer.scores for answer in answers], axis=1)
     order = np.lexsort((ids, -scores), axis=1)[:, :top_k]
-    return np.take_along_axis(ids, order, axis=1), np.take_along_axis(scores, order, axis=1)
+    ids, scores = np.take_along_axis(ids, order, axis=1), np.take_along_axis(scores, order, axis=1)
+    return Found(ids, scores, examined=sum(answer.examined for answer in answers))

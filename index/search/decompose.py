@@ -1,0 +1,197 @@
+"""Decomposition: a prompt that names two things gets neighbours of both, not K neighbours of the more striking one.
+
+`phrases` cuts the prompt into the things it names, each of which is then asked for by itself. `cover_terms` asks once
+and takes hits so that together their captions have all the prompt's rare words. Both leave out what only says where
+things are and on which ground: "a dove on a pink background" asks for a dove, and not for pink hearts.
+
+Measured by `tools/bench_decompose.py`, where the figures are.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Bool, Float64, Int64
+from numpy import ndarray
+
+from index.search.lexical import Lexical
+from index.search.words import Statistics, Tokenizer
+
+Decompose = Literal["off", "phrases", "terms"]
+
+RARE_SHARE = 0.05  # of the captions: a word that more of them have names no particular thing
+_RARE_CAPTIONS = 20  # in a small corpus every word is in a large share of the captions
+_COVERING = 30  # captions, best first, among which one with all words of a phrase is looked for
+_DISCOUNT = 0.1  # what the weight of a term is multiplied by each time a hit covers it
+
+_RELATIONS = (
+    "to the left of",
+    "on the left of",
+    "left of",
+    "to the right of",
+    "on the right of",
+    "right of",
+    "in front of",
+    "on top of",
+    "next to",
+    "close to",
+    "beside",
+    "behind",
+    "above",
+    "over",
+    "below",
+    "underneath",
+    "under",
+    "beneath",
+    "near",
+    "and",
+    "with",
+)
+_SETTINGS = ("up at", "down at", "on", "in", "at", "against", "inside")
+_SPLIT = re.compile(
+    rf"\s*,?\s*\b(?P<relation>{'|'.join(_RELATIONS)})\b\s*"
+    rf"|\s*,?\s*\b(?P<setting>{'|'.join(_SETTINGS)})\b\s*"
+    r"|\s*(?P<comma>[,;])\s*",
+    re.IGNORECASE,
+)
+_OPENING = re.compile(
+    r"^\s*(?:an?\s+|the\s+)?(?:picture|photo|photograph|image|drawing|painting|illustration)s?\s+of\s+", re.IGNORECASE
+)
+_WORD = re.compile(r"[^\W_]+")
+_ARTICLES = frozenset({"a", "an", "the"})
+# The basic colour terms of English (Berlin and Kay 1969), and what else a ground is often said to be.
+_COLORS = frozenset(
+    (  # noqa: SIM905 - one line
+        "black white red green yellow blue brown purple pink orange gray grey teal cyan magenta violet beige plain"
+    ).split()
+)
+_PLACES = frozenset(
+    "left right top bottom middle center centre corner side ground background foreground backdrop".split()  # noqa: SIM905
+)
+_COUNTS = frozenset("one two three four five six seven eight nine ten times x".split())  # noqa: SIM905
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Piece:
+    """A stretch of a prompt between two splits, and the words before it that split it off ("" at the beginning)."""
+
+    text: str
+    before: str = ""
+    kind: Literal["relation", "setting", "comma", "first"] = "first"
+
+    @property
+    def is_ground(self) -> bool:
+        """Whether it says no more than where something is, how often, or on what colour."""
+        words = [word for word in _WORD.findall(self.text.lower()) if word not in _ARTICLES]
+        if not words or words[-1] in _PLACES:
+            return True
+        if not _COLORS.union(_PLACES, _COUNTS).issuperset(words):
+            return False
+        return self.kind in ("setting", "comma")  # "an orange" may be a fruit, "on orange" is a colour
+
+
+@runtime_checkable
+class CountedWords(Lexical, Protocol):
+    """A search by words that also tells how many captions have each word."""
+
+    def statistics(self, query: str) -> Statistics:
+        """Of the whole corpus, with the frequency of every term of the query."""
+        ...
+
+
+class Corpus:
+    """What the captions of a knowledge base say of the words of a prompt."""
+
+    def __init__(self, lexical: CountedWords):
+        self._lexical = lexical
+        self._tokenizer = Tokenizer()
+
+    def terms(self, text: str) -> list[str]:
+        """The terms of a text in order, without repeats."""
+        return list(dict.fromkeys(self._tokenizer(text)))
+
+    def statistics(self, text: str) -> Statistics:
+        """Frequencies of the terms of a text."""
+        return self._lexical.statistics(text)
+
+    def names_something(self, text: str) -> bool:
+        """Whether one of its words is known to the captions, and rare among them."""
+        found = self.statistics(text)
+        limit = max(_RARE_CAPTIONS, RARE_SHARE * found.num_docs)
+        return any(0 < found.frequencies.get(term, 0) <= limit for term in self.terms(text))
+
+    def covers(self, text: str) -> bool:
+        """Whether one caption has all words of a text: then it is one thing, or a picture of all of them."""
+        terms, found = self.terms(text), self.statistics(text)
+        if not terms or any(not found.frequencies.get(term, 0) for term in terms):
+            return False
+        ids, _ = self._lexical.search(text, top_k=_COVERING)
+        return bool(self.having(terms, ids).all(axis=0).any())
+
+    def having(self, terms: Sequence[str], ids: Int64[ndarray, " n"]) -> Bool[ndarray, "terms n"]:
+        """Which captions have which term."""
+        return np.stack([self._lexical.scores(term, ids) > 0 for term in terms])
+
+
+def pieces(text: str) -> list[Piece]:
+    """The prompt cut at commas, at prepositions and at what says how two things lie; "of" cuts nothing."""
+    text = _OPENING.sub("", text).strip()
+    found: list[Piece] = []
+    start, before, kind = 0, "", "first"
+    for match in [*_SPLIT.finditer(text), None]:
+        end = match.start() if match else len(text)
+        if match is None or text[start:end].strip():  # "ON! arrow" begins with its own name, not with a preposition
+            found.append(Piece(text=text[start:end].strip(), before=before, kind=kind))  # type: ignore[arg-type]
+            if match:
+                start, before, kind = match.end(), match.group(), str(match.lastgroup)
+    return found
+
+
+def subject(text: str) -> str:
+    """The prompt without what is only ground: the text that `cover_terms` is asked about."""
+    return ", ".join(piece.text for piece in pieces(text) if not piece.is_ground) or text
+
+
+def phrases(text: str, corpus: Corpus) -> list[str]:
+    """The things that a prompt names, in its order; the whole of it when it names one and says nothing else.
+
+    A cut is kept when both sides have a rare word that the captions know, and no caption has all words of both: the
+    prompt then names something that no pair shows. So "a wolf left of a flag of Chad" is cut, and "a cat with wry
+    smile" is not where an emoji is called so.
+    """
+    parts: list[str] = []
+    for piece in pieces(text):
+        if not piece.text and parts:
+            parts[-1] += piece.before.rstrip()
+        elif piece.is_ground:
+            continue
+        elif parts and not _is_apart(parts[-1], piece, corpus):
+            parts[-1] += piece.before + piece.text
+        else:
+            parts.append(piece.text)
+    return parts or [text]
+
+
+def _is_apart(former: str, piece: Piece, corpus: Corpus) -> bool:
+    if not (corpus.names_something(former) and corpus.names_something(piece.text)):
+        return False
+    return not corpus.covers(former + piece.before + piece.text)
+
+
+def cover_terms(has: Bool[ndarray, "terms n"], weights: Float64[ndarray, " terms"]) -> Int64[ndarray, " n"]:
+    """Candidates in the order of greedy weighted coverage; equal ones keep the order in which they come.
+
+    Each place goes to the candidate whose caption has the most weight, and the weights of the terms it has shrink to a
+    tenth: the next place goes to another thing, and a thing's second picture comes before no thing's first.
+    """
+    remaining = weights.copy()
+    left = np.ones(has.shape[1], dtype=bool)
+    order = np.empty(has.shape[1], dtype=np.int64)
+    for place in range(len(order)):
+        gains = np.round(np.where(left, remaining @ has, -np.inf), 9)  # a sum's rounding must not tell equals apart
+        best = int(np.argmax(gains))
+        order[place], left[best] = best, False
+        remaining[has[:, best]] *= _DISCOUNT
+    return order

@@ -1,0 +1,280 @@
+"""Duplicates: which pairs show the same picture, byte for byte or to the eye, so that no two of them are both hits.
+
+About a third of LAION-2B shows another row's picture (Webster et al. 2023, arXiv 2303.12733): K neighbours of a prompt
+would be one neighbour K times, and the neighbours of a training image would be itself. Groups are found once, after
+the searcher is built, and lie beside it; rows newer than that are told apart by their sha256 alone.
+"""
+
+import json
+import time
+from array import array
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Bool, Float32, Int64
+from numpy import ndarray
+
+from index.atomic import new_folder
+from index.config import from_dict, to_dict
+from index.errors import ConfigError, KnowledgeBaseError
+from index.search.searcher import ExactSearcher, Searcher
+
+if TYPE_CHECKING:
+    from index.store import PairStore
+
+FOLDER = "duplicates"  # inside the searcher's own folder, with which it comes and goes
+# Measured with the model that ships with radt, which is small and finds faces and flags alike. Of 800 emoji pictures
+# saved again as JPEG (quality 75 to 95, sides 96 to 256) every one kept a cosine of 0.996 to the original, and 95 in
+# 100 differed from it in at most 2 bits. Of the 28 million twos of the 7,480 emoji pictures, 228 have a cosine of
+# 0.995; 104 of those differ in at most 3 bits, mostly flags that are drawn alike (Norway, Svalbard, Bouvet Island), and
+# 13 are one emoji on two grounds, of the 11,220 twos of one emoji.
+NEAR = 0.995  # least cosine of two near-duplicates
+NEAR_BITS = 3  # bits in which their difference hashes may differ, where both have one
+_NEIGHBORS = 10  # of each row that are looked at
+_BATCH = 4096  # rows
+_EXACT_LIMIT = 200_000  # rows up to which every two are compared: a minute on one core at 100,000 x 512
+_BLOCK_SCORES = 1 << 24  # products held at once
+
+OnBatch = Callable[[int, int], None]  # rows done, of how many
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DuplicatesManifest:
+    """What was looked for, how long it took, and what was found: groups of two or more, and the pairs in them."""
+
+    rows: int
+    near: float | None  # None: no near-duplicates were looked for
+    near_bits: int
+    exact_groups: int  # same bytes
+    exact_pairs: int
+    groups: int  # same bytes or nearly the same picture
+    pairs: int
+    largest: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Duplicates:
+    """The groups of two or more, each named by its smallest id. A pair that is in none is a group by itself."""
+
+    ids: Int64[ndarray, " members"] = field(default_factory=lambda: np.empty(0, np.int64))  # ascending
+    groups: Int64[ndarray, " members"] = field(default_factory=lambda: np.empty(0, np.int64))
+    manifest: DuplicatesManifest | None = None  # None: never looked for
+
+    @classmethod
+    def open(cls, directory: Path) -> "Duplicates":
+        """What `build_duplicates` left in a searcher's folder; without it, no pair is known to repeat another."""
+        folder = directory / FOLDER
+        if not folder.exists():
+            return cls()
+        try:
+            manifest = from_dict(DuplicatesManifest, json.loads((folder / "manifest.json").read_text()))
+            ids, groups = np.load(folder / "groups.npy", allow_pickle=False)
+        except (OSError, ValueError, ConfigError) as error:
+            raise KnowledgeBaseError(
+                f"the duplicate groups in {folder} cannot be read ({error}); delete that folder, then run "
+                "`radt index compact`"
+            ) from error
+        return cls(ids=ids, groups=groups, manifest=manifest)
+
+    def group_of(self, ids: Int64[ndarray, " n"]) -> Int64[ndarray, " n"]:
+        """The group of each pair, named by the smallest id in it."""
+        if not len(self.ids):
+            return ids
+        positions = np.minimum(np.searchsorted(self.ids, ids), len(self.ids) - 1)
+        return np.where(self.ids[positions] == ids, self.groups[positions], ids)
+
+    def members(self, ids: Int64[ndarray, " n"]) -> Int64[ndarray, " m"]:
+        """These pairs and all that are in a group with one of them, ascending."""
+        together = self.ids[np.isin(self.groups, self.group_of(ids))]
+        return np.union1d(together, ids)
+
+    def without(self, ids: Int64[ndarray, " n"]) -> "Duplicates":
+        """The same groups less these pairs."""
+        kept = ~np.isin(self.ids, ids)
+        return self if kept.all() else replace(self, ids=self.ids[kept], groups=self.groups[kept])
+
+    def summary(self) -> dict[str, Any]:
+        """Counts, ready for JSON; empty when no duplicates were looked for."""
+        return {} if self.manifest is None else to_dict(self.manifest)
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """What every pair is compared by, in order of id."""
+
+    ids: Int64[ndarray, " rows"]
+    hashes: Int64[ndarray, " rows"]
+    has_hash: Bool[ndarray, " rows"]
+    contents: list[tuple[Int64[ndarray, " m"], Int64[ndarray, " m"]]]  # two positions of the same bytes, in lists
+
+    def alike(self, one: Int64[ndarray, " m"], other: Int64[ndarray, " m"], *, bits: int) -> Bool[ndarray, " m"]:
+        """Whether the difference hashes at these positions agree, or one of the two has none."""
+        differing = np.bitwise_count(self.hashes[one] ^ self.hashes[other])
+        return ~(self.has_hash[one] & self.has_hash[other]) | (differing <= bits)
+
+
+class _Forest:
+    """Disjoint sets (Tarjan 1975) of positions 0 to n - 1; the root of a set is its smallest member."""
+
+    def __init__(self, size: int):
+        self._parent = array("q", range(size))
+
+    def join(self, one: Int64[ndarray, " m"], other: Int64[ndarray, " m"]) -> None:
+        """Put the two of each pair in one set."""
+        for a, b in zip(one.tolist(), other.tolist(), strict=True):
+            low, high = sorted((self._root(a), self._root(b)))
+            self._parent[high] = low
+
+    def roots(self) -> Int64[ndarray, " n"]:
+        """The smallest member of the set of every position."""
+        roots = np.frombuffer(self._parent, dtype=np.int64)
+        while not np.array_equal(roots, above := roots[roots]):
+            roots = above
+        return roots
+
+    def _root(self, position: int) -> int:
+        parent = self._parent
+        while parent[position] != position:
+            parent[position] = parent[parent[position]]  # path halving
+            position = parent[position]
+        return position
+
+
+def build_duplicates(
+    store: "PairStore",
+    searcher: Searcher,
+    directory: Path,
+    *,
+    near: float | None = NEAR,
+    near_bits: int = NEAR_BITS,
+    on_batch: OnBatch = lambda done, total: None,
+) -> Duplicates:
+    """Find the groups among the store's pairs and write them into the searcher's folder, whole or not at all.
+
+    Two pairs are alike when their images have the same bytes, or when their vectors have a cosine of at least `near`
+    and their difference hashes, where both have one, differ in at most `near_bits` bits; whatever is linked by such
+    pairs is one group. `near` None looks at bytes alone. Near-duplicates are looked for among the ten neighbours that
+    `searcher`, which knows these pairs, finds of each; memory is a few numbers a row and a batch of vectors. An exact
+    searcher compares every two up to 200,000 rows, above which it looks at bytes alone.
+    """
+    if near is not None and not 0 < near <= 1:
+        raise ConfigError(f"near-duplicates have a cosine above 0 and up to 1, got {near}")
+    start = time.perf_counter()
+    if isinstance(searcher, ExactSearcher) and len(searcher.ids) > _EXACT_LIMIT:
+        near = None
+    rows = _read_rows(store)
+    forest = _Forest(len(rows.ids))
+    for one, other in rows.contents:
+        forest.join(one, other)
+    exact = _sizes(forest.roots())
+    if near is not None:
+        for one, other in _near_pairs(store, searcher, rows.ids, near=near, on_batch=on_batch):
+            kept = rows.alike(one, other, bits=near_bits)
+            forest.join(one[kept], other[kept])
+    roots = forest.roots()
+    sizes = _sizes(roots)
+    members = np.isin(roots, np.nonzero(sizes > 1)[0])
+    manifest = DuplicatesManifest(
+        rows=len(rows.ids),
+        near=near,
+        near_bits=near_bits,
+        exact_groups=int((exact > 1).sum()),
+        exact_pairs=int(exact[exact > 1].sum()),
+        groups=int((sizes > 1).sum()),
+        pairs=int(members.sum()),
+        largest=int(sizes.max(initial=0)),
+        seconds=round(time.perf_counter() - start, 3),
+    )
+    found = Duplicates(ids=rows.ids[members], groups=rows.ids[roots[members]], manifest=manifest)
+    with new_folder(directory / FOLDER) as folder:
+        np.save(folder / "groups.npy", np.stack([found.ids, found.groups]), allow_pickle=False)
+        (folder / "manifest.json").write_text(json.dumps(to_dict(manifest), indent=2) + "\n")
+    return found
+
+
+def _read_rows(store: "PairStore") -> _Rows:
+    ids, hashes, has_hash, contents = ([np.empty(0, dtype)] for dtype in (np.int64, np.int64, np.bool_, np.int64))
+    columns = ["id", "dhash", "image_sha256"]
+    for batch in store.dataset.to_batches(columns=columns, filter="kind = 'pair'"):
+        ids.append(batch.column("id").to_numpy())
+        hashes.append(batch.column("dhash").fill_null(0).to_numpy())
+        has_hash.append(batch.column("dhash").is_valid().to_numpy(zero_copy_only=False))
+        contents.append(_digests(batch.column("image_sha256").to_pylist()))
+    all_ids = np.concatenate(ids)
+    order = np.argsort(all_ids)
+    return _Rows(
+        all_ids[order],
+        np.concatenate(hashes)[order],
+        np.concatenate(has_hash)[order],
+        [_equal_neighbors(np.concatenate(contents)[order])],
+    )
+
+
+def _digests(texts: list[str | None]) -> Int64[ndarray, " n"]:
+    """63 bits for each text, and -1 for None: eight bytes a row rather than sixty-four."""
+    numbers = (
+        -1 if text is None else int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+        for text in texts
+    )
+    return np.fromiter(numbers, dtype=np.int64, count=len(texts))
+
+
+def _equal_neighbors(values: Int64[ndarray, " n"]) -> tuple[Int64[ndarray, " m"], Int64[ndarray, " m"]]:
+    """Links of two positions with the same value, enough to tie together all that have it; -1 is no value."""
+    order = np.argsort(values, kind="stable")
+    ordered = values[order]
+    (at,) = np.nonzero((ordered[1:] == ordered[:-1]) & (ordered[1:] >= 0))
+    return order[at], order[at + 1]
+
+
+def _near_pairs(
+    store: "PairStore", searcher: Searcher, ids: Int64[ndarray, " rows"], *, near: float, on_batch: OnBatch
+) -> Iterator[tuple[Int64[ndarray, " m"], Int64[ndarray, " m"]]]:
+    """Positions of two pairs whose cosine is at least `near`, the lower first, in batches."""
+    if isinstance(searcher, ExactSearcher):
+        yield from _all_near_pairs(searcher, ids, near=near, on_batch=on_batch)
+        return
+    done = 0
+    for batch in store.dataset.to_batches(columns=["id", "vector"], filter="kind = 'pair'", batch_size=_BATCH):
+        own = np.searchsorted(ids, batch.column("id").to_numpy())
+        vectors = batch.column("vector").flatten().to_numpy().reshape(len(own), -1)
+        found, scores = searcher.search(vectors, top_k=_NEIGHBORS + 1)
+        row, column = np.nonzero((scores >= near) & (found >= 0))
+        theirs = _positions(ids, found[row, column])
+        linked = (theirs >= 0) & (theirs != own[row])  # a link seen from one end only is kept as well
+        yield np.minimum(own[row[linked]], theirs[linked]), np.maximum(own[row[linked]], theirs[linked])
+        done += len(own)
+        on_batch(done, len(ids))
+
+
+def _all_near_pairs(
+    searcher: ExactSearcher, ids: Int64[ndarray, " rows"], *, near: float, on_batch: OnBatch
+) -> Iterator[tuple[Int64[ndarray, " m"], Int64[ndarray, " m"]]]:
+    """The same from every inner product there is, without any ranking."""
+    positions = _positions(ids, searcher.ids)
+    total = len(positions)
+    block = max(1, _BLOCK_SCORES // max(1, total))
+    for start in range(0, total, block):
+        rows: Float32[ndarray, "_ d"] = searcher.vectors[start : start + block]
+        one, other = np.nonzero(rows @ searcher.vectors[start:].T >= near)
+        kept = (one < other) & (positions[one + start] >= 0) & (positions[other + start] >= 0)
+        yield positions[one[kept] + start], positions[other[kept] + start]
+        on_batch(min(total, start + block), total)
+
+
+def _positions(ids: Int64[ndarray, " rows"], wanted: Int64[ndarray, " n"]) -> Int64[ndarray, " n"]:
+    """Where each wanted id lies in ascending `ids`; -1 for one that is not there."""
+    if not len(ids):
+        return np.full(len(wanted), -1)
+    positions = np.minimum(np.searchsorted(ids, wanted), len(ids) - 1)
+    return np.where(ids[positions] == wanted, positions, -1)
+
+
+def _sizes(roots: Int64[ndarray, " n"]) -> Int64[ndarray, " n"]:
+    """How many positions each root has; 0 where a position is not a root."""
+    return np.bincount(roots, minlength=len(roots))
