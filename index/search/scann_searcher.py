@@ -1,13 +1,20 @@
 """ScaNN (Guo et al. 2020): a tree, anisotropic quantisation, and exact scores again for the best of what they leave.
 
-Inside, ScaNN knows rows by position; our own ids lie beside it in `ids.npy`. Its docids are not used: they are a
+Rows are cut into shards that are built one at a time and searched together, so that neither takes more memory than it
+may. Inside, ScaNN knows rows by position; our own ids lie beside it in `ids.npy`. Its docids are not used: they are a
 pickle, and updating them in place goes wrong. The folder can be moved.
 """
 
 import math
 import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Int64
@@ -15,120 +22,141 @@ from numpy import ndarray
 
 from index.errors import KnowledgeBaseError, MissingExtraError
 from index.search.searcher import (
-    EXACT_BELOW,
-    ExactSearcher,
+    NO_ID,
     Ids,
     Queries,
     Scores,
     SearcherManifest,
+    VectorRows,
     Vectors,
+    ascending_ids,
     check_queries,
     check_rows,
-    fewest_lists,
+    merge_answers,
     padded,
 )
+from index.search.sizes import scann_block, scann_leaves, training_rows
 
-_TRAINING_ROWS = 100_000
-_REORDER = 100  # candidates scored exactly; more when more is asked for
-_REORDER_FACTOR = 3
+if TYPE_CHECKING:
+    from index.search.sizes import Structure
+
+_REORDER = 100  # candidates scored exactly when nothing was calibrated; more when more is asked for
+_REORDER_FACTOR = 2
 _PARALLEL_FROM = 32  # queries
+_MOST_IN_A_TASK = 256  # queries; larger tasks are slower, 35,000 and 18,000 a second at 256 and 1000
+_STREAM_ROWS = 1 << 16
+_VECTORS = "vectors.npy"  # the exact ones, when ScaNN itself does not keep them
+_CHATTER = re.compile(rb"^([IW]\d{4} |WARNING: All log messages before absl)")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Shard:
+    """Some of the rows: what ScaNN made of them, and their ids by its positions."""
+
+    folder: Path
+    ids: Int64[ndarray, " rows"]
+    raw: Any = None  # ScaNN's own searcher; None: read from `folder` for each search
+    vectors: Any = None  # float32 [rows, d] on disk; None: ScaNN has them
+
+    def search(self, queries: Queries, wanted: int, **effort: int) -> tuple[Ids, Scores]:
+        """The best `wanted` of this shard, in any order, padded as `Searcher.search` says."""
+        raw = self.raw if self.raw is not None else _load(self.folder)
+        arguments = {"final_num_neighbors": wanted, **effort}
+        if self.vectors is not None and effort:
+            arguments["final_num_neighbors"] = effort["pre_reorder_num_neighbors"]
+        if len(queries) >= _PARALLEL_FROM:
+            arguments["batch_size"] = min(_MOST_IN_A_TASK, max(16, math.ceil(len(queries) / _processors())))
+            positions, scores = raw.search_batched_parallel(np.ascontiguousarray(queries), **arguments)
+        else:
+            positions, scores = raw.search_batched(np.ascontiguousarray(queries), **arguments)
+        # Short answers come padded with position 0 and a score of NaN.
+        real = np.isfinite(scores)
+        if self.vectors is not None:
+            scores = _exact_scores(queries, positions, real, self.vectors)
+        ids = np.where(real, self.ids[np.where(real, positions, 0)], NO_ID)
+        return ids, np.where(real, scores, -np.inf).astype(np.float32, copy=False)
 
 
 class ScannSearcher:
-    """Approximate search by inner product."""
+    """Approximate search by inner product, over one shard or several."""
 
     def __init__(
-        self, searcher: Any, ids: Int64[ndarray, " rows"], *, dim: int, settings: dict[str, Any], snapshot: int | None
+        self, shards: Sequence[_Shard], *, dim: int, settings: dict[str, Any], snapshot: int | None, ids: Any = None
     ):
-        self._searcher = searcher
-        self.ids = ids
+        self._shards = tuple(shards)
+        self.ids: Int64[ndarray, " rows"] = ascending_ids([s.ids for s in shards]) if ids is None else ids
+        self.settings = settings
         self.snapshot = snapshot
         self._dim = dim
-        self._leaves: int = settings["leaves"]  # 0: every row is scored
-        self._leaves_to_search: int = settings["leaves_to_search"]
 
     @classmethod
     def open(cls, directory: Path, manifest: SearcherManifest) -> "ScannSearcher":
         """Open what `build_scann` wrote. KnowledgeBaseError when a part is missing or is not ours."""
-        scann = import_scann()
-        if any(directory.rglob("*.pkl")):
-            raise KnowledgeBaseError(f"{directory} holds a pickle, which radt never wrote and does not load; remove it")
-        assets = directory / "scann" / "scann_assets.pbtxt"
-        if not assets.is_file() or not (directory / "ids.npy").is_file():
+        import_scann()
+        # Searchers of before there were shards have their one at the root.
+        folders = [directory] if (directory / "scann").is_dir() else sorted(directory.glob("shard-*"))
+        is_resident = manifest.settings.get("is_resident", True)
+        shards = [_open_shard(folder, is_resident=is_resident) for folder in folders]
+        rows = sum(len(shard.ids) for shard in shards)
+        if rows != manifest.rows:
             raise KnowledgeBaseError(
-                f"the searcher in {directory} is not complete; build it again with `radt index build`"
-            )
-        ids = np.load(directory / "ids.npy", allow_pickle=False)
-        if len(ids) != manifest.rows:
-            raise KnowledgeBaseError(
-                f"the searcher in {directory} has {len(ids)} ids for {manifest.rows} rows; build it again with "
+                f"the searcher in {directory} has {rows} ids for {manifest.rows} rows; build it again with "
                 "`radt index build`"
             )
-        searcher = scann.load_searcher(str(assets.parent))
-        return cls(searcher, ids, dim=manifest.dim, settings=manifest.settings, snapshot=manifest.snapshot)
+        return cls(shards, dim=manifest.dim, settings=manifest.settings, snapshot=manifest.snapshot)
+
+    @property
+    def leaves(self) -> int:
+        """Leaves of each shard; 0 when every row is scored."""
+        return int(self.settings["leaves"])
+
+    def with_effort(self, leaves_to_search: int, reorder: int) -> "ScannSearcher":
+        """The same shards, searched with other settings."""
+        settings = {**self.settings, "leaves_to_search": leaves_to_search, "reorder": reorder}
+        return ScannSearcher(self._shards, dim=self._dim, settings=settings, snapshot=self.snapshot, ids=self.ids)
 
     def search(self, queries: Queries, *, top_k: int) -> tuple[Ids, Scores]:
         """As `Searcher.search`."""
         check_queries(queries, dim=self._dim)
-        found, scores = padded(len(queries), top_k)
-        wanted = min(top_k, len(self.ids))
-        if not len(queries):
-            return found, scores
-        # All three sizes are given each time: what is asked for here may exceed what was set when it was built.
-        arguments: dict[str, int] = {"final_num_neighbors": wanted}
-        if self._leaves:
-            arguments["pre_reorder_num_neighbors"] = min(len(self.ids), max(_REORDER, _REORDER_FACTOR * wanted))
-            arguments["leaves_to_search"] = self._leaves_for(wanted)
-        is_many = len(queries) >= _PARALLEL_FROM
-        batched = self._searcher.search_batched_parallel if is_many else self._searcher.search_batched
-        positions, products = batched(np.ascontiguousarray(queries), **arguments)
-        # Short answers come padded with position 0 and a score of NaN.
-        real = np.isfinite(products)
-        ids = np.where(real, self.ids[np.where(real, positions, 0)], -1)
-        values = np.where(real, products, -np.inf).astype(np.float32)
-        order = np.lexsort((ids, -values), axis=1)
-        found[:, : ids.shape[1]] = np.take_along_axis(ids, order, axis=1)
-        scores[:, : ids.shape[1]] = np.take_along_axis(values, order, axis=1)
-        return found, scores
+        nothing = padded(len(queries), top_k)
+        if not len(queries) or not len(self.ids):
+            return nothing
+        answers = [nothing]
+        for shard in self._shards:
+            wanted = min(top_k, len(shard.ids))
+            answers.append(shard.search(queries, wanted, **self._effort(wanted, len(shard.ids))))
+        return merge_answers(answers, top_k=top_k)
 
-    def _leaves_for(self, wanted: int) -> int:
-        """More answers than usual need more leaves; all rows need them all."""
-        share = min(1.0, 2.0 * wanted / len(self.ids))
-        return max(self._leaves_to_search, math.ceil(share * self._leaves))
+    def _effort(self, wanted: int, rows: int) -> dict[str, int]:
+        """What is asked for here may exceed what was set when it was built, so sizes are given each time.
+
+        More answers than usual need more leaves; all rows need them all.
+        """
+        if not self.leaves:
+            return {}
+        share = min(1.0, 2.0 * wanted / rows)
+        reorder = max(self.settings.get("reorder", _REORDER), _REORDER_FACTOR * wanted)
+        return {
+            "pre_reorder_num_neighbors": min(rows, reorder),
+            "leaves_to_search": max(self.settings["leaves_to_search"], math.ceil(share * self.leaves)),
+        }
 
 
-def build_scann(
-    ids: Int64[ndarray, " rows"], vectors: Vectors, directory: Path, *, queries: Queries, exact: ExactSearcher
-) -> tuple[ScannSearcher, dict[str, Any]]:
-    """Build into `directory` and choose how many leaves to search, so that `queries` find 97 % of the true ten."""
-    check_rows(ids, vectors)
-    scann = import_scann()
-    rows, dim = vectors.shape
-    settings = scann_settings(rows, dim)
-    builder = scann.builder(np.ascontiguousarray(vectors), 10, "dot_product")
-    if settings["leaves"]:
-        sample = min(rows, _TRAINING_ROWS)
-        builder = builder.tree(settings["leaves"], settings["leaves_to_search"], training_sample_size=sample)
-        builder = builder.score_ah(
-            settings["dims_per_block"],
-            anisotropic_quantization_threshold=settings["threshold"],
-            training_sample_size=sample,
-        ).reorder(_REORDER)
-    else:
-        builder = builder.score_brute_force()
-    raw = builder.set_n_training_threads(os.cpu_count() or 1).build()
-    if settings["leaves"]:
-
-        def visiting(leaves_to_search: int) -> ScannSearcher:
-            trial = {**settings, "leaves_to_search": leaves_to_search}
-            return ScannSearcher(raw, ids, dim=dim, settings=trial, snapshot=None)
-
-        first, last = settings["leaves_to_search"], settings["leaves"]
-        settings["leaves_to_search"] = fewest_lists(visiting, exact, queries, first=first, last=last)
-    (directory / "scann").mkdir()
-    raw.serialize(str(directory / "scann"), relative_path=True)
-    np.save(directory / "ids.npy", ids, allow_pickle=False)
-    return ScannSearcher(raw, ids, dim=dim, settings=settings, snapshot=None), settings
+def build_scann(rows: VectorRows, directory: Path, structure: "Structure") -> ScannSearcher:
+    """Build into `directory`, shard after shard; the rows are streamed through a file. It is not calibrated yet."""
+    import_scann()
+    per_shard = math.ceil(structure.rows / structure.shards)
+    settings = {
+        **scann_settings(per_shard, structure.dim),
+        "shards": structure.shards,
+        "vectors": structure.vectors,
+        "is_resident": structure.is_resident,
+    }
+    shards = []
+    for folder in _write_shards(rows, directory, structure.rows, per_shard):
+        _build_shard(folder, settings)
+        shards.append(_open_shard(folder, is_resident=structure.is_resident))
+    return ScannSearcher(shards, dim=structure.dim, settings=settings, snapshot=None)
 
 
 def scann_settings(rows: int, dim: int) -> dict[str, Any]:
@@ -137,14 +165,16 @@ def scann_settings(rows: int, dim: int) -> dict[str, Any]:
     The well-known threshold of 0.2 is for 100 numbers; at 768 it caps recall near 0.8. The rule
     T = 0.2 (128 / d)^0.75 is TheCleaners/scann-core's (docs/tuning.md).
     """
-    if rows < EXACT_BELOW:
+    leaves = scann_leaves(rows)
+    if not leaves:
         return {"leaves": 0, "leaves_to_search": 0}
-    leaves = round(math.sqrt(rows))
     return {
         "leaves": leaves,
         "leaves_to_search": max(1, leaves // 20),
-        "dims_per_block": 2 if dim <= 256 else 3 if dim <= 512 else 4,
+        "reorder": _REORDER,
+        "dims_per_block": scann_block(dim),
         "threshold": round(0.2 * min(1.0, 128 / dim) ** 0.75, 4),
+        "training_rows": training_rows(rows),
     }
 
 
@@ -158,3 +188,114 @@ def import_scann() -> Any:
             "(`pip install scann`), elsewhere use --searcher lance or exact"
         ) from error
     return scann_ops_pybind
+
+
+def _write_shards(rows: VectorRows, directory: Path, total: int, per_shard: int) -> Iterator[Path]:
+    """Cut the rows into folders with `ids.npy` and `vectors.npy`, one after another, so that each can be built alone.
+
+    Plain writes, not a memory map: a full disk is then an error and not the end of the process.
+    """
+    batches = _cut(rows, per_shard)
+    for number, start in enumerate(range(0, total, per_shard)):
+        folder = directory / f"shard-{number:05d}"
+        folder.mkdir()
+        here = min(per_shard, total - start)
+        ids: list[Any] = []
+        with open(folder / _VECTORS, "wb") as file:
+            header = {"descr": "<f4", "fortran_order": False, "shape": (here, rows.dim)}
+            np.lib.format.write_array_header_1_0(file, header)
+            while sum(map(len, ids)) < here:
+                some, vectors = next(batches)
+                check_rows(some, vectors)
+                ids.append(some)
+                file.write(np.ascontiguousarray(vectors).data)
+        np.save(folder / "ids.npy", np.concatenate(ids), allow_pickle=False)
+        yield folder
+
+
+def _cut(rows: VectorRows, per_shard: int) -> Iterator[tuple[Any, Any]]:
+    """The batches, cut again where a shard ends."""
+    room = per_shard
+    for ids, vectors in rows.vector_batches(_STREAM_ROWS):
+        start = 0
+        while start < len(ids):
+            stop = min(len(ids), start + room)
+            yield ids[start:stop], vectors[start:stop]
+            room = room - (stop - start) or per_shard
+            start = stop
+
+
+def _build_shard(folder: Path, settings: dict[str, Any]) -> None:
+    """Train and encode what lies in `vectors.npy`; the file goes when ScaNN keeps the vectors itself."""
+    vectors = np.load(folder / _VECTORS, mmap_mode="r", allow_pickle=False)
+    is_kept = settings["vectors"] == "disk" and settings["leaves"]
+    builder = import_scann().builder(vectors, 10, "dot_product")
+    if settings["leaves"]:
+        sample = min(len(vectors), settings["training_rows"])
+        builder = builder.tree(settings["leaves"], settings["leaves_to_search"], training_sample_size=sample)
+        builder = builder.score_ah(
+            settings["dims_per_block"],
+            anisotropic_quantization_threshold=settings["threshold"],
+            training_sample_size=sample,
+        )
+        if not is_kept:
+            builder = builder.reorder(_REORDER)
+    else:
+        builder = builder.score_brute_force()
+    (folder / "scann").mkdir()
+    with _quiet():
+        raw = builder.set_n_training_threads(_processors()).build()
+        raw.serialize(str(folder / "scann"), relative_path=True)
+    if not is_kept:
+        (folder / _VECTORS).unlink()
+
+
+def _open_shard(folder: Path, *, is_resident: bool) -> _Shard:
+    if not (folder / "scann" / "scann_assets.pbtxt").is_file() or not (folder / "ids.npy").is_file():
+        raise KnowledgeBaseError(f"the searcher in {folder} is not complete; build it again with `radt index build`")
+    vectors = folder / _VECTORS
+    return _Shard(
+        folder=folder,
+        ids=np.load(folder / "ids.npy", allow_pickle=False),
+        raw=_load(folder) if is_resident else None,
+        vectors=np.load(vectors, mmap_mode="r", allow_pickle=False) if vectors.is_file() else None,
+    )
+
+
+def _load(folder: Path) -> Any:
+    if any(folder.rglob("*.pkl")):
+        raise KnowledgeBaseError(f"{folder} holds a pickle, which radt never wrote and does not load; remove it")
+    with _quiet():
+        return import_scann().load_searcher(str(folder / "scann"))
+
+
+def _exact_scores(queries: Queries, positions: Any, real: Any, vectors: Vectors) -> Any:
+    """Inner products with rows that lie on disk, read in their order there."""
+    scores = np.full(positions.shape, -np.inf, np.float32)
+    for row, query in enumerate(queries):
+        (here,) = np.nonzero(real[row])
+        here = here[np.argsort(positions[row, here])]
+        scores[row, here] = vectors[positions[row, here]] @ query
+    return scores
+
+
+def _processors() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what ScaNN's C++ chats to stderr (lines of absl's I and W levels) from the user; all else is passed on."""
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as heard:
+        saved = os.dup(2)
+        os.dup2(heard.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+            heard.seek(0)
+            for line in heard:
+                if not _CHATTER.match(line):
+                    os.write(2, line)

@@ -5,7 +5,7 @@ newer and leaves out what is gone. A built searcher is a folder with `manifest.j
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, get_args, runtime_checkable
@@ -16,9 +16,10 @@ from numpy import ndarray
 
 from index.atomic import new_folder
 from index.config import from_dict, to_dict
-from index.errors import ConfigError, KnowledgeBaseError, MissingExtraError
+from index.errors import ConfigError, KnowledgeBaseError
 
 if TYPE_CHECKING:
+    from index.search.sizes import Structure
     from index.store import PairStore
 
 Ids: TypeAlias = Int64[ndarray, "q k"]  # -1 where a row has fewer than k answers
@@ -29,9 +30,12 @@ SearcherKind = Literal["exact", "scann", "lance"]
 
 NO_ID = -1
 EXACT_BELOW = 20_000  # rows; ScaNN's own rule of thumb (google-research/scann, docs/algorithms.md)
+RECALL_AT = 10
+DEFAULT_RECALL = 0.95
 _BLOCK_SCORES = 1 << 24  # scores held at once by exact search: 64 MiB of float32
+_STREAM_ROWS = 1 << 16  # rows read at once: 128 MiB of 512 numbers
 _RECALL_QUERIES = 200
-_TARGET_RECALL = 0.97  # a little above the promised 0.95: queries of tomorrow are not those calibrated with
+_FEWEST_CAPTIONS = 30  # fewer than these say little of a recall, so shifted rows stand in
 _QUERY_SHIFT = 0.5  # length of the noise added to a unit row to make a query, see `shifted_queries`
 
 
@@ -47,9 +51,63 @@ class Searcher(Protocol):
         ...
 
 
+@runtime_checkable
+class VectorRows(Protocol):
+    """Rows to build from or to compare, in one order however often they are read. A `PairStore` is one."""
+
+    @property
+    def dim(self) -> int:
+        """Width of the vectors."""
+        ...
+
+    def count(self, where: str | None = None) -> int:
+        """How many rows there are, or how many the SQL filter lets through."""
+        ...
+
+    def vector_batches(self, rows: int, where: str | None = None) -> Iterator[tuple[Any, Any]]:
+        """Ids int64 [n] and vectors float32 [n, d], at most `rows` at once; each row once."""
+        ...
+
+
+class ArrayRows:
+    """Rows that are in memory."""
+
+    def __init__(self, ids: Int64[ndarray, " rows"], vectors: Vectors):
+        self.ids, self.vectors = ids, vectors
+
+    @property
+    def dim(self) -> int:
+        """Width of the vectors."""
+        return int(self.vectors.shape[1])
+
+    def count(self, where: str | None = None) -> int:
+        """Number of rows; arrays know no filter."""
+        assert where is None, where
+        return len(self.ids)
+
+    def vector_batches(self, rows: int, where: str | None = None) -> Iterator[tuple[Any, Any]]:
+        """As `VectorRows.vector_batches`."""
+        assert where is None, where
+        for start in range(0, len(self.ids), rows):
+            yield self.ids[start : start + rows], self.vectors[start : start + rows]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CurvePoint:
+    """What a searcher finds, and how fast, when it searches so many leaves (lists) and scores so many rows exactly."""
+
+    leaves_to_search: int
+    reorder: int
+    recall_at_10: float
+    qps: float  # queries a second in one batch, on the machine and beside the load of the build
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SearcherManifest:
-    """What was built, from which rows, and how well it finds what exact search finds."""
+    """What was built, from which rows, and how well it finds what exact search finds.
+
+    One half of the held-out queries chose the settings; `recall_at_10` and `curve` are measured with the other half.
+    """
 
     kind: SearcherKind
     rows: int
@@ -58,6 +116,11 @@ class SearcherManifest:
     snapshot: int | None = None  # the store's `high_water` when its rows were read
     seed: int = 0
     settings: dict[str, Any] = field(default_factory=dict)
+    target_recall: float = DEFAULT_RECALL
+    calibrated_on: Literal["", "captions", "shifted rows"] = ""  # "": exact, nothing to calibrate
+    curve: tuple[CurvePoint, ...] = ()  # at the chosen reorder depth, by leaves
+    warning: str = ""  # a sentence when the target is not reached
+    ram: int | None = None  # bytes it was told to stay in
 
     def write(self, directory: Path) -> None:
         """Write `manifest.json`."""
@@ -86,17 +149,20 @@ class ExactSearcher:
         self.vectors: Vectors = np.ascontiguousarray(vectors if in_order else vectors[order])
         self._longest = float(np.sqrt(np.einsum("nd,nd->n", vectors, vectors).max(initial=0.0)))
 
-    def search(self, queries: Queries, *, top_k: int) -> tuple[Ids, Scores]:
-        """As `Searcher.search`."""
+    def search(
+        self, queries: Queries, *, top_k: int, above: Float32[ndarray, " q"] | None = None
+    ) -> tuple[Ids, Scores]:
+        """As `Searcher.search`. Rows that score less than `above` may be left out, which saves sorting them."""
         check_queries(queries, dim=self.vectors.shape[1])
         found, scores = padded(len(queries), top_k)
         if not len(self.ids):
             return found, scores
+        floors = np.full(len(queries), -np.inf, np.float32) if above is None else above
         block = max(1, _BLOCK_SCORES // len(self.ids))
         for start in range(0, len(queries), block):
             products = queries[start : start + block] @ self.vectors.T
             for row, rough in enumerate(products, start=start):
-                ids, exact = self._best(queries[row], rough, top_k)
+                ids, exact = self._best(queries[row], rough, top_k, floor=float(floors[row]))
                 found[row, : len(ids)], scores[row, : len(ids)] = ids, exact
         return found, scores
 
@@ -115,18 +181,48 @@ class ExactSearcher:
         return ExactSearcher(self.ids[kept], self.vectors[kept], snapshot=self.snapshot)
 
     def _best(
-        self, query: Float32[ndarray, " d"], rough: Float32[ndarray, " rows"], top_k: int
+        self, query: Float32[ndarray, " d"], rough: Float32[ndarray, " rows"], top_k: int, *, floor: float
     ) -> tuple[Int64[ndarray, " k"], Float32[ndarray, " k"]]:
         # A matrix product rounds differently with the shape of its batch. Taking a little more than the best top_k
         # and scoring those again one row at a time makes the answer independent of the other queries.
-        positions = np.arange(len(rough))
-        if top_k < len(rough):
-            margin = 1e-5 * self._longest * float(np.linalg.norm(query))
-            threshold = np.partition(rough, len(rough) - top_k)[len(rough) - top_k] - margin
-            (positions,) = np.nonzero(rough >= threshold)
+        margin = 1e-5 * self._longest * float(np.linalg.norm(query))
+        (positions,) = np.nonzero(rough >= floor - margin)
+        if top_k < len(positions):
+            scores = rough[positions]
+            threshold = np.partition(scores, len(scores) - top_k)[len(scores) - top_k] - margin
+            positions = positions[scores >= threshold]
         exact = inner_products(query, self.vectors[positions])
         best = np.lexsort((positions, -exact))[:top_k]
         return self.ids[positions[best]], exact[best]
+
+
+class ExactStream:
+    """Exact search over rows that need not fit in memory: block by block, the answers of `ExactSearcher` to the bit."""
+
+    def __init__(self, rows: VectorRows, where: str | None = None, *, rows_at_once: int = _STREAM_ROWS):
+        self._rows, self._where, self._rows_at_once = rows, where, rows_at_once
+
+    def search(self, queries: Queries, *, top_k: int) -> tuple[Ids, Scores]:
+        """As `Searcher.search`; every call reads all rows, so ask for many queries at once."""
+        check_queries(queries, dim=self._rows.dim)
+        best = padded(len(queries), top_k)
+        for ids, vectors in self._rows.vector_batches(self._rows_at_once, self._where):
+            block = ExactSearcher(ids, vectors).search(queries, top_k=top_k, above=best[1][:, -1])
+            best = merge_answers([best, block], top_k=top_k)
+        return best
+
+
+def exact_search(store: "PairStore", queries: Queries, *, top_k: int, where: str | None = None) -> tuple[Ids, Scores]:
+    """The true `top_k` among the rows of the store as they are now, or among those that a filter leaves; streamed."""
+    return ExactStream(store, where).search(queries, top_k=top_k)
+
+
+def merge_answers(answers: Sequence[tuple[Any, Any]], *, top_k: int) -> tuple[Ids, Scores]:
+    """The best of several answers, ids and scores [q, any number], over disjoint rows; equal scores by id."""
+    ids = np.concatenate([found for found, _ in answers], axis=1)
+    scores = np.concatenate([values for _, values in answers], axis=1)
+    order = np.lexsort((ids, -scores), axis=1)[:, :top_k]
+    return np.take_along_axis(ids, order, axis=1), np.take_along_axis(scores, order, axis=1)
 
 
 def inner_products(query: Float32[ndarray, " d"], vectors: Vectors) -> Float32[ndarray, " rows"]:
@@ -136,38 +232,57 @@ def inner_products(query: Float32[ndarray, " d"], vectors: Vectors) -> Float32[n
 
 def build_searcher(
     kind: Literal["auto", "exact", "scann", "lance"],
-    ids: Int64[ndarray, " rows"],
-    vectors: Vectors,
+    rows: VectorRows,
     directory: Path,
     *,
     seed: int = 0,
     queries: Queries | None = None,
     snapshot: int | None = None,
+    target_recall: float = DEFAULT_RECALL,
+    ram: int | None = None,
 ) -> SearcherManifest:
     """Build a searcher into `directory`, whole or not at all, and measure it beside exact search.
 
-    `queries` are the held-out queries to measure with: text vectors if there are any, because they lie elsewhere than
-    image vectors do; without them, shifted rows stand in. `snapshot` is the store's `high_water` when the rows were
-    read: the retriever compares every row that is newer. `auto` is exact below 20,000 rows, then ScaNN where it can
-    be imported, else Lance.
+    The rows are streamed: `ram` bytes, by default most of what this machine has, bound what building and serving hold
+    (see `sizes.choose_structure`, which also says what `auto` is). Of the held-out `queries` one half chooses the
+    fastest settings that find `target_recall` of the true ten, the other half measures them. They should be text
+    vectors, because those lie elsewhere than image vectors do; with fewer than 30, shifted rows stand in. A target that
+    cannot be reached is said in `warning`. `snapshot` is the store's `high_water` when the rows were read: the
+    retriever compares every row that is newer.
     """
+    from index.search.sizes import choose_structure
+
     if kind not in ("auto", *get_args(SearcherKind)):
         raise ConfigError(f"searcher is one of auto, {', '.join(get_args(SearcherKind))}, got {kind!r}")
-    check_rows(ids, vectors)
-    chosen = choose_kind(len(ids)) if kind == "auto" else kind
-    if queries is None:
-        queries = shifted_queries(vectors, seed=seed)
+    if not 0 < target_recall <= 1:
+        raise ConfigError(f"recall is a share of 1, got {target_recall}")
+    structure = choose_structure(rows.count(), rows.dim, ram=ram, kind=kind)
+    manifest = SearcherManifest(
+        kind=structure.kind,
+        rows=structure.rows,
+        dim=rows.dim,
+        recall_at_10=1.0,
+        snapshot=snapshot,
+        seed=seed,
+        target_recall=target_recall,
+        ram=ram,
+    )
     with new_folder(directory) as temporary:
-        manifest = SearcherManifest(
-            kind=chosen, rows=len(ids), dim=vectors.shape[1], recall_at_10=1.0, snapshot=snapshot, seed=seed
-        )
-        if chosen != "exact" and len(ids):
-            exact = ExactSearcher(ids, vectors)
-            # One half of the queries sets the searcher up, the other measures it.
-            searcher, settings = _build_approximate(chosen, exact, temporary, queries=queries[::2])
-            manifest = replace(manifest, recall_at_10=recall(searcher, exact, queries[1::2]), settings=settings)
+        if structure.kind == "exact" or not structure.rows:
+            check_all_rows(rows)
+        else:
+            manifest = _build_approximate(manifest, structure, rows, temporary, queries=queries)
         manifest.write(temporary)
     return manifest
+
+
+def is_as_planned(manifest: SearcherManifest, structure: "Structure", *, target_recall: float) -> bool:
+    """Whether a searcher that was built before is of this structure and was set up for this recall."""
+    vectors, is_resident = manifest.settings.get("vectors", "memory"), manifest.settings.get("is_resident", True)
+    if manifest.kind != structure.kind or structure.kind == "exact":
+        return manifest.kind == structure.kind
+    is_alike = structure.kind == "lance" or (vectors, is_resident) == (structure.vectors, structure.is_resident)
+    return is_alike and manifest.target_recall == target_recall
 
 
 def open_searcher(directory: Path, store: "PairStore") -> Searcher:
@@ -189,37 +304,19 @@ def exact_searcher(store: "PairStore", where: str | None = None) -> ExactSearche
     return ExactSearcher(*store.ids_and_vectors(where), snapshot=store.high_water)
 
 
-def choose_kind(rows: int) -> SearcherKind:
-    """What `auto` means for this many rows on this machine."""
-    if rows < EXACT_BELOW:
-        return "exact"
-    from index.search.scann_searcher import import_scann
-
-    try:
-        import_scann()
-    except MissingExtraError:
-        return "lance"
-    return "scann"
-
-
-def recall(searcher: Searcher, exact: ExactSearcher, queries: Queries, *, top_k: int = 10) -> float:
+def recall(searcher: Searcher, exact: ExactSearcher, queries: Queries, *, top_k: int = RECALL_AT) -> float:
     """Mean share of the true `top_k` that `searcher` finds."""
     top_k = min(top_k, len(exact.ids))
     if not len(queries) or not top_k:
         return 1.0
     found, _ = searcher.search(queries, top_k=top_k)
     truth, _ = exact.search(queries, top_k=top_k)
+    return recall_of(found, truth)
+
+
+def recall_of(found: Ids, truth: Int64[ndarray, "q t"]) -> float:
+    """Mean share of the true ids that were found."""
     return float(np.mean([np.isin(t, f).mean() for t, f in zip(truth, found, strict=True)]))
-
-
-def fewest_lists(
-    make: Callable[[int], Searcher], exact: ExactSearcher, queries: Queries, *, first: int, last: int
-) -> int:
-    """The fewest lists (leaves, partitions) to read that reach the target recall, tried from `first` up by halves."""
-    lists = max(1, first)
-    while lists < last and recall(make(lists), exact, queries) < _TARGET_RECALL:
-        lists = max(lists + 1, round(1.5 * lists))
-    return min(lists, last)
 
 
 def shifted_queries(vectors: Vectors, *, seed: int, num: int = _RECALL_QUERIES) -> Queries:
@@ -272,13 +369,67 @@ def check_queries(queries: Queries, *, dim: int) -> None:
         raise KnowledgeBaseError("the query vector is not finite; check the model that made it")
 
 
+def check_all_rows(rows: VectorRows) -> Int64[ndarray, " rows"]:
+    """`check_rows` for rows that are streamed: their ids, ascending."""
+    ids = [np.empty(0, np.int64)]
+    for some, vectors in rows.vector_batches(_STREAM_ROWS):
+        check_rows(some, vectors)
+        ids.append(some)
+    return ascending_ids(ids)
+
+
+def ascending_ids(parts: Sequence[Any]) -> Int64[ndarray, " rows"]:
+    """All ids, sorted. KnowledgeBaseError when one appears twice."""
+    ids = np.sort(np.concatenate(parts))
+    twice = int((ids[1:] == ids[:-1]).sum())
+    if twice:
+        raise KnowledgeBaseError(f"{twice} ids appear twice; check with `radt index verify`")
+    return ids
+
+
 def _build_approximate(
-    kind: SearcherKind, exact: ExactSearcher, directory: Path, *, queries: Queries
-) -> tuple[Searcher, dict[str, Any]]:
+    manifest: SearcherManifest,
+    structure: "Structure",
+    rows: VectorRows,
+    directory: Path,
+    *,
+    queries: Queries | None,
+) -> SearcherManifest:
+    from index.search.calibration import calibrate
+
+    searcher = _builder(structure.kind)(rows, directory, structure)
+    is_text = queries is not None and len(queries) >= _FEWEST_CAPTIONS
+    if queries is None or not is_text:
+        queries = shifted_queries(_sample(rows, _RECALL_QUERIES, seed=manifest.seed), seed=manifest.seed)
+    truth, _ = ExactStream(rows).search(queries, top_k=min(RECALL_AT, structure.rows))
+    found = calibrate(searcher, queries, truth, target=manifest.target_recall)
+    return replace(
+        manifest,
+        recall_at_10=found.recall_at_10,
+        settings={**searcher.settings, **found.settings},
+        calibrated_on="captions" if is_text else "shifted rows",
+        curve=found.curve,
+        warning=found.warning,
+    )
+
+
+def _builder(kind: SearcherKind) -> Callable[[VectorRows, Path, "Structure"], Any]:
     if kind == "scann":
         from index.search.scann_searcher import build_scann
 
-        return build_scann(exact.ids, exact.vectors, directory, queries=queries, exact=exact)
+        return build_scann
     from index.search.lance_searcher import build_lance
 
-    return build_lance(exact.ids, exact.vectors, directory, queries=queries, exact=exact)
+    return build_lance
+
+
+def _sample(rows: VectorRows, num: int, *, seed: int) -> Vectors:
+    """Some of the rows, chosen evenly; streamed."""
+    total = rows.count()
+    chosen = np.sort(np.random.default_rng(seed).choice(total, size=min(num, total), replace=False))
+    picked, start = [np.empty((0, rows.dim), np.float32)], 0
+    for ids, vectors in rows.vector_batches(_STREAM_ROWS):
+        here = chosen[(chosen >= start) & (chosen < start + len(ids))] - start
+        picked.append(vectors[here])
+        start += len(ids)
+    return np.concatenate(picked)

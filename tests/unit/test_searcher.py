@@ -10,16 +10,23 @@ import numpy as np
 import pytest
 
 from index.errors import ConfigError, DiskError, KnowledgeBaseError
+from index.records import ImageLocation, StoredPair
 from index.search import searcher as module
 from index.search.searcher import (
+    ArrayRows,
+    CurvePoint,
     ExactSearcher,
+    ExactStream,
     SearcherManifest,
     build_searcher,
-    choose_kind,
+    exact_search,
+    is_as_planned,
     open_searcher,
     recall,
     shifted_queries,
 )
+from index.search.sizes import choose_structure
+from index.store import PairStore
 
 
 def rows(num: int, dim: int = 16, *, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -132,7 +139,7 @@ def test_recall_counts_what_is_found() -> None:
 
 def test_an_exact_searcher_is_built_and_opened(tmp_path: Path) -> None:
     ids, vectors = rows(30)
-    manifest = build_searcher("auto", ids, vectors, tmp_path / "s", snapshot=4, seed=9)
+    manifest = build_searcher("auto", ArrayRows(ids, vectors), tmp_path / "s", snapshot=4, seed=9)
     assert manifest == SearcherManifest.read(tmp_path / "s")
     assert (manifest.kind, manifest.rows, manifest.dim, manifest.recall_at_10) == ("exact", 30, 16, 1.0)
     assert (manifest.snapshot, manifest.seed) == (4, 9)
@@ -148,7 +155,7 @@ def test_a_failed_build_leaves_the_old_searcher_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids, vectors = rows(30)
-    build_searcher("exact", ids, vectors, tmp_path / "s", snapshot=1)
+    build_searcher("exact", ArrayRows(ids, vectors), tmp_path / "s", snapshot=1)
 
     def fail(self: Any, directory: Path) -> None:
         (directory / "half").write_text("half")
@@ -156,11 +163,11 @@ def test_a_failed_build_leaves_the_old_searcher_and_nothing_else(
 
     monkeypatch.setattr(SearcherManifest, "write", fail)
     with pytest.raises(DiskError, match=r"could not write .*No space left"):
-        build_searcher("exact", ids, vectors, tmp_path / "s", snapshot=2)
+        build_searcher("exact", ArrayRows(ids, vectors), tmp_path / "s", snapshot=2)
     monkeypatch.undo()
     assert [path.name for path in tmp_path.iterdir()] == ["s"]
     assert SearcherManifest.read(tmp_path / "s").snapshot == 1
-    build_searcher("exact", ids, vectors, tmp_path / "s", snapshot=2)
+    build_searcher("exact", ArrayRows(ids, vectors), tmp_path / "s", snapshot=2)
     assert SearcherManifest.read(tmp_path / "s").snapshot == 2
     assert [path.name for path in tmp_path.iterdir()] == ["s"]
 
@@ -172,11 +179,101 @@ def test_a_broken_manifest_is_one_sentence(tmp_path: Path) -> None:
 
 
 def test_auto_is_exact_while_that_is_quick() -> None:
-    assert choose_kind(19_999) == "exact"
-    assert choose_kind(20_000) in ("scann", "lance")
+    assert choose_structure(19_999, 16).kind == "exact"
+    assert choose_structure(20_000, 16).kind in ("scann", "lance")
 
 
 @pytest.mark.usefixtures("untyped_caller")
 def test_an_unknown_kind_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="auto, exact, scann, lance, got 'faiss'"):
-        build_searcher(cast(Any, "faiss"), *rows(3), tmp_path / "s")
+        build_searcher(cast(Any, "faiss"), ArrayRows(*rows(3)), tmp_path / "s")
+
+
+def twin(ids: np.ndarray, vectors: np.ndarray, queries: np.ndarray, *, block: int, top_k: int) -> None:
+    """The stream's answers are those of the searcher in memory, bit by bit."""
+    streamed = ExactStream(ArrayRows(ids, vectors), rows_at_once=block).search(queries, top_k=top_k)
+    for got, expected in zip(streamed, ExactSearcher(ids, vectors).search(queries, top_k=top_k), strict=True):
+        assert np.array_equal(got, expected)
+
+
+@pytest.mark.parametrize("block", [1, 7, 64, 1000])
+def test_a_stream_of_blocks_equals_exact_search_in_memory(block: int) -> None:
+    ids, vectors = rows(300)
+    twin(ids, vectors, shifted_queries(vectors, seed=4, num=20), block=block, top_k=9)
+
+
+def test_a_stream_breaks_ties_by_id_across_blocks_and_pads() -> None:
+    vectors = np.tile(np.array([[1.0, 0.0], [0.6, 0.8]], dtype=np.float32), (30, 1))
+    ids = np.random.default_rng(1).permutation(60)
+    twin(ids, vectors, vectors[:2], block=8, top_k=20)
+    twin(ids, vectors, vectors[:2], block=8, top_k=70)
+    ascending = np.argsort(vectors @ vectors[1])  # every block beats the one before it
+    twin(ids[ascending], vectors[ascending], vectors[:2], block=8, top_k=5)
+
+
+def test_exact_search_streams_a_store_and_its_filter(tmp_path: Path) -> None:
+    store = filled_store(tmp_path, 50)
+    ids, vectors = store.ids_and_vectors()
+    found, scores = exact_search(store, vectors[:3], top_k=4)
+    expected = ExactSearcher(ids, vectors).search(vectors[:3], top_k=4)
+    assert np.array_equal(found, expected[0])
+    assert np.array_equal(scores, expected[1])
+    chosen, _ = exact_search(store, vectors[:3], top_k=50, where="key < '00010'")
+    assert {i for i in chosen[0].tolist() if i >= 0} == set(ids[:10].tolist())
+
+
+def filled_store(folder: Path, num: int) -> PairStore:
+    ids, vectors = rows(num)
+    store = PairStore.create(folder, dim=16)
+    store.add([
+        StoredPair(
+            id=int(i),
+            dataset="d",
+            source="s",
+            shard="a",
+            digest="",
+            key=f"{position:05d}",
+            caption="c",
+            image=ImageLocation(uri=""),
+            sha256=None,
+            width=None,
+            height=None,
+            vector=vector,
+        )
+        for position, (i, vector) in enumerate(zip(ids, vectors, strict=True))
+    ])
+    return store
+
+
+def test_rows_are_streamed_in_batches_and_in_order(tmp_path: Path) -> None:
+    store = filled_store(tmp_path, 50)
+    ids, vectors = store.ids_and_vectors()
+    batches = list(store.vector_batches(8))
+    assert max(len(some) for some, _ in batches) <= 8
+    assert np.array_equal(np.concatenate([some for some, _ in batches]), ids)
+    assert np.array_equal(np.concatenate([some for _, some in batches]), vectors)
+
+
+def test_a_manifest_keeps_its_curve(tmp_path: Path) -> None:
+    point = CurvePoint(leaves_to_search=3, reorder=50, recall_at_10=0.9, qps=12.5)
+    manifest = SearcherManifest(
+        kind="lance", rows=9, dim=2, recall_at_10=0.9, curve=(point,), calibrated_on="captions", warning="w", ram=7
+    )
+    manifest.write(tmp_path)
+    assert SearcherManifest.read(tmp_path) == manifest
+
+
+def test_what_was_built_before_is_kept_while_it_is_what_is_wanted() -> None:
+    manifest = SearcherManifest(kind="scann", rows=30_000, dim=16, recall_at_10=1.0)
+    structure = choose_structure(30_000, 16, kind="scann")
+    assert is_as_planned(manifest, structure, target_recall=0.95)
+    assert not is_as_planned(manifest, structure, target_recall=0.99)
+    assert not is_as_planned(manifest, choose_structure(30_000, 16, kind="lance"), target_recall=0.95)
+    small = choose_structure(1_000_000, 16, kind="scann", ram=90_000_000)
+    assert small.vectors == "disk"
+    assert not is_as_planned(manifest, small, target_recall=0.95)
+
+
+def test_an_impossible_recall_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"recall is a share of 1, got 95"):
+        build_searcher("auto", ArrayRows(*rows(3)), tmp_path / "s", target_recall=95.0)

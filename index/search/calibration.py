@@ -1,0 +1,147 @@
+"""Calibration: the fastest settings at which an approximate searcher still finds what exact search finds.
+
+Two settings trade recall for time: how many leaves (lists) are searched, and how many candidates are scored exactly.
+Text queries lie elsewhere than images, so the rule of thumb for one data set is wrong for the next: it is measured.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from jaxtyping import Int64
+from numpy import ndarray
+
+from index.search.searcher import RECALL_AT, CurvePoint, Queries, Searcher, recall_of
+
+_MARGIN = 0.01  # above the target, for half of the queries choose and tomorrow's are others
+_REORDERS = (400, 200, 100, 50)  # candidates scored exactly, deepest first
+_DEEPEST_REORDER = 1600  # when 400 do not do
+_LADDER = 1.5  # from one number of leaves to the next
+_TIMED_SECONDS = 0.05  # a faster search is timed again, and the best of three counts
+
+
+@runtime_checkable
+class Tunable(Protocol):
+    """A searcher whose effort can be set."""
+
+    @property
+    def leaves(self) -> int:
+        """How many leaves (lists) there are in a shard; 0 when every row is scored."""
+        ...
+
+    def with_effort(self, leaves_to_search: int, reorder: int) -> Searcher:
+        """The same searcher with other settings; they share what is in memory."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Calibration:
+    """The settings chosen, what they find, and a sentence when the target was not reached."""
+
+    settings: dict[str, Any]
+    recall_at_10: float
+    curve: tuple[CurvePoint, ...]
+    warning: str
+
+
+def calibrate(searcher: Any, queries: Queries, truth: Int64[ndarray, "q t"], *, target: float) -> Calibration:
+    """The fastest effort that finds the share `target` of the `truth`, chosen with every other query.
+
+    The remaining queries measure it, and the curve around it: what is reported was not chosen for looking well.
+    """
+    trial = _Trial(searcher, queries[::2], truth[::2])
+    control = _Trial(searcher, queries[1::2], truth[1::2]) if len(queries) > 1 else trial
+    if not searcher.leaves:
+        return Calibration(settings={}, recall_at_10=control.run(0, 0).recall_at_10, curve=(), warning="")
+    goal = target + min(_MARGIN, (1 - target) / 2)
+    best = _choose(trial, searcher.leaves, goal)
+    curve = tuple(control.run(leaves, best.reorder) for leaves in _around(best.leaves_to_search, searcher.leaves))
+    measured = next(point for point in curve if point.leaves_to_search == best.leaves_to_search)
+    return Calibration(
+        settings={"leaves_to_search": best.leaves_to_search, "reorder": best.reorder},
+        recall_at_10=measured.recall_at_10,
+        curve=curve,
+        warning=_warning(measured, searcher.leaves, target),
+    )
+
+
+class _Trial:
+    def __init__(self, searcher: Tunable, queries: Queries, truth: Int64[ndarray, "q t"]):
+        self._searcher, self._queries, self._truth = searcher, queries, truth
+
+    def run(self, leaves_to_search: int, reorder: int) -> CurvePoint:
+        searcher = self._searcher.with_effort(leaves_to_search, reorder)
+        fastest = float("inf")
+        for _ in range(3):
+            started = time.perf_counter()
+            found, _ = searcher.search(self._queries, top_k=RECALL_AT)
+            fastest = min(fastest, time.perf_counter() - started)
+            if fastest > _TIMED_SECONDS:
+                break
+        return CurvePoint(
+            leaves_to_search=leaves_to_search,
+            reorder=reorder,
+            recall_at_10=round(recall_of(found, self._truth), 4),
+            qps=round(len(self._queries) / fastest, 1),
+        )
+
+
+def _choose(trial: _Trial, leaves: int, goal: float) -> CurvePoint:
+    """The fewest leaves with deep reordering; then shallower reordering as long as that is faster."""
+    best = _fewest_leaves(trial, leaves, _REORDERS[0], goal)
+    if best.recall_at_10 < goal:
+        deeper = _fewest_leaves(trial, leaves, _DEEPEST_REORDER, goal)
+        return deeper if deeper.recall_at_10 > best.recall_at_10 else best
+    fewest = best.leaves_to_search  # a shallower reordering needs as many at least
+    for reorder in _REORDERS[1:]:
+        for leaves_to_search in _ladder(fewest, leaves, factor=1.15):
+            point = trial.run(leaves_to_search, reorder)
+            if point.recall_at_10 >= goal or point.qps < best.qps:
+                break
+        if point.recall_at_10 >= goal and point.qps >= best.qps:
+            best = point
+    return best
+
+
+def _fewest_leaves(trial: _Trial, leaves: int, reorder: int, goal: float) -> CurvePoint:
+    """The first point from below that reaches the goal, or the best of all when none does."""
+    tried: list[CurvePoint] = []
+    for leaves_to_search in _ladder(max(1, leaves // 128), leaves, factor=_LADDER):
+        tried.append(trial.run(leaves_to_search, reorder))
+        if tried[-1].recall_at_10 >= goal:
+            break
+    else:
+        return max(tried, key=lambda point: (point.recall_at_10, -point.leaves_to_search))
+    low, reached = tried[-2].leaves_to_search if len(tried) > 1 else 0, tried[-1]
+    while reached.leaves_to_search - low > max(1, reached.leaves_to_search // 10):
+        middle = trial.run((low + reached.leaves_to_search) // 2, reorder)
+        if middle.recall_at_10 >= goal:
+            reached = middle
+        else:
+            low = middle.leaves_to_search
+    return reached
+
+
+def _ladder(first: int, last: int, *, factor: float) -> Iterator[int]:
+    """From `first` up to `last`, both included, each about `factor` times the one before."""
+    step = first
+    while step < last:
+        yield step
+        step = max(step + 1, round(factor * step))
+    yield last
+
+
+def _around(chosen: int, leaves: int) -> list[int]:
+    """Numbers of leaves on both sides of the chosen one, for the curve."""
+    return sorted({min(leaves, max(1, round(chosen * factor))) for factor in (0.25, 0.5, 1, 2, 4)})
+
+
+def _warning(measured: CurvePoint, leaves: int, target: float) -> str:
+    if measured.recall_at_10 >= target:
+        return ""
+    share = f"{measured.leaves_to_search} of {leaves} leaves and {measured.reorder} exact scores a query"
+    return (
+        f"recall@10 is {measured.recall_at_10:.3f} and not the {target} asked for, with {share}; "
+        "a lower --recall is faster, --searcher exact finds all"
+    )
