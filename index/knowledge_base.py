@@ -191,10 +191,10 @@ class KnowledgeBase:
 
         return describe(self)
 
-    def quarantine(self, where: str | None = None) -> list[BadSample]:
+    def quarantine(self, where: str | None = None, *, limit: int | None = None) -> list[BadSample]:
         """The samples that could not be used, and why; for `where` see `PairStore.bad_samples`."""
         self.store.refresh()
-        return self.store.bad_samples(where)
+        return self.store.bad_samples(where, limit=limit)
 
     def snapshots(self) -> list[Snapshot]:
         """The states that builds have left and no `compact` has let go, oldest first."""

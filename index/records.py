@@ -84,6 +84,7 @@ class ShardRecord:
     pairs: int
     bad: int
     bytes: int
+    layout: str = ""  # of its source, as the reader names it; empty in a ledger of format 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -1,5 +1,6 @@
 """Everything that `radt index stats` shows: what is there, what became of the rest, what lags behind, and its bytes."""
 
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ def describe(kb: "KnowledgeBase") -> dict[str, Any]:
     """Sizes, model, searcher and history of a knowledge base, ready for JSON."""
     store = kb.store
     store.refresh()
+    shards = store.shards()
     searcher = kb.searcher_manifest()
     duplicates = _duplicates(kb)
     parts = bytes_by_part(kb.directory)
@@ -24,7 +26,8 @@ def describe(kb: "KnowledgeBase") -> dict[str, Any]:
         "kb": str(kb.directory),
         "pairs": store.count(),
         "datasets": store.datasets(),
-        "shards": store.count_shards(),
+        "shards": len(shards),
+        "layouts": dict(Counter(shard.layout or "not known" for shard in shards)),
         "quarantined": store.count_bad(),
         "quarantined_by_reason": store.reasons(),
         "removed": store.count_removed(),

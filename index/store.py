@@ -212,12 +212,11 @@ class PairStore:
         ids = pairs.column("id").to_numpy().astype(np.int64, copy=False)
         return ids, [_shard_record(row) for row in shards.to_pylist()]
 
-    def bad_samples(self, where: str | None = None) -> list[BadSample]:
+    def bad_samples(self, where: str | None = None, *, limit: int | None = None) -> list[BadSample]:
         """The quarantine, or what an SQL filter over `dataset`, `shard`, `key`, `image_offset`, `reason` leaves."""
         columns = ["shard", "key", "image_offset", "reason"]
-        only = f"kind = 'bad' AND ({where})" if where else "kind = 'bad'"
         with _filter_errors(where):
-            rows = self._dataset.to_table(columns=columns, filter=only).to_pylist()
+            rows = self._dataset.to_table(columns=columns, filter=_bad_where(where), limit=limit).to_pylist()
         return [
             BadSample(shard=row["shard"], key=row["key"], offset=row["image_offset"], reason=row["reason"])
             for row in rows
@@ -231,10 +230,6 @@ class PairStore:
         """How many pairs have been taken down for good."""
         return int(self._dataset.count_rows("kind = 'removed'"))
 
-    def count_shards(self) -> int:
-        """Entries of the ledger."""
-        return int(self._dataset.count_rows("kind = 'shard'"))
-
     def count_unindexed(self, index: str) -> int:
         """Pairs written since an index of the table was built; all of them when there is no such index."""
         segments = [s for each in self._dataset.describe_indices() if each.name == index for s in each.segments]
@@ -242,12 +237,13 @@ class PairStore:
         newer = [f for f in self._dataset.get_fragments() if f.fragment_id not in covered]
         return sum(int(fragment.count_rows(self._pairs_where(None))) for fragment in newer)
 
-    def reasons(self) -> dict[str, int]:
+    def reasons(self, where: str | None = None) -> dict[str, int]:
         """Bad samples by reason, most first. What a reason says of the single sample, after a colon, is left out."""
         counts: Counter[str] = Counter()
-        for batch in self._dataset.to_batches(columns=["reason"], filter="kind = 'bad'"):
-            for entry in batch.column("reason").value_counts().to_pylist():
-                counts[entry["values"].partition(":")[0]] += entry["counts"]
+        with _filter_errors(where):
+            for batch in self._dataset.to_batches(columns=["reason"], filter=_bad_where(where)):
+                for entry in batch.column("reason").value_counts().to_pylist():
+                    counts[entry["values"].partition(":")[0]] += entry["counts"]
         return dict(counts.most_common())
 
     def datasets(self) -> dict[str, int]:
@@ -532,6 +528,10 @@ def _arrow_table(rows: list[dict[str, Any]], schema: "pa.Schema") -> "pa.Table":
     return columns.append_column(vector, pa.chunked_array(chunks, vector.type)).select(schema.names)
 
 
+def _bad_where(where: str | None) -> str:
+    return f"kind = 'bad' AND ({where})" if where else "kind = 'bad'"
+
+
 def _id_in(ids: Sequence[int]) -> str:
     return f"id IN ({', '.join(map(str, ids))})" if ids else "false"
 
@@ -594,7 +594,9 @@ def _shard_record(row: dict[str, Any]) -> ShardRecord:
 
 
 def _ledger_row(record: ShardRecord) -> dict[str, Any]:
-    counts = {"stamp": record.stamp, "pairs": record.pairs, "bad": record.bad, "bytes": record.bytes}
+    counts: dict[str, Any] = {"stamp": record.stamp, "pairs": record.pairs, "bad": record.bad, "bytes": record.bytes}
+    if record.layout:
+        counts["layout"] = record.layout
     return {
         "kind": "shard",
         "dataset": record.dataset,

@@ -1,19 +1,29 @@
-"""`radt index add` and `remove`."""
+"""`radt index add`, `remove` and `compact`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from index.commands.options import DatasetOption, JsonOption, KbOption, WaitOption, names, print_json, say
+from index.commands.options import (
+    DatasetOption,
+    JsonOption,
+    KbOption,
+    WaitOption,
+    names,
+    print_json,
+    print_table,
+    say,
+)
 from index.errors import QueryError
 
 if TYPE_CHECKING:
+    from index.compaction import CompactReport
     from index.knowledge_base import KnowledgeBase
 
 
 def add_changes(app: typer.Typer, default_model: str | None) -> None:
-    """Register `add` and `remove`."""
+    """Register `add`, `remove` and `compact`."""
 
     @app.command()
     def add(
@@ -66,6 +76,38 @@ def add_changes(app: typer.Typer, default_model: str | None) -> None:
             print_json({**document, "missing": [str(i) for i in missing], "snapshot": base.store.version})
         else:
             print(f"removed {len(gone)}" + (f"; {len(missing)} were not there" if missing else ""))
+
+    @app.command()
+    def compact(
+        kb: KbOption,
+        keep: Annotated[int | None, typer.Option(min=0, help="Newest snapshots to keep; all if not given.")] = None,
+        wait: WaitOption = 0,
+        as_json: JsonOption = False,
+    ) -> None:
+        """Merge small files, fold new rows into the searcher, purge what was removed, delete what nothing needs."""
+        from index.compaction import compact as compact_knowledge_base
+        from index.knowledge_base import KnowledgeBase
+
+        base = KnowledgeBase.open(kb, models=names(default_model))
+        with base.store.lock(wait, on_wait=say):
+            report = compact_knowledge_base(base, keep=keep)
+        print_json(report.to_json()) if as_json else _print_compaction(report)
+
+
+def _print_compaction(report: "CompactReport") -> None:
+    rows = {
+        "pairs": str(report.pairs),
+        "size": f"{report.bytes_before / 1e6:.1f} MB before, {report.bytes_after / 1e6:.1f} MB after",
+        "fragments": f"{report.fragments_before} before, {report.fragments_after} after",
+        "versions deleted": str(report.versions_removed),
+        "snapshots": ", ".join(report.snapshots) or "none",
+        "searcher": f"{report.searcher}, recall@10 {report.recall_at_10:.3f}",
+    }
+    if report.snapshots_dropped:
+        rows["snapshots dropped"] = ", ".join(report.snapshots_dropped)
+    if report.snapshots_dropped_for_removed:
+        rows["dropped with removed pairs"] = ", ".join(report.snapshots_dropped_for_removed)
+    print_table(report.kb, list(rows.items()))
 
 
 def _images_of(source: str) -> list[str]:

@@ -87,6 +87,18 @@ def print_table(title: str, rows: Sequence[tuple[str, str]]) -> None:
     Console().print(table)
 
 
+def print_columns(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table with a heading for each column."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(*columns, title=escape(title))
+    for row in rows:
+        table.add_row(*map(escape, row))
+    Console().print(table)
+
+
 def print_json(document: dict[str, Any]) -> None:
     """The one document of `--json`."""
     print(json.dumps(document, ensure_ascii=False, allow_nan=False))

@@ -1,12 +1,15 @@
 """`radt index show` and `stats`."""
 
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from index.commands.options import JsonOption, KbOption, plain, print_json, print_table
+from index.commands.options import JsonOption, KbOption, plain, print_columns, print_json, print_table
 
 if TYPE_CHECKING:
+    from index.knowledge_base import KnowledgeBase
     from index.records import StoredPair
 
 
@@ -26,12 +29,79 @@ def add_views(app: typer.Typer) -> None:
         print_json(document) if as_json else print_table(str(pair), [(k, plain(v)) for k, v in document.items()])
 
     @app.command()
-    def stats(kb: KbOption, as_json: JsonOption = False) -> None:
-        """Sizes, datasets, model and searcher."""
+    def stats(
+        kb: KbOption,
+        quarantine: Annotated[
+            bool, typer.Option("--quarantine", help="List the samples that could not be used, and why.")
+        ] = False,
+        where: Annotated[
+            str | None,
+            typer.Option(help="With --quarantine, an SQL filter over dataset, shard, key, image_offset and reason."),
+        ] = None,
+        limit: Annotated[int, typer.Option(min=0, help="With --quarantine, so many samples at most.")] = 100,
+        as_json: JsonOption = False,
+    ) -> None:
+        """What is there, what was left out or taken out, what lags behind, earlier snapshots, and bytes."""
         from index.knowledge_base import KnowledgeBase
 
-        document = KnowledgeBase.open(kb).stats()
-        print_json(document) if as_json else print_table(str(kb), [(k, plain(v)) for k, v in document.items()])
+        if where is not None and not quarantine:
+            raise typer.BadParameter("--where goes with --quarantine")
+        base = KnowledgeBase.open(kb)
+        document = _quarantine_json(base, where, limit) if quarantine else base.stats()
+        if as_json:
+            print_json(document)
+        elif quarantine:
+            _print_quarantine(document)
+        else:
+            _print_stats(document)
+
+
+def _quarantine_json(base: "KnowledgeBase", where: str | None, limit: int) -> dict[str, Any]:
+    samples = base.quarantine(where, limit=limit)
+    reasons = base.store.reasons(where)
+    return {
+        "kb": str(base.directory),
+        "quarantined": sum(reasons.values()),
+        "by_reason": reasons,
+        "samples": [asdict(sample) for sample in samples],
+    }
+
+
+def _print_quarantine(document: dict[str, Any]) -> None:
+    if not document["quarantined"]:
+        print("no sample is in quarantine")
+        return
+    print_columns(
+        document["kb"], ["reason", "samples"], [(reason, str(n)) for reason, n in document["by_reason"].items()]
+    )
+    samples = document["samples"]
+    places = [
+        (each["shard"], each["key"], "" if each["offset"] is None else str(each["offset"]), each["reason"])
+        for each in samples
+    ]
+    if places:
+        title = f"{len(samples)} of {document['quarantined']}"
+        print_columns(title, ["shard", "key", "offset", "reason"], places)
+
+
+def _print_stats(document: dict[str, Any]) -> None:
+    tables = ("snapshots", "searcher_manifest", "bytes_by_part", "quarantined_by_reason")
+    print_table(document["kb"], [(name, plain(value)) for name, value in document.items() if name not in tables])
+    for name in ("quarantined_by_reason", "bytes_by_part"):
+        if document[name]:
+            print_table(name, [(part, str(number)) for part, number in document[name].items()])
+    if document["snapshots"]:
+        _print_records("snapshots", document["snapshots"])
+    searcher = document["searcher_manifest"] or {}
+    curve = searcher.pop("curve", ())
+    if searcher:
+        print_table("searcher", [(name, plain(value)) for name, value in searcher.items()])
+    if curve:
+        _print_records("recall against speed", curve)
+
+
+def _print_records(title: str, records: Sequence[dict[str, Any]]) -> None:
+    print_columns(title, list(records[0]), [tuple(plain(value) for value in each.values()) for each in records])
 
 
 def _pair_json(pair: "StoredPair") -> dict[str, Any]:
@@ -46,5 +116,6 @@ def _pair_json(pair: "StoredPair") -> dict[str, Any]:
         "sha256": pair.sha256,
         "width": pair.width,
         "height": pair.height,
+        "dhash": None if pair.dhash is None else f"{pair.dhash % 2**64:016x}",
         "metadata": dict(pair.metadata),
     }

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pytest
 
 from index.compaction import compact
-from index.errors import KnowledgeBaseError
+from index.errors import KnowledgeBaseError, QueryError
 from index.ingest.build import BuildConfig, BuildReport, build
 from index.knowledge_base import FORMAT, KnowledgeBase, Manifest
 from index.records import table_schema
@@ -465,3 +465,39 @@ def test_what_killed_builds_left_is_swept(corpus: Path, tmp_path: Path) -> None:
     compact(kb)
     assert in_files(tmp_path / "kb", b"qqleftoverqq") == []
     assert not list((tmp_path / "kb").rglob(".*"))
+
+
+# What stats say
+
+
+def test_stats_say_what_is_there_and_what_is_not(corpus: Path, tmp_path: Path) -> None:
+    members = [item for number in range(20, 38) for item in sample(number).items()]
+    write_tar(tmp_path / "birds" / "a.tar", [*members, ("x.png", b"nonsense"), ("x.txt", b"what"), ("y.txt", b"alone")])
+    build_at(tmp_path / "kb", corpus, tmp_path / "birds", max_bad_fraction=0.5)
+    kb = reopen(tmp_path / "kb")
+    kb.add(draw(99), "a zeppelin")
+    kb.remove(where="dataset = 'pets' AND key < '000000003'")
+    stats = json.loads(json.dumps(kb.stats()))
+    assert stats["datasets"] == {"added": 1, "birds": 18, "pets": 12}
+    assert (stats["pairs"], stats["shards"], stats["removed"], stats["quarantined"]) == (31, 4, 3, 2)
+    assert sum(stats["layouts"].values()) == 4
+    assert sum(stats["quarantined_by_reason"].values()) == 2
+    assert stats["quarantined_by_reason"]["the image does not decode"] == 1
+    assert (stats["not_in_searcher"], stats["not_in_word_index"]) == (1, 1)
+    assert stats["bytes"] == sum(path.stat().st_size for path in (tmp_path / "kb").rglob("*") if path.is_file())
+    assert {"rows", "word and id indices", "history", "searchers", "added", "other"} == stats["bytes_by_part"].keys()
+    kb.build_search()
+    assert (kb.stats()["not_in_searcher"], kb.stats()["not_in_word_index"]) == (0, 0)
+
+
+def test_the_quarantine_can_be_asked(tmp_path: Path) -> None:
+    members = [item for number in range(18) for item in sample(number).items()]
+    write_tar(tmp_path / "d" / "a.tar", [*members, ("x.png", b"nonsense"), ("x.txt", b"what"), ("y.png", b"alone")])
+    build_at(tmp_path / "kb", tmp_path / "d")
+    kb = reopen(tmp_path / "kb")
+    assert len(kb.quarantine()) == 2
+    assert len(kb.quarantine(limit=1)) == 1
+    (found,) = kb.quarantine("reason LIKE '%decode%' AND image_offset > 0")
+    assert (found.shard, found.key) == ("a.tar", "x")
+    with pytest.raises(QueryError, match="cannot filter by 'colour = 3'"):
+        kb.quarantine("colour = 3")
