@@ -45,7 +45,8 @@ class SearchResult:
 
     `timings_ms` has load (of the model, the first time), embed, decompose, filter, vector, lexical, fuse, diversity
     and fetch. `matching` rows pass the filter, `examined` were looked at by the search by vector. `shortfall` says why
-    there are fewer than k hits, `parts` what the prompt was decomposed into.
+    there are fewer than k hits, `parts` what the prompt was decomposed into. `lists` has the ids that were left after
+    vector, words, union, thresholds and duplicates, in order: one list, or one for each part of the prompt.
     """
 
     hits: list[Hit]
@@ -55,6 +56,12 @@ class SearchResult:
     examined: int = 0
     shortfall: str | None = None
     parts: list[str] = field(default_factory=list)
+    lists: dict[str, list[Int64[ndarray, " _"]]] = field(default_factory=dict, repr=False)
+
+    def rank(self, stage: str, pair_id: int) -> int | None:
+        """The place of a pair, from 1, in the list that a stage left (the best, of several); None when in none."""
+        found = [np.nonzero(ids == pair_id)[0] for ids in self.lists.get(stage, [])]
+        return min((int(places[0]) + 1 for places in found if len(places)), default=None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -228,6 +235,7 @@ class Retriever:
             examined=trace.examined,
             shortfall=_shortfall(len(hits), request, trace, matching=matching),
             parts=asked.labels,
+            lists=trace.lists,
         )
 
     def standing(
@@ -442,6 +450,7 @@ class Retriever:
                     self._arrange(asked[p].labels, lists, request) for p, lists in zip(pending, own, strict=True)
                 ]
             trace.kept["duplicates"] = sum(map(len, arranged))
+            trace.lists["duplicates"] = [candidates.ids for candidates in arranged]
             with trace("fetch"):
                 fetched = self._fetch(arranged, request.k, trace)
             for position, hits in zip(pending, fetched, strict=True):
@@ -486,9 +495,11 @@ class Retriever:
                 _order(i, clips[n] if clips else None, words[n] if words else None, request) for n, i in enumerate(ids)
             ]
             trace.kept["union"] = sum(map(len, ranked))
+            trace.lists["union"] = [candidates.ids for candidates in ranked]
             if request.bounds:
                 ranked = [request.bounds.keep(candidates) for candidates in ranked]
                 trace.kept["thresholds"] = sum(map(len, ranked))
+                trace.lists["thresholds"] = [candidates.ids for candidates in ranked]
         return ranked
 
     def _search_vectors(
@@ -631,6 +642,7 @@ def _without_excluded(
     trace.kept[stage] = sum(len(each.ids) for each in listed)
     kept = [each.without(query.exclude, limit=depth) for each, query in zip(listed, queries, strict=True)]
     trace.excluded = max(trace.excluded, max(len(query.exclude) for query in queries))
+    trace.lists[stage] = [each.ids for each in kept]
     return kept
 
 

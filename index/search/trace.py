@@ -6,6 +6,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from jaxtyping import Int64
+from numpy import ndarray
+
 _CLOCKS = ("load", "embed", "decompose", "filter", "vector", "lexical", "fuse", "diversity", "fetch")
 _STAGES = {  # stage: the clock that ran in it
     "filter": "filter",
@@ -39,6 +42,7 @@ class Trace:
         self.kept: dict[str, int] = {}
         self.examined = 0  # rows that the search by vector looked at
         self.excluded = 0  # ids that may not be found
+        self.lists: dict[str, list[Int64[ndarray, " _"]]] = {}  # of the last round, as `SearchResult.lists`
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
