@@ -8,6 +8,8 @@ import typer
 
 from index.commands.build import add_build
 from index.commands.change import add_changes
+from index.commands.compare import add_compare
+from index.commands.neighbors import add_neighbors
 from index.commands.query import add_query
 from index.commands.views import add_views
 from index.errors import UserError
@@ -24,6 +26,8 @@ def make_app(default_model: str | None = None) -> typer.Typer:
     add_build(app, default_model)
     add_changes(app, default_model)
     add_query(app, default_model)
+    add_compare(app, default_model)
+    add_neighbors(app, default_model)
     add_views(app)
     return app
 

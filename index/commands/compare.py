@@ -1,0 +1,87 @@
+"""`radt index compare`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from index.commands.options import JsonOption, ModelOption, open_for_query, print_json, read_lines
+
+if TYPE_CHECKING:
+    from index.search.compare import Difference
+
+_By = Literal["hybrid", "clip", "bm25", "tfidf"]
+_Fusion = Literal["rrf", "sum", "product"]
+_ROWS = 20  # queries in the table
+
+
+def add_compare(app: typer.Typer, default_model: str | None) -> None:
+    """Register `compare`."""
+
+    @app.command()
+    def compare(
+        kb_a: Annotated[Path, typer.Argument(help="Folder of a knowledge base.")],
+        kb_b: Annotated[Path, typer.Argument(help="Another, or the same one asked otherwise.")],
+        queries: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="A file of queries, one a line.")],
+        k: Annotated[int, typer.Option("-k", min=1, help="How many hits.")] = 10,
+        by: Annotated[_By, typer.Option(help="What to compare by.")] = "hybrid",
+        by_b: Annotated[_By | None, typer.Option(help="The same for the second side, if it differs.")] = None,
+        fusion: Annotated[_Fusion, typer.Option(help="How hybrid joins the two.")] = "rrf",
+        fusion_b: Annotated[_Fusion | None, typer.Option(help="The same for the second side, if it differs.")] = None,
+        exact_b: Annotated[
+            bool, typer.Option("--exact-b/--no-exact-b", help="The second side compares every pair.")
+        ] = False,
+        where: Annotated[str | None, typer.Option(help="An SQL filter for both: width >= 256.")] = None,
+        html: Annotated[Path | None, typer.Option(help="Write the pictures side by side.")] = None,
+        model: ModelOption = None,
+        as_json: JsonOption = False,
+    ) -> None:
+        """Ask two knowledge bases the same, or one in two ways, and show where they differ."""
+        from index.search.compare import Side, summarize
+        from index.search.compare import compare as compare_sides
+        from index.search.compare_sheet import write_compare_sheet
+
+        asked_b = {"by": by_b or by, "fusion": fusion_b or fusion, "where": where, "exact": exact_b}
+        a = Side(kb=open_for_query(kb_a, model, default_model), asked={"by": by, "fusion": fusion, "where": where})
+        b = Side(kb=open_for_query(kb_b, model, default_model), asked=asked_b)
+        differences = compare_sides(a, b, read_lines(queries), k=k)
+        summary = summarize(differences)
+        names = (_name(kb_a, by, fusion), _name(kb_b, by_b or by, fusion_b or fusion) + ", exact" * exact_b)
+        if html is not None:
+            write_compare_sheet(html, a, b, differences, names=names, summary=summary)
+        if as_json:
+            document = {"kb_a": str(kb_a), "kb_b": str(kb_b), "k": k, "summary": summary}
+            print_json({**document, "queries": [one.to_json() for one in differences]})
+        else:
+            _print(differences, summary, names)
+
+
+def _name(kb: Path, by: str, fusion: str) -> str:
+    return f"{kb} by {by}" + f", {fusion}" * (by == "hybrid")
+
+
+def _print(differences: "Sequence[Difference]", summary: dict[str, Any], names: tuple[str, str]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console()
+    console.print(f"A: {names[0]}\nB: {names[1]}", markup=False, highlight=False)
+    table = Table("query", caption=f"the {_ROWS} least alike" if len(differences) > _ROWS else None)
+    for name in ("overlap", "rbo", "shift", "ms A", "ms B"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("best hit of A only")
+    table.add_column("best hit of B only")
+    for one in differences[:_ROWS]:
+        shift = "" if one.shift is None else f"{one.shift:+.4f}"
+        numbers = (f"{one.overlap:.2f}", f"{one.rbo:.2f}", shift, f"{one.ms_a:.1f}", f"{one.ms_b:.1f}")
+        best = [f"{hits[0].rank} {hits[0].caption}" if hits else "" for hits in (one.only_a, one.only_b)]
+        table.add_row(escape(one.query), *numbers, *map(escape, best))
+    console.print(table)
+    console.print(
+        f"{summary['queries']} queries, {summary['identical']} answered alike, {summary['disjoint']} with nothing "
+        f"shared; median overlap {summary['overlap_median']:.2f}, rbo {summary['rbo_median']:.2f}, "
+        f"{summary['ms_median_a']:.1f} ms and {summary['ms_median_b']:.1f} ms",
+        highlight=False,
+    )

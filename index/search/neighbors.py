@@ -1,0 +1,350 @@
+"""The K nearest pairs of every pair of a source: what a model with a memory is trained beside. Streamed to Parquet.
+
+Memory is that of one batch. Every shard leaves a part file, and the parts are joined at the end, so that a run that was
+stopped goes on where it was. A pair and its duplicates are never among its own neighbours, unless asked for.
+"""
+
+import contextlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from hashlib import blake2b, sha256
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from jaxtyping import Float32, Int64
+from numpy import ndarray
+
+from index.atomic import new_file, write_bytes
+from index.embedder import decode_image
+from index.errors import ConfigError, CorpusError
+from index.ingest.readers import Sample, Shard, SkippedShard, check_source, read
+from index.records import Hit, Pair
+from index.search.fusion import FusionRule
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from index.knowledge_base import KnowledgeBase
+
+BATCH = 256  # pairs looked up at once
+GROUP_ROWS = 4096  # rows of a row group of the output
+METADATA_KEY = b"radt.neighbors"  # of the Parquet file: the settings, snapshot and shards it was made from
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NeighborsConfig:
+    """What a neighbour is, and what is asked with: the pair's caption, or its image (by words the caption speaks)."""
+
+    k: int = 8
+    by: Literal["hybrid", "clip", "bm25"] = "hybrid"
+    fusion: FusionRule = "rrf"
+    query: Literal["caption", "image"] = "caption"
+    exclude_group: bool = True  # leave out the pair itself and its duplicates
+    where: str | None = None  # neighbours are among the pairs that this SQL filter lets through
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise ConfigError(f"k must be at least 1, got {self.k}")
+        if self.query == "image" and self.by == "bm25":
+            raise ConfigError("bm25 compares words, so --query image has no effect on it; ask by clip or hybrid")
+
+
+@dataclass(kw_only=True, slots=True)
+class NeighborsReport:
+    """What a run did. `short` counts the pairs that have fewer than k neighbours, `kept` the shards done before."""
+
+    out: str
+    pairs: int = 0
+    short: int = 0
+    bad: int = 0
+    shards_done: int = 0
+    shards_kept: int = 0
+    skipped: list[SkippedShard] = field(default_factory=list)
+    seconds: float = 0.0
+    snapshot: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object."""
+        return {**asdict(self), "seconds": round(self.seconds, 3)}
+
+
+def write_neighbors(
+    kb: "KnowledgeBase",
+    source: str,
+    out: str | Path,
+    config: NeighborsConfig,
+    *,
+    dataset: str | None = None,
+    allow_partial: bool = False,
+    on_pairs: Callable[[int], None] = lambda pairs: None,
+    on_shard: Callable[[str], None] = lambda shard: None,
+) -> NeighborsReport:
+    """Write the neighbours of every pair of `source`, any layout that a build reads, to the Parquet file `out`.
+
+    Columns: id, dataset, shard, key, caption, neighbor_ids (list of int64, best first), scores (list of float32, what
+    `by` scores). Rows are in the order of the source, so the same source and snapshot give the same file. A run that
+    was stopped goes on after its last whole shard; a finished one has nothing to do. When settings, source or
+    snapshot are others than those of the part files, they are made anew. CorpusError when no pair can be read.
+    """
+    started = time.perf_counter()
+    _check_places(source, Path(out))
+    path, report = Path(out), NeighborsReport(out=str(out))
+    finder = _Finder(kb, config)
+    report.snapshot = kb.store.version
+    shards: list[Shard] = []
+    for shard in read(source, dataset=dataset, allow_partial=allow_partial):
+        shards.append(shard) if isinstance(shard, Shard) else report.skipped.append(shard)
+    settings = {**asdict(config), "model": kb.manifest.fingerprint, "snapshot": report.snapshot}
+    made_from = json.dumps({"settings": settings, "shards": [_name(shard) for shard in shards]}, sort_keys=True)
+    if _read_mark(path) == made_from:
+        report.shards_kept = len(shards)
+        report.pairs, report.short = _count(path, config.k)
+    else:
+        parts = _parts_folder(path, settings)
+        for shard in shards:
+            _write_part(shard, parts / f"{_name(shard)}.parquet", finder, report, on_pairs=on_pairs)
+            on_shard(shard.name)
+        report.pairs, report.short = _join([parts / f"{_name(s)}.parquet" for s in shards], path, made_from, k=config.k)
+        shutil.rmtree(parts)
+    if not report.pairs:
+        raise CorpusError(f"no pair of {source!r} could be read; `radt index build` says what is wrong with each")
+    report.seconds = time.perf_counter() - started
+    return report
+
+
+class _Finder:
+    """Finds the neighbours of a batch of pairs, in the knowledge base as it was when this was made."""
+
+    def __init__(self, kb: "KnowledgeBase", config: NeighborsConfig):
+        self._retriever = kb.retriever
+        self._embedder = kb.embedder
+        self._store = kb.store
+        self._config = config
+        self._copies = _Copies(kb) if config.exclude_group else None
+
+    def __call__(self, pairs: Sequence[Pair]) -> list[tuple[Pair, list[Hit]]]:
+        """Each pair with its neighbours, best first; a pair whose image is needed and cannot be read is left out."""
+        vectors = None
+        if self._config.query == "image":
+            vectors = self._image_vectors(pairs)
+            seen = np.isfinite(vectors).all(axis=1)
+            pairs, vectors = [pair for pair, is_seen in zip(pairs, seen, strict=True) if is_seen], vectors[seen]
+        found = self._retriever.search_many(
+            [pair.caption for pair in pairs],
+            vectors=vectors,
+            k=self._config.k,
+            by=self._config.by,
+            fusion=self._config.fusion,
+            where=self._config.where,
+            exclude=None if self._copies is None else [self._copies.of(pair) for pair in pairs],
+        )
+        return list(zip(pairs, found, strict=True))
+
+    def _image_vectors(self, pairs: Sequence[Pair]) -> Float32[ndarray, "n d"]:
+        """Of every image the stored vector, if that picture is the same, else its own, else one made here; or NaN."""
+        vectors = np.full((len(pairs), self._embedder.dim), np.nan, dtype=np.float32)
+        stored = {row.id: row for row in self._store.get([pair.id for pair in pairs], vectors=True)}
+        todo: list[int] = []
+        images = []
+        for position, pair in enumerate(pairs):
+            row = stored.get(pair.id)
+            if row is not None and row.vector is not None and _digest(pair) in (None, row.sha256):
+                vectors[position] = row.vector
+            elif pair.vector is not None:
+                vectors[position] = pair.vector
+            elif pair.encoded is not None:
+                with contextlib.suppress(CorpusError):
+                    images.append(decode_image(pair.encoded))
+                    todo.append(position)
+        if todo:
+            vectors[todo] = self._embedder.images(images)
+        return vectors
+
+
+class _Copies:
+    """For any picture, the pairs of the knowledge base that show the same: 24 bytes for each pair there."""
+
+    def __init__(self, kb: "KnowledgeBase"):
+        ids, marks = [np.empty(0, np.int64)], [np.empty(0, np.uint64)]
+        only = "kind = 'pair' AND image_sha256 IS NOT NULL"
+        for batch in kb.store.dataset.to_batches(columns=["id", "image_sha256"], filter=only):
+            ids.append(batch.column("id").to_numpy())
+            marks.append(np.array([_mark(d) for d in batch.column("image_sha256").to_pylist()], np.uint64))
+        by_mark = np.argsort(np.concatenate(marks), kind="stable")
+        self._ids, self._marks = np.concatenate(ids)[by_mark], np.concatenate(marks)[by_mark]
+        self._by_id = np.argsort(self._ids)
+        self._duplicates = duplicates = kb.retriever.view.duplicates
+        by_group = np.argsort(duplicates.groups, kind="stable")
+        self._members, self._groups = duplicates.ids[by_group], duplicates.groups[by_group]
+
+    def of(self, pair: Pair) -> list[int]:
+        """The pair itself, the pairs of the same bytes, and all that are in a duplicate group with one of those."""
+        same = np.union1d(self._same_bytes(pair), np.array([pair.id]))
+        groups = np.unique(self._duplicates.group_of(same))
+        alike = [_equal(self._groups, self._members, group) for group in groups]
+        return np.unique(np.concatenate([same, *alike])).tolist()
+
+    def _same_bytes(self, pair: Pair) -> Int64[ndarray, " n"]:
+        """By the bytes of the pair or, without those, by what is stored of it."""
+        digest = _digest(pair)
+        if digest is not None:
+            return _equal(self._marks, self._ids, np.uint64(_mark(digest)))
+        at = np.searchsorted(self._ids, pair.id, sorter=self._by_id)
+        if at == len(self._ids) or self._ids[self._by_id[at]] != pair.id:
+            return np.empty(0, dtype=np.int64)
+        return _equal(self._marks, self._ids, self._marks[self._by_id[at]])
+
+
+def _equal(values: Any, ids: Int64[ndarray, " n"], wanted: Any) -> Int64[ndarray, " m"]:
+    """The ids beside those of the ascending `values` that equal the wanted one."""
+    first, last = (int(np.searchsorted(values, wanted, side=side)) for side in ("left", "right"))
+    return ids[first:last]
+
+
+def _digest(pair: Pair) -> str | None:
+    return None if pair.encoded is None else sha256(pair.encoded).hexdigest()
+
+
+def _mark(digest: str) -> int:
+    """The first 64 bits; two pictures that share them by chance would only not be neighbours of each other."""
+    return int(digest[:16], 16)
+
+
+# Part files
+
+
+def _name(shard: Shard) -> str:
+    """Names a shard as it is now: another content, another name."""
+    text = json.dumps([shard.dataset, shard.name, shard.stamp])
+    return blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _parts_folder(path: Path, settings: dict[str, Any]) -> Path:
+    """The folder of the part files of these settings; those of others are deleted."""
+    folder = path.with_name(f".{path.name}.parts")
+    mark, wanted = folder / "settings.json", json.dumps(settings, sort_keys=True)
+    if not mark.is_file() or mark.read_text(encoding="utf-8") != wanted:
+        shutil.rmtree(folder, ignore_errors=True)
+        write_bytes(mark, wanted.encode())
+    return folder
+
+
+def _write_part(
+    shard: Shard, part: Path, finder: _Finder, report: NeighborsReport, *, on_pairs: Callable[[int], None]
+) -> None:
+    """The neighbours of one shard's pairs, written whole or not at all."""
+    if part.exists():
+        report.shards_kept += 1
+        return
+    import pyarrow.parquet as pq
+
+    with new_file(part) as partial, pq.ParquetWriter(partial, _schema()) as writer:
+        rows: list[dict[str, Any]] = []
+        for samples in _batches(shard):
+            pairs = [sample for sample in samples if isinstance(sample, Pair)]
+            answers = finder(pairs) if pairs else []
+            report.bad += len(samples) - len(answers)
+            rows += [_row(pair, hits) for pair, hits in answers]
+            if len(rows) >= GROUP_ROWS:
+                _write_rows(writer, rows)
+                rows = []
+            on_pairs(len(samples))
+        _write_rows(writer, rows)
+    report.shards_done += 1
+
+
+def _join(parts: Sequence[Path], path: Path, made_from: str, *, k: int) -> tuple[int, int]:
+    """All parts in one file, and how many rows it has and how many of them are short; a row group at a time."""
+    import pyarrow.parquet as pq
+
+    schema = _schema().with_metadata({METADATA_KEY: made_from.encode()})
+    with new_file(path) as partial, pq.ParquetWriter(partial, schema) as writer:
+        for part in parts:
+            with pq.ParquetFile(part) as file:
+                for group in range(file.num_row_groups):
+                    writer.write_table(file.read_row_group(group).cast(schema))
+    return _count(path, k)
+
+
+def _count(path: Path, k: int) -> tuple[int, int]:
+    """Rows of the file, and how many of them have fewer than `k` neighbours."""
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    pairs = short = 0
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(columns=["neighbor_ids"]):
+            pairs += len(batch)
+            short += int(pc.sum(pc.less(pc.list_value_length(batch.column(0)), k)).as_py() or 0)
+    return pairs, short
+
+
+def _read_mark(path: Path) -> str | None:
+    """What a finished file says it was made from; None where there is no such file."""
+    import pyarrow.parquet as pq
+
+    if not path.is_file():
+        return None
+    try:
+        with pq.ParquetFile(path) as file:
+            return (file.schema_arrow.metadata or {}).get(METADATA_KEY, b"").decode()
+    except (OSError, ValueError):  # something else of that name, or half a copy of one
+        return None
+
+
+def _schema() -> "pa.Schema":
+    import pyarrow as pa
+
+    return pa.schema([
+        pa.field("id", pa.int64(), nullable=False),
+        pa.field("dataset", pa.string(), nullable=False),
+        pa.field("shard", pa.string(), nullable=False),
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("caption", pa.string(), nullable=False),
+        pa.field("neighbor_ids", pa.list_(pa.int64()), nullable=False),
+        pa.field("scores", pa.list_(pa.float32()), nullable=False),
+    ])
+
+
+def _row(pair: Pair, hits: Sequence[Hit]) -> dict[str, Any]:
+    return {
+        "id": pair.id,
+        "dataset": pair.dataset,
+        "shard": pair.shard,
+        "key": pair.key,
+        "caption": pair.caption,
+        "neighbor_ids": [hit.id for hit in hits],
+        "scores": [hit.score for hit in hits],
+    }
+
+
+def _write_rows(writer: "pq.ParquetWriter", rows: list[dict[str, Any]]) -> None:
+    import pyarrow as pa
+
+    if rows:
+        writer.write_table(pa.Table.from_pylist(rows, schema=_schema()))
+
+
+def _batches(shard: Shard) -> Iterator[list[Sample]]:
+    samples = shard.samples()
+    while True:
+        try:
+            batch = list(islice(samples, BATCH))
+        except OSError as error:
+            raise CorpusError(f"shard {shard.name!r} of {shard.source} cannot be read: {error}") from error
+        if not batch:
+            return
+        yield batch
+
+
+def _check_places(source: str, out: Path) -> None:
+    """See that the source is there and that the output does not lie in it, where it would be read as a part of it."""
+    check_source(source)
+    if Path(source).is_dir() and out.resolve().is_relative_to(Path(source).resolve()):
+        raise ConfigError(f"the output {out} lies inside the source {source}; put it elsewhere")
