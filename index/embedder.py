@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -271,6 +272,11 @@ class DeferredEmbedder:
     def load_now(self) -> None:
         """Load the model, unless it is loaded."""
         self._embedder()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """It travels to another process as names, not as a loaded model."""
+        again = partial(DeferredEmbedder, dim=self.dim, fingerprint=self.fingerprint, load=self._load)
+        return again, (list(self._names),)
 
     def _embedder(self) -> Embedder:
         with self._loading:

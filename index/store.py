@@ -230,6 +230,10 @@ class PairStore:
         """How many pairs have been taken down for good."""
         return int(self._dataset.count_rows("kind = 'removed'"))
 
+    def removed_ids(self) -> set[int]:
+        """Ids of the pairs that have been taken down for good."""
+        return set(self._dataset.to_table(columns=["id"], filter="kind = 'removed'").column("id").to_pylist())
+
     def count_unindexed(self, index: str) -> int:
         """Pairs written since an index of the table was built; all of them when there is no such index."""
         segments = [s for each in self._dataset.describe_indices() if each.name == index for s in each.segments]
@@ -290,7 +294,7 @@ class PairStore:
         The last rows of a shard bring its ledger entry and its bad samples with them. Many rows go to disk at once;
         a few stay in memory until the commit, where they share a fragment with those of other shards.
         """
-        removed = self.removed_among([pair.id for pair in pairs])
+        removed = self._removed_among([pair.id for pair in pairs])
         rows = [_pair_row(pair) for pair in pairs if pair.id not in removed]
         if record is not None:
             rows += [*(_bad_row(record, sample) for sample in bad), _ledger_row(record)]
@@ -478,11 +482,9 @@ class PairStore:
                 trimmed.append(rest)
         return emptied, trimmed
 
-    def removed_among(self, ids: list[int]) -> set[int]:
-        """Those of `ids` that have been taken down."""
+    def _removed_among(self, ids: list[int]) -> set[int]:
         if self._removed is None or self._lock_file is None:  # only who holds the lock knows that none is added
-            table = self._dataset.to_table(columns=["id"], filter="kind = 'removed'")
-            self._removed = set(table.column("id").to_pylist())
+            self._removed = self.removed_ids()
         return self._removed.intersection(ids)
 
     def _scan_vectors(self, scanner: Any) -> tuple[Int64[np.ndarray, " n"], Float32[np.ndarray, "n d"]]:

@@ -1,10 +1,10 @@
 """`radt index build`."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -23,8 +23,8 @@ from index.errors import ModelError
 
 if TYPE_CHECKING:
     from index.ingest.build import BuildReport
+    from index.ingest.meter import Meter
     from index.knowledge_base import KnowledgeBase
-    from index.records import ShardRecord
 
 
 def add_build(app: typer.Typer, default_model: str | None) -> None:
@@ -40,9 +40,26 @@ def add_build(app: typer.Typer, default_model: str | None) -> None:
             Literal["auto", "exact", "scann", "lance"],
             typer.Option(help="auto: exact when small, else ScaNN or Lance."),
         ] = "auto",
-        engine: Annotated[Literal["local"], typer.Option(help="Who runs the shards.")] = "local",
+        engine: Annotated[
+            Literal["local", "ray"], typer.Option(help="Who runs the shards: this process, or a Ray cluster.")
+        ] = "local",
+        ray_address: Annotated[
+            str | None, typer.Option(metavar="HOST:PORT", help="Of the cluster, if Ray does not find it by itself.")
+        ] = None,
         workers: Annotated[
-            int | None, typer.Option(min=1, help="Decoding threads; one a processor if not given.")
+            int | None,
+            typer.Option(min=1, help="Decoding threads, or workers of Ray; as the machines have processors or GPUs."),
+        ] = None,
+        part: Annotated[
+            str | None,
+            typer.Option(metavar="I/N", help="Only the I-th of N shares of the shards, beside the other N-1 builds."),
+        ] = None,
+        copy_images: Annotated[
+            bool,
+            typer.Option("--copy-images/--no-copy-images", help="Keep the images, so that the sources may be deleted."),
+        ] = False,
+        thumbnails: Annotated[
+            int | None, typer.Option(min=1, metavar="N", help="Keep JPEGs of at most N pixels a side.")
         ] = None,
         allow_partial: Annotated[
             bool, typer.Option("--allow-partial/--no-allow-partial", help="Take shards that are not complete.")
@@ -60,22 +77,32 @@ def add_build(app: typer.Typer, default_model: str | None) -> None:
         """Bring pairs in: exactly once, whatever interrupts it. Run it again to go on, or to take in what changed."""
         from index.ingest.build import BuildConfig, check_sources
         from index.ingest.build import build as build_knowledge_base
+        from index.ingest.decode import KeepImages
+        from index.ingest.meter import Meter
+        from index.ingest.parts import Part
 
         config = BuildConfig(
             dataset=dataset,
             searcher=searcher,
             allow_partial=allow_partial,
             max_bad_fraction=max_bad_fraction,
+            engine=engine,
+            ray_address=ray_address,
             workers=workers,
+            part=Part.parse(part) if part else None,
+            keep=KeepImages(copy=copy_images, thumbnail=thumbnails),
             seed=seed,
             prune=prune,
             wait=wait,
         )
         check_sources(sources, kb)  # before a model is loaded
         base = _open_or_create(kb, model, default_model)
-        with _progress(as_json) as hooks:
-            report = build_knowledge_base(base, sources, config, on_wait=say, **hooks)
+        meter = Meter()
+        with _live_line(meter, is_silent=as_json):
+            report = build_knowledge_base(base, sources, config, on_wait=say, meter=meter)
         print_json(report.to_json()) if as_json else _print_report(report)
+        if part:
+            say(f"part {part} is in; after the last one, the same command without --part makes the searcher")
 
 
 def _open_or_create(kb: Path, model: str | None, default_model: str | None) -> "KnowledgeBase":
@@ -92,27 +119,25 @@ def _open_or_create(kb: Path, model: str | None, default_model: str | None) -> "
 
 
 @contextmanager
-def _progress(is_silent: bool) -> Iterator[dict[str, Callable[[Any], None]]]:
-    """A line on stderr while it runs, on a terminal only: what to call with each batch and each shard."""
+def _live_line(meter: "Meter", *, is_silent: bool) -> Iterator[None]:
+    """A line on stderr while it runs, on a terminal only: how fast it goes, and what holds it up."""
     if is_silent or not sys.stderr.isatty():
-        yield {}
+        yield
         return
     from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress, ProgressColumn, SpinnerColumn, Task, TimeElapsedColumn
+    from rich.text import Text
 
-    text = TextColumn("{task.completed:.0f} images, {task.fields[shards]} shards stored")
-    with Progress(SpinnerColumn(), text, TimeElapsedColumn(), console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("build", total=None, shards=0)
-        stored: list[ShardRecord] = []
+    from index.ingest.meter import progress_line
 
-        def on_batch(images: int) -> None:
-            progress.update(task, advance=images)
+    class Line(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text(progress_line(meter.progress))
 
-        def on_shard(record: "ShardRecord") -> None:
-            stored.append(record)
-            progress.update(task, shards=len(stored))
-
-        yield {"on_batch": on_batch, "on_shard": on_shard}
+    columns = (SpinnerColumn(), TimeElapsedColumn(), Line())
+    with Progress(*columns, console=Console(stderr=True), transient=True, refresh_per_second=4) as progress:
+        progress.add_task("build", total=None)
+        yield
 
 
 def _print_report(report: "BuildReport") -> None:
@@ -120,10 +145,21 @@ def _print_report(report: "BuildReport") -> None:
         "pairs": f"{report.pairs_total} ({report.pairs_added} added, {report.pairs_per_second:.0f}/s)",
         "quarantined": str(report.quarantined),
         "shards": f"{report.shards_done} read, {report.shards_unchanged} unchanged, {report.shards_skipped} skipped",
-        "searcher": f"{report.searcher}, recall@10 {report.recall_at_10:.3f}",
+        "searcher": f"{report.searcher}, recall@10 {report.recall_at_10:.3f}" if report.searcher else "not yet",
         "size": f"{report.bytes / 1e6:.1f} MB",
         "seconds": f"{report.seconds:.1f}",
+        "waiting": _waiting(report),
     }
     print_table(report.kb, list(rows.items()))
     for shard in report.skipped:
         print(f"skipped {shard.name}: {shard.reason}", file=sys.stderr)
+
+
+def _waiting(report: "BuildReport") -> str:
+    """What the time until all was read in went to, and what would shorten it."""
+    from index.ingest.meter import REMEDIES
+
+    if report.bottleneck is None:
+        return "nothing to do"
+    shares = ", ".join(f"{stage} {100 * share:.0f} %" for stage, share in report.stages.items())
+    return f"{shares}; bottleneck: {report.bottleneck} ({REMEDIES[report.bottleneck]})"

@@ -19,10 +19,12 @@ from index.errors import ConfigError, CorpusError
 from index.ingest.decode import KeepImages
 from index.ingest.engines import StagedShard, run_local
 from index.ingest.ledger import Ledger
-from index.ingest.meter import Meter
+from index.ingest.meter import Meter, Stage
+from index.ingest.parts import TURN_SECONDS, DeferredClaims, Part, admitted
 from index.ingest.readers import Shard, SkippedShard, check_source, read
 from index.knowledge_base import KnowledgeBase, SearcherChoice
 from index.records import ShardRecord
+from index.search.searcher import SearcherManifest
 from index.stats import folder_bytes
 from index.store import PairStore, one_sentence
 
@@ -45,6 +47,7 @@ class BuildConfig:
     workers: int | None = None  # decoding threads, or processes on Ray; None: as many as there are processors for
     keep: KeepImages = field(default_factory=KeepImages)  # copies and thumbnails of the images
     seed: int = 0
+    part: Part | None = None  # only the shards that fall to it, and no searcher
     wait: float = 0.0  # seconds to wait for another writer
     prune: bool = False  # take out the pairs of shards that are no longer in these sources
 
@@ -55,6 +58,8 @@ class BuildConfig:
             raise ConfigError(f"workers must be at least 1, got {self.workers}")
         if not self.wait >= 0:
             raise ConfigError(f"wait is a number of seconds, 0 or more, got {self.wait}")
+        if self.prune and self.part is not None:
+            raise ConfigError("pruning looks at all shards, so it is for a build without --part")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,11 +78,11 @@ class BuildReport:
     skipped: tuple[SkippedShard, ...]
     seconds: float
     pairs_per_second: float
-    stages: dict[str, float]  # shares of the time until all is read in, by what was waited for
-    bottleneck: str | None
+    stages: dict[Stage, float]  # shares of the time until all is read in, by what was waited for
+    bottleneck: Stage | None
     bytes: int  # of the knowledge base on disk
-    searcher: str
-    recall_at_10: float
+    searcher: str | None  # None after a part: the searcher is built when all of them are in
+    recall_at_10: float | None
     snapshot: int
 
     def to_json(self) -> dict[str, Any]:
@@ -115,32 +120,27 @@ def build(
     meter = meter or Meter()
     check_sources(sources, kb.directory)
     tally = _Tally()
-    with kb.store.lock(config.wait, on_wait=on_wait), _strict_images(), _readable_sources():
+    with admitted(kb.store, config.part, wait=config.wait, on_wait=on_wait), _strict_images(), _readable_sources():
         ledger = Ledger(kb.store)
+        claims = DeferredClaims(kb.store, ledger) if config.part else None
         todo = _changed_shards(sources, config, ledger, tally)
         staged = _engine(config)(
             todo,
             embedder=kb.embedder,
             store=kb.store,
-            claim=ledger.claim,
+            claim=claims.note if claims else ledger.claim,
             on_batch=on_batch,
             workers=config.workers,
             keep=config.keep,
             meter=meter,
         )
-        landing = _Landing(kb.store, ledger, tally, on_shard)
+        landing = _Landing(kb.store, ledger, tally, on_shard, claims=claims)
         try:
             for shard in staged:
                 landing.take(shard)
         finally:  # what is whole lands, also when the build is interrupted
             landing.commit()
-        if config.prune:
-            tally.pruned = _prune(kb.store, ledger, sources, tally)
-        _write_quarantine(kb.store)
-        _check_quality(ledger.met(), config, tally)
-        searcher = kb.build_search(config.searcher, seed=config.seed, may_lag=True)
-        if tally.done or tally.pruned or not kb.manifest.builds:
-            kb.tag_build()
+        searcher = _finish(kb, sources, config, ledger=ledger, tally=tally) if config.part is None else None
     seconds, progress = time.perf_counter() - started, meter.progress
     return BuildReport(
         kb=str(kb.directory),
@@ -158,10 +158,24 @@ def build(
         stages={stage: round(share, 3) for stage, share in progress.stages.items()},
         bottleneck=progress.bottleneck,
         bytes=folder_bytes(kb.directory),
-        searcher=searcher.kind,
-        recall_at_10=searcher.recall_at_10,
+        searcher=searcher.kind if searcher else None,
+        recall_at_10=searcher.recall_at_10 if searcher else None,
         snapshot=kb.store.version,
     )
+
+
+def _finish(
+    kb: KnowledgeBase, sources: Sequence[str], config: BuildConfig, *, ledger: Ledger, tally: _Tally
+) -> SearcherManifest:
+    """What follows when all shards are in."""
+    if config.prune:
+        tally.pruned = _prune(kb.store, ledger, sources, tally)
+    _write_quarantine(kb.store)
+    _check_quality(ledger.met(), config, tally)
+    searcher = kb.build_search(config.searcher, seed=config.seed, may_lag=True)
+    if tally.done or tally.pruned or not kb.manifest.builds:
+        kb.tag_build()
+    return searcher
 
 
 def _engine(config: BuildConfig) -> Callable[..., Iterator[StagedShard]]:
@@ -177,9 +191,16 @@ class _Landing:
     """Gathers staged shards and makes them visible in groups: a commit for every tiny shard would dominate a build."""
 
     def __init__(
-        self, store: PairStore, ledger: Ledger, tally: _Tally, on_shard: Callable[[ShardRecord], None]
+        self,
+        store: PairStore,
+        ledger: Ledger,
+        tally: _Tally,
+        on_shard: Callable[[ShardRecord], None],
+        *,
+        claims: DeferredClaims | None = None,
     ) -> None:
         self._store, self._ledger, self._tally, self._on_shard = store, ledger, tally, on_shard
+        self._claims = claims
         self._group: list[StagedShard] = []
         self._since = 0.0
 
@@ -198,8 +219,12 @@ class _Landing:
         group, self._group = self._group, []
         if not group:
             return
-        replaced = [shard.record for shard in group if self._ledger.has(shard.record)]
-        self._store.commit_shards([(shard.record, shard.fragments) for shard in group], replaced=replaced)
+        with self._store.lock(TURN_SECONDS):  # a whole build holds it already, a part waits for its turn
+            if self._claims is not None:
+                group = self._claims.make(group)
+            replaced = [shard.record for shard in group if self._ledger.has(shard.record)]
+            if group:
+                self._store.commit_shards([(shard.record, shard.fragments) for shard in group], replaced=replaced)
         for shard in group:
             self._ledger.enter(shard.record)
             self._tally.done += 1
@@ -213,6 +238,8 @@ def _changed_shards(
     """Shards that the ledger does not have as they are now, with stamp and digest taken before they are read."""
     for source in sources:
         for shard in read(source, dataset=config.dataset, allow_partial=config.allow_partial):
+            if config.part is not None and not config.part.has(shard.name):
+                continue
             if isinstance(shard, SkippedShard):
                 tally.skipped.append(shard)
                 continue

@@ -4,6 +4,7 @@ Its entries are rows of the store itself (see `index/store.py`), so there is not
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from posixpath import join
 
 import numpy as np
@@ -15,6 +16,16 @@ from index.records import ShardRecord, StoredPair
 from index.store import PairStore
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PairName:
+    """All that a claim needs to know of a pair: what came back from another machine, or waited for the lock."""
+
+    id: int
+    dataset: str
+    shard: str
+    key: str
+
+
 class Ledger:
     """What a build may skip, what it must make again, and whether an id belongs to another pair."""
 
@@ -23,6 +34,7 @@ class Ledger:
         self._records = {(record.dataset, record.shard): record for record in store.shards()}
         self._met: dict[tuple[str, str], str] = {}  # the shards of this build, and their sources
         self._known = KnownIds(store.matching_ids())
+        self._high_water = store.high_water
 
     def find(self, shard: Shard) -> ShardRecord | None:
         """The entry of this shard, if there is one."""
@@ -50,6 +62,20 @@ class Ledger:
         """Note a shard that has just been committed."""
         self._records[record.dataset, record.shard] = record
 
+    def refresh(self) -> None:
+        """Take in what other processes have committed since."""
+        ids, records = self._store.landed_after(self._high_water)
+        new = ids[~np.isin(ids, self._known.among(ids))]
+        if len(new):
+            self._known.add(new)
+        for record in records:
+            self.enter(record)
+        self._high_water = self._store.high_water
+
+    def holds(self, record: ShardRecord) -> bool:
+        """Whether this very shard, as it is now, is in the store."""
+        return self._records.get((record.dataset, record.shard)) == record
+
     def met(self) -> list[ShardRecord]:
         """The entries of all shards that this build came upon, old and new."""
         return [self._records[name] for name in self._met if name in self._records]
@@ -59,7 +85,7 @@ class Ledger:
         whole = {_path(source) for source in sources}
         return [r for name, r in self._records.items() if name not in self._met and _path(r.source) in whole]
 
-    def claim(self, pairs: Sequence[StoredPair]) -> None:
+    def claim(self, pairs: Sequence[StoredPair | PairName]) -> None:
         """Take the ids of pairs about to be stored. CorpusError when one belongs to another pair."""
         ids = np.array([pair.id for pair in pairs], np.int64)
         taken = set(self._known.among(ids).tolist())
