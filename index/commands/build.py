@@ -159,7 +159,7 @@ def _waiting(report: "BuildReport") -> str:
     """What the time until all was read in went to, and what would shorten it."""
     from index.ingest.meter import REMEDIES
 
-    if report.bottleneck is None:
+    if report.bottleneck is None or not report.shards_done:
         return "nothing to do"
     shares = ", ".join(f"{stage} {100 * share:.0f} %" for stage, share in report.stages.items())
     return f"{shares}; bottleneck: {report.bottleneck} ({REMEDIES[report.bottleneck]})"
