@@ -9,23 +9,24 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import reduce
+from functools import cached_property, reduce
 from operator import add
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Bool, Float64, Int64
+from jaxtyping import Bool, Float32, Float64, Int64
 from numpy import ndarray
 
 from index.embedder import Embedder
 from index.errors import KnowledgeBaseError, QueryError
 from index.records import Hit, StoredPair
+from index.search.duplicates import Duplicates
 from index.search.fusion import best_first
 from index.search.lexical import LanceBM25, Lexical, RankBM25, Ranking, Subset, TfIdf, coarse, has_fts
 from index.search.retriever import Retriever, SearchResult
-from index.search.searcher import Ids, Queries, Scores
-from index.search.view import RankedList, View, lexical_kind
+from index.search.searcher import Queries
+from index.search.view import Found, RankedList, View, lexical_kind, merge
 from index.search.words import Statistics
 
 if TYPE_CHECKING:
@@ -161,17 +162,48 @@ class JoinedView:
             self.ids = np.union1d(self.ids, view.ids)
         self._words: dict[str, Lexical] = {}
 
-    def search(self, queries: Queries, *, top_k: int, subset: Subset | None, exact: bool) -> tuple[Ids, Scores]:
+    @cached_property
+    def duplicates(self) -> Duplicates:
+        """The groups of every part; a pair that several parts have is in the first one's group."""
+        found = [
+            view.duplicates.without(np.setdiff1d(view.ids, own, assume_unique=True))
+            for view, own in zip(self._views, self._own, strict=True)
+        ]
+        ids = np.concatenate([each.ids for each in found])
+        order = np.argsort(ids)
+        return Duplicates(ids=ids[order], groups=np.concatenate([each.groups for each in found])[order])
+
+    def subset(self, condition: str) -> Subset:
+        """As `View.subset`."""
+        ids = [np.intersect1d(v.subset(condition).ids, own) for v, own in zip(self._views, self._own, strict=True)]
+        return Subset(where=condition, ids=np.sort(np.concatenate(ids)))
+
+    def vectors(self, ids: Int64[ndarray, " n"]) -> Float32[ndarray, "n d"]:
+        """As `View.vectors`."""
+        rows = np.empty((len(ids), self._stores[0].dim), dtype=np.float32)
+        for view, own in zip(self._views, self._own, strict=True):
+            mask = _is_in(own, ids)
+            if mask.any():
+                rows[mask] = view.vectors(ids[mask])
+        return rows
+
+    def repeats_of(self, ids: Int64[ndarray, " n"]) -> Int64[ndarray, " m"]:
+        """As `View.repeats_of`, in every part by the bytes of the image as well: the parts were grouped apart."""
+        members = self.duplicates.members(ids)
+        digests = {pair.sha256 for pair in self._joined.get(members)} - {None}
+        if not digests:
+            return members
+        quoted = ", ".join(f"'{digest}'" for digest in sorted(map(str, digests)))
+        return np.union1d(members, self._joined.matching_ids(f"image_sha256 IN ({quoted})"))
+
+    def search(self, queries: Queries, *, top_k: int, subset: Subset | None, exact: bool) -> Found:
         """As `View.search`: every part's best, merged."""
         answers = []
         for view, own in zip(self._views, self._own, strict=True):
             part = _part_of(subset, own)
             if len(own) and (part is None or len(part.ids)):
                 answers.append(_search_own(view, own, queries, top_k=top_k, subset=part, exact=exact))
-        ids = np.concatenate([ids for ids, _ in answers], axis=1)
-        scores = np.concatenate([scores for _, scores in answers], axis=1)
-        order = np.lexsort((ids, -scores), axis=1)[:, :top_k]
-        return np.take_along_axis(ids, order, axis=1), np.take_along_axis(scores, order, axis=1)
+        return merge(answers, top_k)
 
     def complete_clip(
         self, vectors: Queries, ids: Sequence[Int64[ndarray, " _"]], known: Sequence[RankedList]
@@ -246,16 +278,16 @@ class JoinedBM25:
 
 def _search_own(
     view: View, own: Int64[ndarray, " own"], queries: Queries, *, top_k: int, subset: Subset | None, exact: bool
-) -> tuple[Ids, Scores]:
+) -> Found:
     """The best of one part, without the pairs that count as another's."""
     if len(own) == len(view.ids):
         return view.search(queries, top_k=top_k, subset=subset, exact=exact)
     asked = top_k
     while True:
-        ids, scores = view.search(queries, top_k=asked, subset=subset, exact=exact)
+        ids, scores, examined = view.search(queries, top_k=asked, subset=subset, exact=exact)
         is_own = _is_in(own, ids)
         if asked >= len(view.ids) or (is_own.sum(axis=1) >= min(top_k, len(own))).all():
-            return np.where(is_own, ids, -1), np.where(is_own, scores, np.float32(-np.inf))
+            return Found(np.where(is_own, ids, -1), np.where(is_own, scores, np.float32(-np.inf)), examined)
         asked *= 2
 
 

@@ -174,7 +174,7 @@ class LanceBM25:
             pair_id: sum(corpus.contributions(terms, self._tokenizer(caption)).values())
             for pair_id, caption in zip(found.tolist(), captions, strict=True)
         }
-        return np.array([by_id.get(pair_id, 0.0) for pair_id in ids.tolist()])
+        return np.array([by_id.get(pair_id, 0.0) for pair_id in ids.tolist()], dtype=np.float64)
 
     def _frequency(self, term: str, query: str) -> int:
         """Captions that have the term: Lance does not tell, but the score of any of them does."""
