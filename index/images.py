@@ -238,9 +238,20 @@ def _lance_cells(dataset: Any, column: str, locations: Sequence[ImageLocation]) 
     numbers = [int(row) for row in rows]
     count = dataset.count_rows()
     inside = [number for number in numbers if number < count]
-    values = dataset.take(inside, columns=[column]).column(0).to_pylist() if inside else []
-    found = dict(zip(inside, values, strict=True))
+    found = dict(zip(inside, _lance_rows(dataset, column, inside), strict=True))
     return [found.get(number) for number in numbers]
+
+
+def _lance_rows(dataset: Any, column: str, rows: Sequence[int]) -> list[Any]:
+    """Cells by row offset. Of a blob, `take` tells only where it lies."""
+    if not rows:
+        return []
+    names = dataset.schema.names
+    field = dataset.schema.field(column if column in names else column.partition(".")[0])
+    if getattr(field.type, "extension_name", "") == "lance.blob.v2" or b"lance-encoding:blob" in (field.metadata or {}):
+        return [blob and blob.read() for blob in dataset.take_blobs(column, indices=list(rows))]
+    values = dataset.take(list(rows), columns=[column]).column(0).combine_chunks()
+    return list(_leaf(values, column, names).to_pylist())
 
 
 def _column_and_row(location: ImageLocation) -> tuple[str, int]:

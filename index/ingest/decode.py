@@ -65,7 +65,9 @@ def decode_chunk(samples: Sequence[Sample], embedder: Embedder, keep: KeepImages
 
 def _decode(pair: Pair, embedder: Embedder, keep: KeepImages) -> Decoded | BadSample:
     if pair.vector is not None and pair.vector.shape != (embedder.dim,):
-        return bad(pair, f"its vector has {pair.vector.size} numbers, the model's have {embedder.dim}")
+        if pair.encoded is None:
+            return bad(pair, f"its vector has {pair.vector.size} numbers, the model's have {embedder.dim}")
+        pair = replace(pair, vector=None)  # another model's: the image is embedded again
     try:
         if pair.encoded is None:
             return _without_image(pair)

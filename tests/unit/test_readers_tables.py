@@ -103,8 +103,9 @@ def test_parquet_of_paths(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "a.png").write_bytes(encode(draw(1)))
     (tmp_path / "secret.txt").write_text("secret")
+    here = tmp_path / "images" / "a.png"
     paths = [
-        "images/a.png", str(tmp_path / "images" / "a.png"), f"file://{tmp_path}/images/a.png", "images/gone.png", "images",
+        "images/a.png", str(here), f"file://{here}", "images/gone.png", "images",
         "https://example.org/a.png", "../../../../dev/zero", "secret.txt", "", "a\0b.png", "x" * 5000 + ".png",
     ]  # fmt: skip
     write_parquet(tmp_path / "captions.parquet", [{"file_name": p, "caption": f"c{i}"} for i, p in enumerate(paths)])
@@ -357,7 +358,15 @@ def test_a_lance_table_of_blobs(tmp_path: Path) -> None:
     )
     lance.write_dataset(table, str(tmp_path / "t.lance"))
     pairs = pairs_of(tmp_path)
-    assert [p.encoded for p in pairs] == [encode(draw(i)) for i in range(3)]
+    assert [p.image.read() for p in pairs] == [p.encoded for p in pairs] == [encode(draw(i)) for i in range(3)]
+
+
+def test_a_lance_table_of_hugging_face_images(tmp_path: Path) -> None:
+    rows = [{"image": {"bytes": encode(draw(i)), "path": "x"}, "text": "t"} for i in range(5)]
+    write_lance(tmp_path / "t.lance", rows)
+    pairs = pairs_of(tmp_path)
+    assert [p.image.uri.partition("#")[2] for p in pairs] == [f"image.bytes/{i}" for i in range(5)]
+    assert [p.image.read() for p in pairs] == [p.encoded for p in pairs] == [encode(draw(i)) for i in range(5)]
 
 
 def test_lance_tables_that_are_not_read(tmp_path: Path) -> None:
@@ -394,6 +403,6 @@ def test_shards_can_be_sent_to_another_process(tmp_path: Path) -> None:
     shards = shards_of(tmp_path)
     assert len(shards) == 4
     for shard in shards:
-        copy = pickle.loads(pickle.dumps(shard))
+        copy = pickle.loads(pickle.dumps(shard))  # noqa: S301 - our own
         assert (copy.stamp, copy.digest()) == (shard.stamp, shard.digest())
         assert [s.key for s in copy.samples()] == [s.key for s in shard.samples()] != []
