@@ -5,10 +5,12 @@ run it again.
 """
 
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from index.errors import ConfigError
+from index.ingest.parts import without_parts
 from index.snapshots import drop, holding_removed, snapshots
 from index.stats import folder_bytes
 from index.store import one_sentence
@@ -40,18 +42,27 @@ class CompactReport:
 
 
 def compact(
-    kb: "KnowledgeBase", *, keep: int | None = None, searcher: "SearcherChoice" = "auto", seed: int = 0
+    kb: "KnowledgeBase",
+    *,
+    keep: int | None = None,
+    searcher: "SearcherChoice | None" = None,
+    seed: int = 0,
+    wait: float = 0,
+    on_wait: Callable[[str], None] = lambda sentence: None,
 ) -> CompactReport:
-    """Bring a knowledge base to its smallest and fastest form; no answer changes.
+    """Bring a knowledge base to its smallest and fastest form. `searcher` None: of the kind that it has.
+
+    No answer changes, except that BM25 counts anew how rare each word is, and that a rebuilt searcher may approximate
+    otherwise. `wait` and `on_wait` are those of `PairStore.lock`.
 
     Of the snapshots the newest `keep` stay (None: all), but for those whose files hold pairs that were taken down:
     to purge means to keep them nowhere. ConfigError for a negative number.
     """
     if keep is not None and keep < 0:
         raise ConfigError(f"keep is a number of snapshots, 0 or more, got {keep}")
-    with kb.store.lock(), one_sentence(kb.directory):
+    with without_parts(kb.store, wait=wait, on_wait=on_wait), one_sentence(kb.directory):
         before, fragments_before = folder_bytes(kb.directory), kb.store.count_fragments()
-        built = kb.build_search(searcher, seed=seed)
+        built = kb.build_search(searcher or _present_kind(kb), seed=seed)
         _merge_files(kb)
         kb.store.index_ids()
         for_removed = tuple(holding_removed(kb.store))
@@ -74,6 +85,12 @@ def compact(
             searcher=built.kind,
             recall_at_10=built.recall_at_10,
         )
+
+
+def _present_kind(kb: "KnowledgeBase") -> "SearcherChoice":
+    """The kind of the searcher; one that compares every row may have been outgrown."""
+    manifest = kb.searcher_manifest()
+    return "auto" if manifest is None or manifest.kind == "exact" else manifest.kind
 
 
 def _merge_files(kb: "KnowledgeBase") -> None:

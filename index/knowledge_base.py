@@ -240,10 +240,15 @@ class KnowledgeBase:
             self.store.add(list(pairs.values()))
         return list(pairs)
 
-    def remove(self, ids: Collection[int] | None = None, *, where: str | None = None) -> list[int]:
-        """Take pairs down, by ids or by an SQL filter: the next query obeys. The ids that were there."""
+    def remove(
+        self, ids: Collection[int] | None = None, *, where: str | None = None, same_image: bool = False
+    ) -> list[int]:
+        """Take pairs down, by ids or by an SQL filter: the next query obeys. The ids that were there.
+
+        `same_image` takes every pair that shows the very image of one of them, too. The bytes go with `compact`.
+        """
         with self.store.lock():
-            gone = self.store.remove(ids, where=where)
+            gone = self.store.remove(ids, where=where, same_image=same_image)
             if gone:
                 self.sweep_added_images()
         return gone

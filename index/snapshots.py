@@ -35,7 +35,15 @@ def tag_build(store: PairStore, number: int, *, in_searcher: int) -> None:
         if name in tags.list():  # of a build that was killed before kb.json counted it
             tags.delete(name)
         tags.create(name, store.version)
-        tags.replace_metadata(name, {"pairs": str(store.count()), "in_searcher": str(in_searcher)})
+        counts = {"pairs": store.count(), "in_searcher": in_searcher, "high_water": store.high_water}
+        tags.replace_metadata(name, {key: str(value) for key, value in counts.items()})
+
+
+def has_snapshot(store: PairStore) -> bool:
+    """Whether nothing has been written since the newest snapshot."""
+    tags = store.dataset.tags.list().values()
+    newest = max(tags, key=lambda tag: int(tag["version"]), default=None)
+    return newest is not None and (newest.get("metadata") or {}).get("high_water") == str(store.high_water)
 
 
 def drop(store: PairStore, tags: Collection[str]) -> None:

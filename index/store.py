@@ -339,13 +339,20 @@ class PairStore:
                 self._commit(_id_in([p.id for p in pairs]), self._write_fragments(table))
                 self._removed = None
 
-    def remove(self, ids: Collection[int] | None = None, *, where: str | None = None) -> list[int]:
-        """Take pairs down, by ids or by an SQL filter, at once; the ids that were there. No build brings them back."""
+    def remove(
+        self, ids: Collection[int] | None = None, *, where: str | None = None, same_image: bool = False
+    ) -> list[int]:
+        """Take pairs down, by ids or by an SQL filter, at once; the ids that were there. No build brings them back.
+
+        `same_image` takes every pair that shows the very image of one of them, too; a later build may bring others.
+        """
         if (ids is None) == (where is None):
             raise QueryError("say which pairs to remove, either by ids or by a filter")
         with self.lock():
             condition = where if where is not None else _id_in([int(i) for i in ids or ()])
             with _filter_errors(where):
+                if same_image:
+                    condition = f"({condition}) OR {self._shows_image_of(condition)}"
                 columns = ["id", "dataset", "shard"]
                 rows = self._dataset.to_table(columns=columns, filter=self._pairs_where(condition)).to_pylist()
             if rows:
@@ -377,9 +384,10 @@ class PairStore:
             covered = {description.name for description in self._dataset.describe_indices()}
             for column, kind in (("id", "BTREE"), ("kind", "BITMAP")):
                 name = f"{column}_idx"
-                if name in covered and not self._dataset.stats.index_stats(name)["num_unindexed_rows"]:
-                    continue
-                self._dataset.create_scalar_index(column, kind, name=name, replace=True)
+                if name not in covered:
+                    self._dataset.create_scalar_index(column, kind, name=name)
+                elif self._dataset.stats.index_stats(name)["num_unindexed_rows"]:
+                    self._dataset.optimize.optimize_indices(index_names=[name])  # the new rows alone are sorted
                 self.refresh()
 
     # Compaction, see `index/compaction.py`
@@ -420,6 +428,11 @@ class PairStore:
         return int(cleaned.old_versions)
 
     # Inside
+
+    def _shows_image_of(self, condition: str) -> str:
+        table = self._dataset.to_table(columns=["image_sha256"], filter=self._pairs_where(condition))
+        digests = {digest for digest in table.column("image_sha256").to_pylist() if digest}
+        return f"image_sha256 IN ({', '.join(map(_quote, sorted(digests)))})" if digests else "false"
 
     def _rows_at_once(self) -> int:
         """So many rows that a batch of them, kept images included, is some ten megabytes."""

@@ -58,10 +58,13 @@ def add_changes(app: typer.Typer, default_model: str | None) -> None:
         ids_file: Annotated[
             Path | None, typer.Option(exists=True, dir_okay=False, help="A file of ids, one a line.")
         ] = None,
+        same_image: Annotated[
+            bool, typer.Option("--same-image", help="Take down every pair that shows the same image, too.")
+        ] = False,
         wait: WaitOption = 0,
         as_json: JsonOption = False,
     ) -> None:
-        """Take pairs down. The next query obeys, and no later build brings them back."""
+        """Take pairs down. The next query obeys, and no later build brings them back; `compact` purges their bytes."""
         from index.knowledge_base import KnowledgeBase
 
         wanted = [*(ids or []), *(_read_ids(ids_file) if ids_file else [])]
@@ -69,7 +72,7 @@ def add_changes(app: typer.Typer, default_model: str | None) -> None:
             raise typer.BadParameter("give either --id or --ids-file, or --where")
         base = KnowledgeBase.open(kb, models=names(default_model))
         with base.store.lock(wait, on_wait=say):
-            gone = base.remove(where=where) if where is not None else base.remove(wanted)
+            gone = base.remove(None if where is not None else wanted, where=where, same_image=same_image)
         missing = sorted(set(wanted) - set(gone))
         if as_json:
             document = {"kb": str(kb), "removed": len(gone), "ids": [str(i) for i in gone]}
@@ -89,8 +92,7 @@ def add_changes(app: typer.Typer, default_model: str | None) -> None:
         from index.knowledge_base import KnowledgeBase
 
         base = KnowledgeBase.open(kb, models=names(default_model))
-        with base.store.lock(wait, on_wait=say):
-            report = compact_knowledge_base(base, keep=keep)
+        report = compact_knowledge_base(base, keep=keep, wait=wait, on_wait=say)
         print_json(report.to_json()) if as_json else _print_compaction(report)
 
 

@@ -85,11 +85,13 @@ def _print_quarantine(document: dict[str, Any]) -> None:
 
 
 def _print_stats(document: dict[str, Any]) -> None:
-    tables = ("snapshots", "searcher_manifest", "bytes_by_part", "quarantined_by_reason")
+    tables = ("snapshots", "searcher_manifest", "bytes_by_part", "quarantined_by_reason", "duplicates")
     print_table(document["kb"], [(name, plain(value)) for name, value in document.items() if name not in tables])
     for name in ("quarantined_by_reason", "bytes_by_part"):
         if document[name]:
             print_table(name, [(part, str(number)) for part, number in document[name].items()])
+    if document["duplicates"]:
+        print_table("duplicates", [(name, plain(value)) for name, value in document["duplicates"].items()])
     if document["snapshots"]:
         _print_records("snapshots", document["snapshots"])
     searcher = document["searcher_manifest"] or {}

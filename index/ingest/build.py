@@ -7,6 +7,7 @@ decides is in the table itself (`index/ingest/ledger.py`); reader `index/ingest/
 import json
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -21,10 +22,11 @@ from index.ingest.engines import StagedShard, run_local
 from index.ingest.ledger import Ledger
 from index.ingest.meter import Meter, Stage
 from index.ingest.parts import TURN_SECONDS, DeferredClaims, Part, admitted
-from index.ingest.readers import Shard, SkippedShard, check_source, read
+from index.ingest.readers import Layout, Shard, SkippedShard, check_source, read
 from index.knowledge_base import KnowledgeBase, SearcherChoice
 from index.records import ShardRecord
 from index.search.searcher import SearcherManifest
+from index.snapshots import has_snapshot
 from index.stats import folder_bytes
 from index.store import PairStore, one_sentence
 
@@ -75,6 +77,7 @@ class BuildReport:
     shards_unchanged: int
     shards_skipped: int
     shards_pruned: int
+    layouts: dict[Layout, int]  # how the sources are laid out: shards of each layout
     skipped: tuple[SkippedShard, ...]
     seconds: float
     pairs_per_second: float
@@ -96,6 +99,7 @@ class _Tally:
     done: int = 0
     pairs: int = 0
     pruned: int = 0
+    layouts: Counter[Layout] = field(default_factory=Counter)
     skipped: list[SkippedShard] = field(default_factory=list)
 
 
@@ -112,9 +116,8 @@ def build(
     """Bring all pairs of `sources` into `kb`, then fit its searcher and its word index, and tag the outcome.
 
     `on_batch` hears how many images go into the network, `on_shard` of every shard that lands, `on_wait` of another
-    process that is writing. CorpusError when a
-    source cannot be read, when more than `max_bad_fraction` of the samples are bad, or when none is good; what has
-    landed stays.
+    process that is writing. CorpusError when a source cannot be read, when more than `max_bad_fraction` of the samples
+    are bad, or when none is good; what has landed stays.
     """
     started = time.perf_counter()
     meter = meter or Meter()
@@ -152,6 +155,7 @@ def build(
         shards_unchanged=tally.unchanged,
         shards_skipped=len(tally.skipped),
         shards_pruned=tally.pruned,
+        layouts=dict(tally.layouts),
         skipped=tuple(tally.skipped),
         seconds=round(seconds, 3),
         pairs_per_second=round(tally.pairs / seconds, 3),
@@ -171,9 +175,9 @@ def _finish(
     if config.prune:
         tally.pruned = _prune(kb.store, ledger, sources, tally)
     _write_quarantine(kb.store)
-    _check_quality(ledger.met(), config, tally)
+    _check_quality(kb.store, ledger.met(), config, tally)
     searcher = kb.build_search(config.searcher, seed=config.seed, may_lag=True)
-    if tally.done or tally.pruned or not kb.manifest.builds:
+    if tally.done or tally.pruned or not has_snapshot(kb.store):
         kb.tag_build()
     return searcher
 
@@ -202,16 +206,18 @@ class _Landing:
         self._store, self._ledger, self._tally, self._on_shard = store, ledger, tally, on_shard
         self._claims = claims
         self._group: list[StagedShard] = []
+        self._rows = self._bytes = 0
         self._since = 0.0
 
     def take(self, shard: StagedShard) -> None:
         """Take one more shard, and commit the group if it is due."""
         if not self._group:
+            self._rows = self._bytes = 0
             self._since = time.monotonic()
         self._group.append(shard)
-        rows = sum(shard.record.pairs + shard.record.bad for shard in self._group)
-        held = sum(getattr(part, "nbytes", 0) for shard in self._group for part in shard.fragments)
-        if rows >= GROUP_ROWS or held >= GROUP_BYTES or time.monotonic() - self._since >= GROUP_SECONDS:
+        self._rows += shard.record.pairs + shard.record.bad
+        self._bytes += sum(getattr(part, "nbytes", 0) for part in shard.fragments)  # of those that wait in memory
+        if self._rows >= GROUP_ROWS or self._bytes >= GROUP_BYTES or time.monotonic() - self._since >= GROUP_SECONDS:
             self.commit()
 
     def commit(self) -> None:
@@ -245,6 +251,7 @@ def _changed_shards(
                 continue
             if not ledger.meet(shard):
                 continue
+            tally.layouts[shard.layout] += 1
             record = ledger.find(shard)
             stamp = shard.stamp
             is_same_place = record is not None and record.source == shard.source
@@ -267,7 +274,7 @@ def _prune(store: PairStore, ledger: Ledger, sources: Sequence[str], tally: _Tal
     return len(gone)
 
 
-def _check_quality(records: Sequence[ShardRecord], config: BuildConfig, tally: _Tally) -> None:
+def _check_quality(store: PairStore, records: Sequence[ShardRecord], config: BuildConfig, tally: _Tally) -> None:
     pairs, bad = sum(record.pairs for record in records), sum(record.bad for record in records)
     if not records and tally.skipped:
         first = tally.skipped[0]
@@ -276,13 +283,23 @@ def _check_quality(records: Sequence[ShardRecord], config: BuildConfig, tally: _
             "take what there is with --allow-partial"
         )
     if pairs == 0:
-        raise CorpusError(f"no sample of {bad} could be used; {QUARANTINE} in the knowledge base says why for each")
+        raise CorpusError(
+            f"no sample of {bad} could be used{_first_reason(store, records)}; {QUARANTINE} in the knowledge base says "
+            "why for each"
+        )
     if bad > config.max_bad_fraction * (pairs + bad):
         share = bad / (pairs + bad)
         raise CorpusError(
             f"{bad} of {pairs + bad} samples are bad, a share of {share:.3f} above --max-bad-fraction "
             f"{config.max_bad_fraction}; {QUARANTINE} in the knowledge base says why for each"
         )
+
+
+def _first_reason(store: PairStore, records: Sequence[ShardRecord]) -> str:
+    shards = [record.shard for record in records if record.bad]
+    name = shards[0].replace("'", "''") if shards else ""
+    bad = store.bad_samples(f"shard = '{name}'", limit=1)
+    return f" (in {bad[0].shard}: {bad[0].reason})" if bad else ""
 
 
 def _write_quarantine(store: PairStore) -> None:

@@ -4,6 +4,7 @@ import json
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +14,14 @@ import lance
 import pyarrow as pa
 import pytest
 
+from index.cli import make_app, run
 from index.compaction import compact
 from index.errors import KnowledgeBaseError, QueryError
 from index.ingest.build import BuildConfig, BuildReport, build
+from index.ingest.engines import StagedShard, run_local
 from index.knowledge_base import FORMAT, KnowledgeBase, Manifest
 from index.records import table_schema
+from index.search.retriever import Retriever
 from index.store import PairStore, Rewrite
 from tests.fakes import HashEmbedder, caption_of, draw, encode, sample, write_img2dataset, write_tar
 
@@ -156,18 +160,16 @@ def test_the_grouping_does_not_show_in_the_table(corpus: Path, tmp_path: Path, m
 def test_whole_shards_land_when_a_later_one_fails(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Fails(HashEmbedder):
-        calls = 0
+    def interrupted(*args: object, **kwargs: object) -> Iterator[StagedShard]:
+        staged = run_local(*args, **kwargs)  # type: ignore[arg-type]
+        yield next(staged)
+        yield next(staged)
+        raise KeyboardInterrupt
 
-        def embed(self, prepared):  # type: ignore[no-untyped-def]
-            Fails.calls += 1
-            if Fails.calls == 3:
-                raise KeyboardInterrupt
-            return super().embed(prepared)
-
-    kb = KnowledgeBase.create(tmp_path / "kb", Fails())
-    with pytest.raises(KeyboardInterrupt):
-        build(kb, [str(corpus)], BuildConfig())
+    with monkeypatch.context() as patch:
+        patch.setattr("index.ingest.build.run_local", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            build_at(tmp_path / "kb", corpus)
     assert PairStore(tmp_path / "kb").count() == 10
     assert build_at(tmp_path / "kb", corpus).shards_done == 1
 
@@ -273,7 +275,10 @@ def test_every_build_that_changes_something_leaves_a_snapshot(corpus: Path, tmp_
         ("build-1", 5, 5),
         ("build-2", 15, 15),
     ]
-    assert [each["tag"] for each in kb.stats()["snapshots"]] == ["build-1", "build-2"]
+    kb.add(draw(99), "a zeppelin")
+    build_at(tmp_path / "kb", corpus)  # what was added since is in this one
+    assert [each.pairs for each in kb.snapshots()] == [5, 15, 16]
+    assert [each["tag"] for each in kb.stats()["snapshots"]] == ["build-1", "build-2", "build-3"]
 
 
 def test_a_snapshot_is_the_past_but_for_what_was_taken_down(corpus: Path, tmp_path: Path) -> None:
@@ -501,3 +506,100 @@ def test_the_quarantine_can_be_asked(tmp_path: Path) -> None:
     assert (found.shard, found.key) == ("a.tar", "x")
     with pytest.raises(QueryError, match="cannot filter by 'colour = 3'"):
         kb.quarantine("colour = 3")
+
+
+def test_one_image_can_be_taken_down_under_all_its_captions(tmp_path: Path) -> None:
+    kb = KnowledgeBase.create(tmp_path / "kb", HashEmbedder())
+    first, second = (kb.add(draw(1), caption)[0] for caption in ("a dot", "a spot"))
+    other, last = (kb.add(draw(number), "a dot")[0] for number in (2, 3))
+    reader = reopen(tmp_path / "kb")
+    assert len(reader.search("dot", k=9, by="bm25")) == 3
+    assert sorted(kb.remove([first], same_image=True)) == sorted([first, second])
+    assert {hit.id for hit in reader.search("dot", k=9, by="bm25")} == {other, last}  # an open reader obeys at once
+    (sha,) = (row.sha256 for row in kb.store.get([other]))
+    assert kb.remove(where=f"image_sha256 = '{sha}'") == [other]
+    assert kb.remove([12345], same_image=True) == []
+
+
+def test_readers_read_on_while_it_is_compacted(corpus: Path, tmp_path: Path) -> None:
+    kb = many_fragments(tmp_path / "kb", corpus)
+    reader, before = reopen(tmp_path / "kb"), answers(kb)
+    with ThreadPoolExecutor(1) as thread:
+        compacting = thread.submit(compact, reopen(tmp_path / "kb"))
+        while not compacting.done():
+            assert answers(reader) == before
+    compacting.result()
+    assert answers(reader) == before
+
+
+def test_a_query_whose_files_a_compaction_deleted_is_asked_again(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kb = many_fragments(tmp_path / "kb", corpus)
+    reader, before = reopen(tmp_path / "kb"), answers(kb)
+    search, failed = Retriever.search, []
+
+    def too_late(retriever: Retriever, *args: object, **kwargs: object) -> object:
+        if not failed:
+            failed.append(compact(kb))
+            raise OSError("LanceError(IO): Not found: data/1.lance")
+        return search(retriever, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Retriever, "search", too_late)
+    assert answers(reader) == before
+    assert failed
+    monkeypatch.setattr(Retriever, "search", lambda *args, **kwargs: (_ for _ in ()).throw(OSError("a broken disk")))
+    with pytest.raises(OSError, match="a broken disk"):  # nothing has changed: it is no one's compaction
+        reader.search("a red circle")
+
+
+# From the command line
+
+
+@pytest.fixture
+def radt(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs a command in this process; its exit code and what it prints."""
+
+    def call(*words: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            run(make_app(None), [str(word) for word in words])
+        code = exit_.value.code
+        assert isinstance(code, int)
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def test_the_commands_of_the_life_cycle(
+    corpus: Path, tmp_path: Path, radt: Callable[..., tuple[int, str, str]]
+) -> None:
+    write_tar(tmp_path / "birds" / "a.tar", [*sample(20).items(), ("x.png", b"nonsense"), ("x.txt", b"what")])
+    build_at(tmp_path / "kb", corpus, tmp_path / "birds")
+    stats = json.loads(radt("stats", "--kb", tmp_path / "kb", "--json")[1])
+    assert [each["tag"] for each in stats["snapshots"]] == ["build-1"]
+    code, out, err = radt("stats", "--kb", tmp_path / "kb")
+    assert (code, err) == (0, "")
+    assert all(word in out for word in ("build-1", "not_in_searcher", "word and id indices", "the image does not"))
+    asked = ("stats", "--quarantine", "--kb", tmp_path / "kb")
+    code, out, err = radt(*asked)
+    assert (code, err) == (0, "")
+    assert "a.tar" in out
+    document = json.loads(radt(*asked, "--json")[1])
+    assert (document["quarantined"], document["by_reason"]) == (1, {"the image does not decode": 1})
+    assert [(each["shard"], each["key"]) for each in document["samples"]] == [("a.tar", "x")]
+    assert json.loads(radt(*asked, "--where", "shard = 'b.tar'", "--json")[1])["samples"] == []
+    assert radt("stats", "--kb", tmp_path / "kb", "--where", "id = 1")[0] == 2
+    sha = PairStore(tmp_path / "kb").get(PairStore(tmp_path / "kb").matching_ids()[:1])[0].sha256
+    code, out, err = radt("remove", "--where", f"image_sha256 = '{sha}'", "--kb", tmp_path / "kb")
+    assert (code, out, err) == (0, "removed 1\n", "")
+    code, out, err = radt("compact", "--kb", tmp_path / "kb", "--keep", 3)
+    assert (code, err) == (0, "")
+    assert "build-1" in out
+    document = json.loads(radt("compact", "--kb", tmp_path / "kb", "--json")[1])
+    assert (document["pairs"], document["snapshots"], document["fragments_after"]) == (15, [], 1)
+    with PairStore(tmp_path / "kb").lock():
+        code, out, err = radt("compact", "--kb", tmp_path / "kb", "--wait", 0.1)
+    assert (code, out) == (1, "")
+    assert "waiting for it up to 0 s" in err
+    assert "run the command again when it has ended" in err
