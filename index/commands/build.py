@@ -145,6 +145,7 @@ def _print_report(report: "BuildReport") -> None:
         "pairs": f"{report.pairs_total} ({report.pairs_added} added, {report.pairs_per_second:.0f}/s)",
         "quarantined": str(report.quarantined),
         "shards": f"{report.shards_done} read, {report.shards_unchanged} unchanged, {report.shards_skipped} skipped",
+        "layouts": ", ".join(f"{layout} ({count})" for layout, count in report.layouts.items()),
         "searcher": f"{report.searcher}, recall@10 {report.recall_at_10:.3f}" if report.searcher else "not yet",
         "size": f"{report.bytes / 1e6:.1f} MB",
         "seconds": f"{report.seconds:.1f}",

@@ -40,15 +40,19 @@ def add_changes(app: typer.Typer, default_model: str | None) -> None:
         from index.knowledge_base import ADDED, KnowledgeBase
 
         base = KnowledgeBase.open(kb, models=names(default_model))
+        layouts: dict[str, int] = {}
         with base.store.lock(wait, on_wait=say):
             if caption is not None:
                 ids = base.add(_images_of(source), caption, dataset=dataset or ADDED)
             else:
-                ids = _add_source(base, source, dataset)
+                ids, layouts = _add_source(base, source, dataset)
         texts = [str(i) for i in ids]
-        print_json({"kb": str(kb), "ids": texts, "snapshot": base.store.version}) if as_json else print(
-            "\n".join(texts)
-        )
+        if as_json:
+            print_json({"kb": str(kb), "ids": texts, "layouts": layouts, "snapshot": base.store.version})
+            return
+        for layout, count in layouts.items():
+            say(f"{layout}: {count} shard" + "s" * (count > 1))
+        print("\n".join(texts))
 
     @app.command()
     def remove(
@@ -124,7 +128,8 @@ def _images_of(source: str) -> list[str]:
     return found
 
 
-def _add_source(base: "KnowledgeBase", source: str, dataset: str | None) -> list[int]:
+def _add_source(base: "KnowledgeBase", source: str, dataset: str | None) -> tuple[list[int], dict[str, int]]:
+    """The new ids, and how many shards of which layout the source has."""
     import numpy as np
 
     from index.ingest.build import BuildConfig, build
@@ -133,8 +138,10 @@ def _add_source(base: "KnowledgeBase", source: str, dataset: str | None) -> list
     if Path(source).suffix[1:].lower() in IMAGE_SUFFIXES:
         raise typer.BadParameter("an image needs a --caption")
     before = base.store.matching_ids()
-    build(base, [source], BuildConfig(dataset=dataset))
-    return [int(i) for i in np.setdiff1d(base.store.matching_ids(), before)]
+    report = build(base, [source], BuildConfig(dataset=dataset))
+    return [int(i) for i in np.setdiff1d(base.store.matching_ids(), before)], {
+        str(layout): count for layout, count in report.layouts.items()
+    }
 
 
 def _read_ids(path: Path) -> list[int]:
