@@ -263,6 +263,13 @@ class PairStore:
         table = self._dataset.to_table(columns=["image_uri"], filter=self._pairs_where(where))
         return set(table.column("image_uri").to_pylist())
 
+    def shown_where(self, where: str | None) -> str | None:
+        """A filter for who scans `dataset` himself: of a snapshot, what has been taken down since is left out."""
+        if not self.hidden:
+            return where
+        hidden = f"NOT ({_id_in(sorted(self.hidden))})"
+        return f"({where}) AND {hidden}" if where else hidden
+
     # Writing
 
     @contextmanager
@@ -445,10 +452,7 @@ class PairStore:
         return [f for f in newer if not any(file.path in self.moved_files for file in f.data_files())]
 
     def _pairs_where(self, where: str | None) -> str:
-        parts = ["kind = 'pair'", *[f"({where})"] * bool(where)]
-        if self.hidden:
-            parts.append(f"NOT ({_id_in(sorted(self.hidden))})")
-        return " AND ".join(parts)
+        return str(self.shown_where(f"kind = 'pair' AND ({where})" if where else "kind = 'pair'"))
 
     def _hidden(self) -> frozenset[int]:
         """Pairs of this snapshot that have been taken down since: they must not come back through the past."""

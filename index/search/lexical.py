@@ -153,7 +153,7 @@ class LanceBM25:
         scanner = self._store.dataset.scanner(
             columns=columns,
             full_text_query=MatchQuery(query, "caption"),
-            filter=where,
+            filter=self._store.shown_where(where),
             prefilter=True,
             limit=limit,
             fast_search=True,  # the index alone
@@ -201,7 +201,9 @@ class LanceBM25:
         newer = [fragment for fragment in dataset.get_fragments() if fragment.fragment_id not in covered]
         if not newer:
             return Postings(np.empty(0, dtype=np.int64), [], tokenizer=self._tokenizer)
-        rows = dataset.scanner(columns=["id", "caption"], filter="kind = 'pair'", fragments=newer).to_table()
+        rows = dataset.scanner(
+            columns=["id", "caption"], filter=self._store.shown_where("kind = 'pair'"), fragments=newer
+        ).to_table()
         return Postings(rows["id"].to_numpy(), rows["caption"].to_pylist(), tokenizer=self._tokenizer)
 
 

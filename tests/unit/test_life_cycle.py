@@ -295,6 +295,8 @@ def test_a_snapshot_is_the_past_but_for_what_was_taken_down(corpus: Path, tmp_pa
     victim = then["bm25"][0].id
     now.remove([victim])
     assert [hit.id for hit in past.search("a red circle", k=50, by="bm25")] == [h.id for h in then["bm25"][1:]]
+    for by in ("bm25", "tfidf", "hybrid"):
+        assert past.search("a red circle", k=1, by=by)[0].id != victim
     assert (len(past), past.store.get([victim])) == (14, [])
     with pytest.raises(KnowledgeBaseError, match="build-1 is the past"):
         past.remove([then["bm25"][1].id])
