@@ -42,15 +42,15 @@ def open_for_query(kb: str | Path, model: str | None, default_model: str | None)
 
 
 def open_all_for_query(
-    kbs: Sequence[str], model: str | None, default_model: str | None
+    kbs: Sequence[str], model: str | None, default_model: str | None, *, snapshot: str | None = None
 ) -> "KnowledgeBase | JoinedKnowledgeBase":
-    """Open one as `open_for_query` does, or several as one."""
+    """Open one as `open_for_query` does, or several as one; as they are, or as a build has left them."""
     from index.embedder import ClipEmbedder
     from index.knowledge_base import KnowledgeBase
     from index.search.joined import JoinedKnowledgeBase
 
     embedder = None if model is None else ClipEmbedder.load(model)
-    parts = [KnowledgeBase.open(kb, embedder, models=names(default_model)) for kb in kbs]
+    parts = [KnowledgeBase.open(kb, embedder, models=names(default_model), snapshot=snapshot) for kb in kbs]
     return parts[0] if len(parts) == 1 else JoinedKnowledgeBase(parts)
 
 

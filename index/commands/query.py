@@ -36,13 +36,16 @@ def add_query(app: typer.Typer, default_model: str | None) -> None:
         exact: Annotated[bool, typer.Option("--exact/--no-exact", help="Compare every pair.")] = False,
         why_not: Annotated[int | None, typer.Option(help="Say why this pair is not a hit.")] = None,
         html: Annotated[Path | None, typer.Option(help="Write a contact sheet.")] = None,
+        snapshot: Annotated[
+            str | None, typer.Option(help="Search the state that a build left: build-2. `stats` lists them.")
+        ] = None,
         model: ModelOption = None,
         as_json: JsonOption = False,
     ) -> None:
         """Find the best pairs for a text, an image, or a pair."""
         if text is None and image is None and pair is None:
             raise typer.BadParameter("give a TEXT, an --image or an --id to look for")
-        base = open_all_for_query(kbs, model, default_model)
+        base = open_all_for_query(kbs, model, default_model, snapshot=snapshot)
         asked: dict[str, Any] = {"by": by, "fusion": fusion, "where": where, "dataset": dataset, "exact": exact}
         asked.update(k=k, min_score=min_score)
         if image is not None:

@@ -605,3 +605,14 @@ def test_the_commands_of_the_life_cycle(
     assert (code, out) == (1, "")
     assert "waiting for it up to 0 s" in err
     assert "run the command again when it has ended" in err
+
+
+def test_a_query_of_a_snapshot(corpus: Path, tmp_path: Path, radt: Callable[..., tuple[int, str, str]]) -> None:
+    build_at(tmp_path / "kb", corpus / "00000.tar")
+    build_at(tmp_path / "kb", corpus)
+    asked = ("query", "circle", "--by", "bm25", "-k", 50, "--kb", tmp_path / "kb", "--json")
+    counts = [len(json.loads(radt(*asked, *more)[1])["hits"]) for more in ([], ["--snapshot", "build-1"])]
+    assert counts == [10, 5]
+    code, out, err = radt(*asked, "--snapshot", "build-7")
+    assert (code, out) == (1, "")
+    assert "has no snapshot 'build-7'" in err
