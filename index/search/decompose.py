@@ -8,8 +8,8 @@ Measured by `tools/bench_decompose.py`, where the figures are.
 """
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -49,10 +49,10 @@ _RELATIONS = (
     "and",
     "with",
 )
-_SETTINGS = ("up at", "down at", "on", "in", "at", "against", "inside")
+_SETTINGS = ("up at", "down at", "on", "in", "at", "to(?= the)", "against", "inside")
 _SPLIT = re.compile(
-    rf"\s*,?\s*\b(?P<relation>{'|'.join(_RELATIONS)})\b\s*"
-    rf"|\s*,?\s*\b(?P<setting>{'|'.join(_SETTINGS)})\b\s*"
+    rf"\s*,?\s*(?<![\w-])(?P<relation>{'|'.join(_RELATIONS)})(?![\w-])\s*"
+    rf"|\s*,?\s*(?<![\w-])(?P<setting>{'|'.join(_SETTINGS)})(?![\w-])\s*"
     r"|\s*(?P<comma>[,;])\s*",
     re.IGNORECASE,
 )
@@ -67,9 +67,8 @@ _COLORS = frozenset(
         "black white red green yellow blue brown purple pink orange gray grey teal cyan magenta violet beige plain"
     ).split()
 )
-_PLACES = frozenset(
-    "left right top bottom middle center centre corner side ground background foreground backdrop".split()  # noqa: SIM905
-)
+_PLACES = frozenset("left right top bottom middle center centre".split())  # noqa: SIM905
+_GROUNDS = frozenset("ground background foreground backdrop corner side".split())  # noqa: SIM905
 _COUNTS = frozenset("one two three four five six seven eight nine ten times x".split())  # noqa: SIM905
 
 
@@ -85,7 +84,7 @@ class Piece:
     def is_ground(self) -> bool:
         """Whether it says no more than where something is, how often, or on what colour."""
         words = [word for word in _WORD.findall(self.text.lower()) if word not in _ARTICLES]
-        if not words or words[-1] in _PLACES:
+        if not words or words[-1] in _GROUNDS:
             return True
         if not _COLORS.union(_PLACES, _COUNTS).issuperset(words):
             return False
@@ -155,29 +154,28 @@ def subject(text: str) -> str:
 
 
 def phrases(text: str, corpus: Corpus) -> list[str]:
-    """The things that a prompt names, in its order; the whole of it when it names one and says nothing else.
+    """The things that a prompt names, in its order; itself when it names one and says nothing else.
 
     A cut is kept when both sides have a rare word that the captions know, and no caption has all words of both: the
     prompt then names something that no pair shows. So "a wolf left of a flag of Chad" is cut, and "a cat with wry
     smile" is not where an emoji is called so.
     """
-    parts: list[str] = []
-    for piece in pieces(text):
-        if not piece.text and parts:
-            parts[-1] += piece.before.rstrip()
-        elif piece.is_ground:
-            continue
-        elif parts and not _is_apart(parts[-1], piece, corpus):
-            parts[-1] += piece.before + piece.text
+    things = [piece for piece in pieces(text) if not piece.is_ground]
+    # What one caption has goes together first: in "a page, left of a man with veil", "a man" alone says too little.
+    things = _joined(things, lambda former, piece: corpus.covers(former.text + piece.before + piece.text))
+    things = _joined(things, lambda *both: not all(corpus.names_something(piece.text) for piece in both))
+    return [piece.text for piece in things] or [text]
+
+
+def _joined(things: Sequence[Piece], belong: Callable[[Piece, Piece], bool]) -> list[Piece]:
+    """The same pieces, neighbours that belong together made one."""
+    joined: list[Piece] = []
+    for piece in things:
+        if joined and belong(joined[-1], piece):
+            joined[-1] = replace(joined[-1], text=joined[-1].text + piece.before + piece.text)
         else:
-            parts.append(piece.text)
-    return parts or [text]
-
-
-def _is_apart(former: str, piece: Piece, corpus: Corpus) -> bool:
-    if not (corpus.names_something(former) and corpus.names_something(piece.text)):
-        return False
-    return not corpus.covers(former + piece.before + piece.text)
+            joined.append(piece)
+    return joined
 
 
 def cover_terms(has: Bool[ndarray, "terms n"], weights: Float64[ndarray, " terms"]) -> Int64[ndarray, " n"]:

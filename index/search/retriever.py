@@ -36,6 +36,7 @@ By = Literal["hybrid", "clip", "bm25", "tfidf"]
 _DEPTH = 10  # candidates of each list per hit asked for
 _MIN_DEPTH = 100
 _EMBED_BATCH = 256
+_COVER_POOL = 500  # candidates, best first, that are ordered by the words they cover
 _WORDS_SHARE = 0.05  # of the rows; words of a filter that leaves more are searched unfiltered, and deeper
 
 
@@ -144,10 +145,11 @@ class _Query:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Asked:
-    """A query of the user's, as what is searched for. `labels` names the parts where it is decomposed."""
+    """A query of the user's, as what is searched for. `labels` names the parts where it is decomposed by `corpus`."""
 
     queries: list[_Query]
-    labels: list[str]
+    labels: list[str] = field(default_factory=list)
+    corpus: Corpus | None = None
 
 
 class Retriever:
@@ -222,7 +224,7 @@ class Retriever:
         excluded = np.union1d(_id_array(exclude), view.repeats_of(_id_array(exclude_group_of)))
         if has_vector or text is None:
             row = self._query_vector(image, vector, trace) if request.uses_clip else None
-            asked = _Asked(queries=[_Query(text=text, vector=row, exclude=excluded)], labels=[])
+            asked = _Asked(queries=[_Query(text=text, vector=row, exclude=excluded)])
         else:
             (asked,) = self._asked([text], None, [excluded], request, trace=trace)
         (hits,) = self._answer([asked], request, trace, lexical=view.lexical(by))
@@ -368,7 +370,7 @@ class Retriever:
         trace: Trace,
     ) -> list[_Asked]:
         """Every text as what is searched for: itself, or what it is decomposed into; embedded unless `rows` are."""
-        parts = [[text] for text in texts]
+        parts, corpus = [[text] for text in texts], None
         if request.decompose != "off":
             with trace("decompose"):
                 corpus = self._corpus(many=len(texts) > 1)
@@ -383,7 +385,8 @@ class Retriever:
                     _Query(text=part, vector=next(vectors) if request.uses_clip else None, exclude=exclude)
                     for part in each
                 ],
-                labels=each if request.decompose != "off" else [],
+                labels=each if corpus is not None else [],
+                corpus=corpus,
             )
             for each, exclude in zip(parts, excluded, strict=True)
         ]
@@ -446,9 +449,7 @@ class Retriever:
             ranked = iter(self._rank(queries, request, trace, depth=depth, lexical=lexical))
             own = [[next(ranked) for _ in asked[position].queries] for position in pending]
             with trace("diversity"):
-                arranged = [
-                    self._arrange(asked[p].labels, lists, request) for p, lists in zip(pending, own, strict=True)
-                ]
+                arranged = [self._arrange(asked[p], lists, request) for p, lists in zip(pending, own, strict=True)]
             trace.kept["duplicates"] = sum(map(len, arranged))
             trace.lists["duplicates"] = [candidates.ids for candidates in arranged]
             with trace("fetch"):
@@ -523,16 +524,16 @@ class Retriever:
         listed = [RankedList(ids=ids, scores=scores) for ids, scores in rankings]
         return _without_excluded(listed, queries, trace, "words", depth=depth)
 
-    def _arrange(self, labels: Sequence[str], lists: Sequence[Candidates], request: _Request) -> Candidates:
+    def _arrange(self, asked: _Asked, lists: Sequence[Candidates], request: _Request) -> Candidates:
         """One list of the lists of a query's parts: no two pairs of one group, spread out, each part in turn."""
         lists = [self._distinct(candidates) for candidates in lists]
         if request.diversity:
             lists = [self._spread(candidates, request) for candidates in lists]
+        if asked.corpus is None:
+            return lists[0]
         if request.decompose == "terms":
-            lists = [self._by_terms(candidates, text) for candidates, text in zip(lists, labels, strict=True)]
-        elif labels:
-            return self._distinct(interleave(lists, labels))
-        return lists[0]
+            return _by_terms(lists[0], asked.labels[0], asked.corpus)
+        return self._distinct(interleave(lists, asked.labels))
 
     def _distinct(self, candidates: Candidates) -> Candidates:
         groups = self._current().duplicates.group_of(candidates.ids)
@@ -544,21 +545,6 @@ class Retriever:
         vectors = self._current().vectors(candidates.ids[:pool])
         order = spread(candidates.score[:pool], vectors, diversity=request.diversity)
         return candidates.take(np.concatenate([order, np.arange(len(order), len(candidates))]))
-
-    def _by_terms(self, candidates: Candidates, text: str) -> Candidates:
-        """By greedy coverage of the text's rare words, each labelled with those that its caption has."""
-        corpus = self._corpus(many=False)
-        terms, statistics = corpus.terms(text), corpus.statistics(text)
-        known = [term for term in terms if statistics.frequencies.get(term, 0)]
-        pool = candidates.take(np.arange(min(len(candidates), 5 * _MIN_DEPTH)))
-        if not known or not len(pool):
-            return candidates
-        has = corpus.having(known, pool.ids)
-        pool = pool.take(order := cover_terms(has, np.array([statistics.idf(term) for term in known])))
-        labels = [
-            " ".join(term for term, here in zip(known, column, strict=True) if here) for column in has[:, order].T
-        ]
-        return replace(pool, labels=tuple(labels), part=np.where(has[:, order].any(axis=0), np.arange(len(labels)), -1))
 
     def _corpus(self, *, many: bool) -> Corpus:
         lexical = self._current().lexical("bm25", many=many)
@@ -697,6 +683,20 @@ def _order(
         score = fuse(ids, clip, coarse(words) if request.fusion == "rrf" else words, rule=request.fusion)
     candidates = Candidates(ids=ids, score=score, clip=clip, words=words if request.by != "tfidf" else None)
     return candidates.take(best_first(ids, score))
+
+
+def _by_terms(candidates: Candidates, text: str, corpus: Corpus) -> Candidates:
+    """By greedy coverage of the text's rare words, each labelled with those that its caption has."""
+    statistics = corpus.statistics(text)
+    known = [term for term in corpus.terms(text) if statistics.frequencies.get(term, 0)]
+    pool = candidates.take(np.arange(min(len(candidates), _COVER_POOL)))
+    if not known or not len(pool):
+        return candidates
+    has = corpus.having(known, pool.ids)
+    order = cover_terms(has, np.array([statistics.idf(term) for term in known]))
+    labels = [" ".join(np.array(known)[column]) for column in has[:, order].T]
+    part = np.array([position if label else -1 for position, label in enumerate(labels)])
+    return replace(pool.take(order), labels=tuple(labels), part=part)
 
 
 def _standing(ranked: Candidates, pair_id: int, *, of: int) -> Standing | None:
