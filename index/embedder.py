@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 MAX_PIXELS = 80_000_000  # a decoded image above this is taken for a decompression bomb; below Pillow's own warning
 MAX_ASPECT = 100  # of the sides: the model's resize brings the shorter one to size and would blow up the longer
-DRAFT_MARGIN = 3  # a JPEG is decoded at 1/2, 1/4 or 1/8 while its sides stay this many times the network's: cos > 0.9999
+DRAFT_MARGIN = 3  # a JPEG is decoded at 1/2, 1/4 or 1/8 while it stays so many times the network's size: cos > 0.9999
 BATCH_ROWS = {"cpu": 64, "cuda": 256}  # images in one call of the network
 COMPILE_AFTER = 50  # full batches; compiling takes a minute, which a small build would not get back
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # no format whose decoder runs a program (EPS)

@@ -3,13 +3,16 @@
 import io
 import json
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import PIL.ImageDraw
+
+from index.ingest.shards import Sample, Shard
+from index.records import ImageLocation, Pair
 
 COLORS = ("red", "green", "blue", "yellow", "purple", "orange", "brown", "pink", "gray", "black")
 SHAPES = ("circle", "square", "triangle")
@@ -113,3 +116,38 @@ def write_img2dataset(folder: Path, *, shards: int = 2, per_shard: int = 6) -> i
         write_tar(folder / f"{shard:05d}.tar", members)
         (folder / f"{shard:05d}_stats.json").write_text(json.dumps({"count": per_shard, "successes": per_shard}))
     return shards * per_shard
+
+
+PLACE = ImageLocation(uri="/data/0.tar", offset=512, size=10)
+
+
+class InMemory:
+    """The contents of a shard: what an iterator yields, once."""
+
+    def __init__(self, samples: Iterable[Sample]):
+        self._samples = samples
+
+    def samples(self, shard: Shard) -> Iterator[Sample]:
+        yield from self._samples
+
+
+def shard_of(name: str, samples: Iterable[Sample]) -> Shard:
+    """A shard that lies nowhere."""
+    return Shard(
+        dataset="d", source="/data", name=name, layout="webdataset tars", fs=None, files={}, contents=InMemory(samples)
+    )
+
+
+def pairs_of(shard: str, count: int) -> list[Pair]:
+    """The first pictures with their captions, as a reader yields them."""
+    return [
+        Pair(
+            dataset="d",
+            shard=shard,
+            key=f"{number:05d}",
+            caption=caption_of(number),
+            image=PLACE,
+            encoded=encode(draw(number)),
+        )
+        for number in range(count)
+    ]

@@ -1,5 +1,6 @@
 """ClipEmbedder with a real, tiny open_clip model; the decoder with hostile files."""
 
+import io
 import json
 import shutil
 import struct
@@ -11,7 +12,15 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from index.embedder import ClipEmbedder, DeferredEmbedder, check_fingerprint, decode_image, unit_rows
+from index.embedder import (
+    ClipEmbedder,
+    DeferredEmbedder,
+    check_fingerprint,
+    decode_image,
+    decode_scaled,
+    image_size,
+    unit_rows,
+)
 from index.errors import CorpusError, KnowledgeBaseError, ModelError
 from tests.fakes import HashEmbedder, draw, encode
 
@@ -51,6 +60,130 @@ def test_batches_do_not_matter(embedder: ClipEmbedder, tiny_clip: Path) -> None:
     assert np.allclose(small.images(images), embedder.images(images), atol=1e-6)
     prepared = [embedder.prepare(image) for image in images]
     assert np.array_equal(embedder.embed(prepared), embedder.images(images))
+
+
+PREPROCESSING = [
+    {},
+    {"interpolation": "bilinear"},
+    {"resize_mode": "squash"},
+    {"resize_mode": "longest", "fill_color": 120},
+    {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]},
+]
+
+
+@pytest.mark.parametrize("settings", PREPROCESSING, ids=str)
+def test_preprocessing_is_that_of_open_clip_to_the_last_bit(
+    settings: dict[str, object], tiny_clip: Path, tmp_path: Path
+) -> None:
+    """Resized as bytes and normalised as a batch, or all of it image by image: the network sees the same numbers."""
+    import open_clip
+    import torch
+
+    shutil.copytree(tiny_clip, tmp_path / "clip")
+    config = json.loads((tmp_path / "clip" / "open_clip_config.json").read_text())
+    (tmp_path / "clip" / "open_clip_config.json").write_text(json.dumps({**config, "preprocess_cfg": settings}))
+    embedder = ClipEmbedder.load(str(tmp_path / "clip"))
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'clip'}")
+    images = [photo(width, height) for width, height in ((32, 32), (77, 40), (40, 77), (31, 500), (8, 8))]
+    expected = torch.stack([preprocess(image) for image in images])
+    assert embedder.prepare(images[0]).dtype == np.uint8
+    assert torch.equal(embedder._pixels([embedder.prepare(image) for image in images]), expected)
+    with torch.inference_mode():
+        vectors = model.eval().encode_image(expected, normalize=True).numpy()
+    assert (embedder.images(images) * vectors).sum(1).min() > 0.9999
+
+
+def test_preprocessing_of_another_form_is_used_as_a_whole(tiny_clip: Path) -> None:
+    from index.embedder import open_model
+
+    model, tokenizer, preprocess, name = open_model(str(tiny_clip))
+    embedder = ClipEmbedder(model, tokenizer, lambda image: preprocess(image), name=name)
+    assert embedder.prepare(draw(1)).dtype == np.float32
+    assert np.array_equal(embedder.images([draw(1)]), ClipEmbedder.load(str(tiny_clip)).images([draw(1)]))
+
+
+def test_the_fast_way_gives_nearly_the_same_vectors(
+    embedder: ClipEmbedder, tiny_clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a GPU does, on this processor: bfloat16, and compiled from the second full batch on."""
+    from functools import partial
+
+    import torch
+
+    from index.embedder import open_model
+
+    monkeypatch.setattr("index.embedder.COMPILE_AFTER", 2)
+    model, tokenizer, preprocess, name = open_model(str(tiny_clip))
+    fast = ClipEmbedder(model, tokenizer, preprocess, name=name, batch_size=4, fast=True)
+    fast._network._compile = partial(torch.compile, backend="eager")
+    images = [photo(40 + i, 50, seed=i) for i in range(14)]
+    vectors = fast.images(images)
+    assert fast._network._compiled is not None
+    assert vectors.dtype == np.float32
+    assert (vectors * embedder.images(images)).sum(1).min() > 0.999
+    assert not np.array_equal(vectors, embedder.images(images))
+    assert fast.fingerprint == embedder.fingerprint
+
+
+def test_a_network_that_cannot_be_compiled_runs_uncompiled(
+    tiny_clip: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from index.embedder import open_model
+
+    monkeypatch.setattr("index.embedder.COMPILE_AFTER", 1)
+    model, tokenizer, preprocess, name = open_model(str(tiny_clip))
+    fast = ClipEmbedder(model, tokenizer, preprocess, name=name, batch_size=2, fast=True)
+
+    def no_compiler(encode: object) -> None:
+        raise RuntimeError("no C compiler\nsecond line")
+
+    fast._network._compile = no_compiler
+    assert fast.images([draw(i) for i in range(6)]).shape == (6, 16)
+    assert [record.message for record in caplog.records] == ["the network runs uncompiled: no C compiler"]
+
+
+def photo(width: int, height: int, *, seed: int = 0) -> PIL.Image.Image:
+    """Smooth shapes with some grain, so that resampling has something to do."""
+    random = np.random.default_rng(seed)
+    coarse = PIL.Image.fromarray(random.integers(0, 256, (7, 9, 3), dtype=np.uint8))
+    smooth = np.asarray(coarse.resize((width, height), PIL.Image.Resampling.BICUBIC), np.float32)
+    grain = random.normal(scale=6, size=smooth.shape)
+    return PIL.Image.fromarray(np.clip(smooth + grain, 0, 255).astype(np.uint8))
+
+
+def jpeg(image: PIL.Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=92)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("size", "decoded"),
+    [
+        ((400, 300), (200, 150)),
+        ((640, 480), (160, 120)),
+        ((2000, 1000), (250, 125)),
+        ((300, 191), (300, 191)),  # less than twice three times 32
+    ],
+)
+def test_a_large_jpeg_is_decoded_small_and_its_vector_stays(
+    embedder: ClipEmbedder, size: tuple[int, int], decoded: tuple[int, int]
+) -> None:
+    encoded = jpeg(photo(*size))
+    small, of_file = decode_scaled(encoded, side=embedder.image_side())
+    assert of_file == size == image_size(encoded)
+    assert small.size == decoded
+    whole = decode_image(encoded)
+    assert whole.size == size
+    vectors = embedder.images([small, whole])
+    assert float(vectors[0] @ vectors[1]) > 0.9999
+    difference = embedder.prepare(small).astype(int) - embedder.prepare(whole)
+    assert np.abs(difference).mean() < 1  # of 255
+
+
+def test_only_jpeg_has_a_fraction_of_its_size(embedder: ClipEmbedder) -> None:
+    assert decode_scaled(encode(photo(640, 480)), side=32)[0].size == (640, 480)
+    assert decode_scaled(jpeg(photo(640, 480)), side=None)[0].size == (640, 480)
 
 
 def test_the_model_is_in_evaluation_mode(embedder: ClipEmbedder) -> None:
