@@ -12,6 +12,7 @@ from jaxtyping import Int64
 
 from index.errors import CorpusError
 from index.ingest.readers import Shard
+from index.ingest.sources import FRAGMENT
 from index.records import ShardRecord, StoredPair
 from index.store import PairStore
 
@@ -133,5 +134,5 @@ def _path(source: str) -> str:
 def _is_there(record: ShardRecord) -> bool:
     from fsspec.core import url_to_fs
 
-    fs, path = url_to_fs(join(record.source, record.shard))
+    fs, path = url_to_fs(join(record.source, FRAGMENT.sub("", record.shard)))
     return bool(fs.exists(path))
