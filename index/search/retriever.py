@@ -1,13 +1,13 @@
 """Retriever: a query in, fused hits out. Embed, search by vector and by words, fuse, arrange, fetch.
 
 Candidates are the union of the best max(10 k, 100) of both lists, with both scores exact for every one of them. The
-searcher is a snapshot: rows newer than it are compared one by one, and ids that are gone never come back. What is done
-to the candidates after they are scored is in `candidates.py`, `diversity.py` and `decompose.py`.
+searcher is a snapshot: rows newer than it are compared one by one, and ids that are gone never come back. What can be
+asked is in `request.py`; `scoring.py` makes candidates of lists, and `arrange.py` puts them in the order of the hits.
 """
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float32, Float64, Int64
@@ -15,12 +15,25 @@ from numpy import ndarray
 
 from index.errors import KnowledgeBaseError, QueryError
 from index.records import Hit, StoredPair
-from index.search.candidates import Candidates, first_of_each, interleave
-from index.search.decompose import Corpus, CountedWords, Decompose, cover_terms, phrases, subject
-from index.search.diversity import check_diversity, spread
+from index.search.arrange import arrange
+from index.search.candidates import Candidates
+from index.search.decompose import Corpus, CountedWords, Decompose, phrases, subject
 from index.search.duplicates import Duplicates
-from index.search.fusion import FusionRule, best_first, fuse
-from index.search.lexical import Lexical, Subset, coarse
+from index.search.fusion import FusionRule
+from index.search.lexical import Lexical
+from index.search.request import (
+    Asked,
+    Bounds,
+    By,
+    Query,
+    Request,
+    check_request,
+    checked_by,
+    condition,
+    id_array,
+    unit_rows,
+)
+from index.search.scoring import complete_words, fused, without_excluded, words_within
 from index.search.searcher import Queries, Searcher
 from index.search.trace import Stage, Trace
 from index.search.view import RankedList, StoreView, View
@@ -31,13 +44,7 @@ if TYPE_CHECKING:
     from index.embedder import Embedder
     from index.store import PairStore
 
-By = Literal["hybrid", "clip", "bm25", "tfidf"]
-
-_DEPTH = 10  # candidates of each list per hit asked for
-_MIN_DEPTH = 100
 _EMBED_BATCH = 256
-_COVER_POOL = 500  # candidates, best first, that are ordered by the words they cover
-_WORDS_SHARE = 0.05  # of the rows; words of a filter that leaves more are searched unfiltered, and deeper
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,77 +86,6 @@ class Standing:
     clip_rank: int | None
     bm25: float | None
     bm25_rank: int | None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Bounds:
-    """Least scores of a hit: fused, and of each component."""
-
-    score: float | None = None
-    clip: float | None = None
-    bm25: float | None = None
-
-    def __bool__(self) -> bool:
-        return not (self.score is None and self.clip is None and self.bm25 is None)
-
-    def names(self) -> str:
-        """Those that are set, as a user calls them."""
-        return " and ".join(f"min_{name}" for name in ("score", "clip", "bm25") if getattr(self, name) is not None)
-
-    def keep(self, candidates: Candidates) -> Candidates:
-        """The candidates that reach every bound."""
-        kept = np.ones(len(candidates), dtype=bool)
-        for values, least in (
-            (candidates.score, self.score),
-            (candidates.clip, self.clip),
-            (candidates.words, self.bm25),
-        ):
-            if values is not None and least is not None:
-                kept &= values >= least
-        return candidates.take(kept)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Request:
-    """What is asked of every query of a batch."""
-
-    k: int
-    by: By
-    fusion: FusionRule = "rrf"
-    bounds: _Bounds = field(default_factory=_Bounds)
-    exact: bool = False
-    subset: Subset | None = None
-    diversity: float = 0.0
-    decompose: Decompose = "off"
-
-    @property
-    def uses_clip(self) -> bool:
-        return self.by in ("hybrid", "clip")
-
-    @property
-    def uses_words(self) -> bool:
-        return self.by != "clip"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Query:
-    """What is searched for at once: a whole query, or a part of one.
-
-    `vector` is None when no vector is needed, `text` when no words are.
-    """
-
-    text: str | None
-    vector: Float32[ndarray, " d"] | None
-    exclude: Int64[ndarray, " x"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Asked:
-    """A query of the user's, as what is searched for. `labels` names the parts where it is decomposed by `corpus`."""
-
-    queries: list[_Query]
-    labels: list[str] = field(default_factory=list)
-    corpus: Corpus | None = None
 
 
 class Retriever:
@@ -205,7 +141,7 @@ class Retriever:
         """
         trace = Trace()
         has_vector = image is not None or vector is not None
-        by = _checked_by(by, text, has_vector=has_vector)
+        by = checked_by(by, text, has_vector=has_vector)
         if decompose != "off" and has_vector:
             raise QueryError("decompose splits a text; give no image and no vector with it")
         request = self._request(
@@ -215,16 +151,16 @@ class Retriever:
             fusion=fusion,
             where=where,
             dataset=dataset,
-            bounds=_Bounds(score=min_score, clip=min_clip, bm25=min_bm25),
+            bounds=Bounds(score=min_score, clip=min_clip, bm25=min_bm25),
             exact=exact,
             diversity=diversity,
             decompose=decompose,
         )
         view = self._current()
-        excluded = np.union1d(_id_array(exclude), view.repeats_of(_id_array(exclude_group_of)))
+        excluded = np.union1d(id_array(exclude), view.repeats_of(id_array(exclude_group_of)))
         if has_vector or text is None:
             row = self._query_vector(image, vector, trace) if request.uses_clip else None
-            asked = _Asked(queries=[_Query(text=text, vector=row, exclude=excluded)])
+            asked = Asked(queries=[Query(text=text, vector=row, exclude=excluded)])
         else:
             (asked,) = self._asked([text], None, [excluded], request, trace=trace)
         (hits,) = self._answer([asked], request, trace, lexical=view.lexical(by))
@@ -255,7 +191,7 @@ class Retriever:
         """Where a pair stands when every pair is compared; None when it is not there, or the filter takes it away."""
         trace = Trace()
         has_vector = image is not None or vector is not None
-        by = _checked_by(by, text, has_vector=has_vector)
+        by = checked_by(by, text, has_vector=has_vector)
         request = self._request(trace, k=1, by=by, fusion=fusion, exact=True, where=where, dataset=dataset)
         view = self._current()
         among = view.ids if request.subset is None else request.subset.ids
@@ -264,7 +200,7 @@ class Retriever:
         row = None
         if request.uses_clip:
             row = self._query_vector(image, vector, trace) if has_vector else self._embed([str(text)], trace)[0]
-        query = _Query(text=text, vector=row, exclude=_id_array(()))
+        query = Query(text=text, vector=row, exclude=id_array(()))
         (ranked,) = self._rank([query], request, trace, depth=len(among), lexical=view.lexical(by))
         return _standing(ranked, pair_id, of=len(among))
 
@@ -309,7 +245,7 @@ class Retriever:
         if not texts:
             return []
         for text in texts:
-            _checked_by(by, text, has_vector=vectors is not None)
+            checked_by(by, text, has_vector=vectors is not None)
         trace = Trace()
         request = self._request(
             trace,
@@ -318,12 +254,12 @@ class Retriever:
             fusion=fusion,
             where=where,
             dataset=dataset,
-            bounds=_Bounds(score=min_score, clip=min_clip, bm25=min_bm25),
+            bounds=Bounds(score=min_score, clip=min_clip, bm25=min_bm25),
             exact=exact,
             diversity=diversity,
             decompose=decompose,
         )
-        rows = _unit_rows(vectors) if vectors is not None else None
+        rows = unit_rows(vectors) if vectors is not None else None
         asked = self._asked(texts, rows, self._exclusions(len(texts), exclude, exclude_group_of), request, trace=trace)
         lexical = self._current().lexical(by, many=len(texts) > 1)
         hits: list[list[Hit]] = []
@@ -347,28 +283,28 @@ class Retriever:
         where: str | None = None,
         dataset: str | Sequence[str] | None = None,
         **options: Any,
-    ) -> _Request:
-        request = _Request(k=k, by=by, **options)
-        _check_request(request)
+    ) -> Request:
+        request = Request(k=k, by=by, **options)
+        check_request(request)
         if not len(self._current().ids):
             raise KnowledgeBaseError(
                 "the knowledge base is empty; add pairs with `radt index build` or `radt index add`"
             )
-        condition = _condition(where, dataset)
-        if condition is None:
+        wanted = condition(where, dataset)
+        if wanted is None:
             return request
         with trace("filter"):
-            return replace(request, subset=self._current().subset(condition))
+            return replace(request, subset=self._current().subset(wanted))
 
     def _asked(
         self,
         texts: Sequence[str],
         rows: Queries | None,
         excluded: Sequence[Int64[ndarray, " _"]],
-        request: _Request,
+        request: Request,
         *,
         trace: Trace,
-    ) -> list[_Asked]:
+    ) -> list[Asked]:
         """Every text as what is searched for: itself, or what it is decomposed into; embedded unless `rows` are."""
         parts, corpus = [[text] for text in texts], None
         if request.decompose != "off":
@@ -380,9 +316,9 @@ class Retriever:
             rows = self._embed([part for each in parts for part in each], trace)
         vectors = iter(rows if rows is not None else ())
         return [
-            _Asked(
+            Asked(
                 queries=[
-                    _Query(text=part, vector=next(vectors) if request.uses_clip else None, exclude=exclude)
+                    Query(text=part, vector=next(vectors) if request.uses_clip else None, exclude=exclude)
                     for part in each
                 ],
                 labels=each if corpus is not None else [],
@@ -400,8 +336,8 @@ class Retriever:
         repeats_of = self._current().repeats_of
         return [
             np.union1d(
-                _id_array(exclude[i] if exclude is not None else ()),
-                repeats_of(_id_array(exclude_group_of[i] if exclude_group_of is not None else ())),
+                id_array(exclude[i] if exclude is not None else ()),
+                repeats_of(id_array(exclude_group_of[i] if exclude_group_of is not None else ())),
             )
             for i in range(num)
         ]
@@ -412,7 +348,7 @@ class Retriever:
         if vector is not None:
             if image is not None:
                 raise QueryError("give an image or a vector to search by, not both")
-            return _unit_rows(np.asarray(vector, dtype=np.float32)[None])[0]
+            return unit_rows(np.asarray(vector, dtype=np.float32)[None])[0]
         assert image is not None
         embedder = self._ready_embedder(trace)
         with trace("embed"):
@@ -439,9 +375,10 @@ class Retriever:
 
     # From a request to hits
 
-    def _answer(self, asked: Sequence[_Asked], request: _Request, trace: Trace, *, lexical: Lexical) -> list[list[Hit]]:
-        rows = len(self._current().ids) if request.subset is None else len(request.subset.ids)
-        depth = rows if request.exact else max(_DEPTH * request.k, _MIN_DEPTH)
+    def _answer(self, asked: Sequence[Asked], request: Request, trace: Trace, *, lexical: Lexical) -> list[list[Hit]]:
+        view = self._current()
+        rows = len(view.ids) if request.subset is None else len(request.subset.ids)
+        depth = rows if request.exact else request.depth
         answers: list[list[Hit]] = [[] for _ in asked]
         pending = list(range(len(asked))) if rows else []
         while pending:
@@ -449,7 +386,7 @@ class Retriever:
             ranked = iter(self._rank(queries, request, trace, depth=depth, lexical=lexical))
             own = [[next(ranked) for _ in asked[position].queries] for position in pending]
             with trace("diversity"):
-                arranged = [self._arrange(asked[p], lists, request) for p, lists in zip(pending, own, strict=True)]
+                arranged = [arrange(asked[p], lists, request, view) for p, lists in zip(pending, own, strict=True)]
             trace.kept["duplicates"] = sum(map(len, arranged))
             trace.lists["duplicates"] = [candidates.ids for candidates in arranged]
             with trace("fetch"):
@@ -465,7 +402,7 @@ class Retriever:
         return answers
 
     def _rank(
-        self, queries: Sequence[_Query], request: _Request, trace: Trace, *, depth: int, lexical: Lexical
+        self, queries: Sequence[Query], request: Request, trace: Trace, *, depth: int, lexical: Lexical
     ) -> list[Candidates]:
         """Score and order the candidates of every query."""
         vectors = (
@@ -488,12 +425,12 @@ class Retriever:
         if request.uses_words:
             with trace("lexical"):
                 words = [
-                    _complete_words(lexical, query, i, known, exhausted=len(known.ids) < depth)
+                    complete_words(lexical, query, i, known, exhausted=len(known.ids) < depth)
                     for query, i, known in zip(queries, ids, by_words, strict=True)
                 ]
         with trace("fuse"):
             ranked = [
-                _order(i, clips[n] if clips else None, words[n] if words else None, request) for n, i in enumerate(ids)
+                fused(i, clips[n] if clips else None, words[n] if words else None, request) for n, i in enumerate(ids)
             ]
             trace.kept["union"] = sum(map(len, ranked))
             trace.lists["union"] = [candidates.ids for candidates in ranked]
@@ -504,7 +441,7 @@ class Retriever:
         return ranked
 
     def _search_vectors(
-        self, vectors: Queries, queries: Sequence[_Query], request: _Request, trace: Trace, *, depth: int
+        self, vectors: Queries, queries: Sequence[Query], request: Request, trace: Trace, *, depth: int
     ) -> list[RankedList]:
         spare = max(len(query.exclude) for query in queries)
         found = self._current().search(vectors, top_k=depth + spare, subset=request.subset, exact=request.exact)
@@ -513,38 +450,16 @@ class Retriever:
             RankedList(ids=i[i >= 0], scores=s[i >= 0].astype(np.float64))
             for i, s in zip(found.ids, found.scores, strict=True)
         ]
-        return _without_excluded(listed, queries, trace, "vector", depth=depth)
+        return without_excluded(listed, queries, trace, "vector", depth=depth)
 
     def _search_words(
-        self, queries: Sequence[_Query], lexical: Lexical, request: _Request, trace: Trace, *, depth: int
+        self, queries: Sequence[Query], lexical: Lexical, request: Request, trace: Trace, *, depth: int
     ) -> list[RankedList]:
         top_k = depth + max(len(query.exclude) for query in queries)
         texts = [query.text or "" for query in queries]
-        rankings = _words_within(lexical, texts, request.subset, top_k=top_k, rows=len(self._current().ids))
+        rankings = words_within(lexical, texts, request.subset, top_k=top_k, rows=len(self._current().ids))
         listed = [RankedList(ids=ids, scores=scores) for ids, scores in rankings]
-        return _without_excluded(listed, queries, trace, "words", depth=depth)
-
-    def _arrange(self, asked: _Asked, lists: Sequence[Candidates], request: _Request) -> Candidates:
-        """One list of the lists of a query's parts: no two pairs of one group, spread out, each part in turn."""
-        lists = [self._distinct(candidates) for candidates in lists]
-        if request.diversity:
-            lists = [self._spread(candidates, request) for candidates in lists]
-        if asked.corpus is None:
-            return lists[0]
-        if request.decompose == "terms":
-            return _by_terms(lists[0], asked.labels[0], asked.corpus)
-        return self._distinct(interleave(lists, asked.labels))
-
-    def _distinct(self, candidates: Candidates) -> Candidates:
-        groups = self._current().duplicates.group_of(candidates.ids)
-        return candidates.take(first_of_each(groups))
-
-    def _spread(self, candidates: Candidates, request: _Request) -> Candidates:
-        """By maximal marginal relevance; beyond the usual number of candidates they keep their order."""
-        pool = max(_DEPTH * request.k, _MIN_DEPTH)
-        vectors = self._current().vectors(candidates.ids[:pool])
-        order = spread(candidates.score[:pool], vectors, diversity=request.diversity)
-        return candidates.take(np.concatenate([order, np.arange(len(order), len(candidates))]))
+        return without_excluded(listed, queries, trace, "words", depth=depth)
 
     def _corpus(self, *, many: bool) -> Corpus:
         lexical = self._current().lexical("bm25", many=many)
@@ -571,132 +486,6 @@ class Retriever:
         if self._view is None or self._view.version != self.store.version:
             self._view = self._make_view()
         return self._view
-
-
-def _checked_by(by: By, text: str | None, *, has_vector: bool) -> By:
-    """The kind of search that the given parts of a query allow, or a QueryError."""
-    if by not in get_args(By):
-        raise QueryError(f"by is one of {', '.join(get_args(By))}, got {by!r}")
-    if text is not None and not text.strip():
-        raise QueryError("the query text is empty; give at least one word")
-    if text is None:
-        if not has_vector:
-            raise QueryError("there is nothing to search for; give a text, an image or a vector")
-        if by in ("bm25", "tfidf"):
-            raise QueryError(f"searching by {by} needs a text; give one, or search by clip")
-        return "clip"
-    return by
-
-
-def _check_request(request: _Request) -> None:
-    """Known words, numbers in range, and no bound on a score that is not computed."""
-    if request.k < 1:
-        raise QueryError(f"k must be at least 1, got {request.k}")
-    for name, options in (("fusion", FusionRule), ("decompose", Decompose)):
-        if getattr(request, name) not in get_args(options):
-            raise QueryError(f"{name} is one of {', '.join(get_args(options))}, got {getattr(request, name)!r}")
-    check_diversity(request.diversity)
-    if request.bounds.clip is not None and not request.uses_clip:
-        raise QueryError(f"min_clip has no effect on a search by {request.by}; use min_score, or search by hybrid")
-    if request.bounds.bm25 is not None and request.by not in ("hybrid", "bm25"):
-        raise QueryError(f"min_bm25 has no effect on a search by {request.by}; use min_score, or search by hybrid")
-
-
-def _condition(where: str | None, dataset: str | Sequence[str] | None) -> str | None:
-    parts = [f"({where})"] if where else []
-    if dataset:
-        names = [dataset] if isinstance(dataset, str) else dataset
-        quoted = ["'" + name.replace("'", "''") + "'" for name in names]
-        parts.append(f"dataset IN ({', '.join(quoted)})")
-    return " AND ".join(parts) or None
-
-
-def _unit_rows(vectors: Queries) -> Queries:
-    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    if not (np.isfinite(norms).all() and (norms > 0).all()):
-        raise QueryError("a query vector must be finite and not zero")
-    return (vectors / norms).astype(np.float32)
-
-
-def _id_array(ids: Collection[int]) -> Int64[ndarray, " x"]:
-    return np.fromiter((int(i) for i in ids), dtype=np.int64, count=len(ids))
-
-
-def _without_excluded(
-    listed: Sequence[RankedList], queries: Sequence[_Query], trace: Trace, stage: str, *, depth: int
-) -> list[RankedList]:
-    trace.kept[stage] = sum(len(each.ids) for each in listed)
-    kept = [each.without(query.exclude, limit=depth) for each, query in zip(listed, queries, strict=True)]
-    trace.excluded = max(trace.excluded, max(len(query.exclude) for query in queries))
-    trace.lists[stage] = [each.ids for each in kept]
-    return kept
-
-
-def _words_within(
-    lexical: Lexical, texts: Sequence[str], subset: Subset | None, *, top_k: int, rows: int
-) -> list[tuple[Int64[ndarray, " _"], Float64[ndarray, " _"]]]:
-    """The best `top_k` by words among the rows of a filter.
-
-    A filter that leaves few rows goes down into the word index, which reads the filtered columns of all rows for every
-    query; one that leaves many is applied to a list as much longer, which is doubled until it is enough.
-    """
-    if subset is None or len(subset.ids) < _WORDS_SHARE * rows:
-        return lexical.search_many(texts, top_k=top_k, within=subset)
-    answers: list[tuple[Int64[ndarray, " _"], Float64[ndarray, " _"]]] = [(_id_array(()), np.empty(0))] * len(texts)
-    pending = list(range(len(texts)))
-    asked = min(rows, 2 * top_k * rows // len(subset.ids))
-    while pending:
-        rankings = lexical.search_many([texts[p] for p in pending], top_k=asked)
-        enough = []
-        for position, (ids, scores) in zip(pending, rankings, strict=True):
-            kept = np.isin(ids, subset.ids)
-            answers[position] = ids[kept][:top_k], scores[kept][:top_k]
-            enough.append(kept.sum() >= top_k or len(ids) < asked or asked == rows)
-        pending = [position for position, is_enough in zip(pending, enough, strict=True) if not is_enough]
-        asked = min(rows, 2 * asked)
-    return answers
-
-
-def _complete_words(
-    lexical: Lexical, query: _Query, ids: Int64[ndarray, " n"], known: RankedList, *, exhausted: bool
-) -> Float64[ndarray, " n"]:
-    """The word score of every candidate. A list that ended early holds every match, so the rest scores 0."""
-    assert query.text is not None
-    scores, have = known.scatter(ids)
-    if not exhausted and not have.all():
-        scores[~have] = lexical.scores(query.text, ids[~have])
-    return scores
-
-
-def _order(
-    ids: Int64[ndarray, " n"],
-    clip: Float64[ndarray, " n"] | None,
-    words: Float64[ndarray, " n"] | None,
-    request: _Request,
-) -> Candidates:
-    """Fuse, and put the best first."""
-    alone = clip if words is None else words
-    assert alone is not None
-    score = alone
-    if clip is not None and words is not None:
-        # Ranks tell apart what ties but for rounding; sums and products do not.
-        score = fuse(ids, clip, coarse(words) if request.fusion == "rrf" else words, rule=request.fusion)
-    candidates = Candidates(ids=ids, score=score, clip=clip, words=words if request.by != "tfidf" else None)
-    return candidates.take(best_first(ids, score))
-
-
-def _by_terms(candidates: Candidates, text: str, corpus: Corpus) -> Candidates:
-    """By greedy coverage of the text's rare words, each labelled with those that its caption has."""
-    statistics = corpus.statistics(text)
-    known = [term for term in corpus.terms(text) if statistics.frequencies.get(term, 0)]
-    pool = candidates.take(np.arange(min(len(candidates), _COVER_POOL)))
-    if not known or not len(pool):
-        return candidates
-    has = corpus.having(known, pool.ids)
-    order = cover_terms(has, np.array([statistics.idf(term) for term in known]))
-    labels = [" ".join(np.array(known)[column]) for column in has[:, order].T]
-    part = np.array([position if label else -1 for position, label in enumerate(labels)])
-    return replace(pool.take(order), labels=tuple(labels), part=part)
 
 
 def _standing(ranked: Candidates, pair_id: int, *, of: int) -> Standing | None:
@@ -753,7 +542,7 @@ def _distinct_hits(ranked: Candidates, rows: dict[int, StoredPair], *, k: int, w
     return hits, repeats
 
 
-def _shortfall(found: int, request: _Request, trace: Trace, *, matching: int) -> str | None:
+def _shortfall(found: int, request: Request, trace: Trace, *, matching: int) -> str | None:
     """Why there are fewer than k hits; None when there are k."""
     if found >= request.k:
         return None
