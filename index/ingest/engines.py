@@ -238,7 +238,7 @@ class _Line:
             if vector is None or not np.isfinite(vector).all():
                 hand.bad.append(bad(item.pair, _why_no_vector(item)))
                 continue
-            hand.rows.append(_row(item, hand.work, vector))
+            hand.rows.append(stored_pair(item, vector, source=hand.work.shard.source, digest=hand.work.digest))
             hand.rows_bytes += len(item.copy or b"") + len(item.thumbnail or b"")
             hand.pairs += 1
             self._meter.pairs += 1
@@ -262,14 +262,15 @@ def _why_no_vector(item: Decoded) -> str:
     return "the model gives no finite vector for this image"
 
 
-def _row(item: Decoded, work: _ShardWork, vector: Float32[np.ndarray, " d"]) -> StoredPair:
+def stored_pair(item: Decoded, vector: Float32[np.ndarray, " d"], *, source: str, digest: str) -> StoredPair:
+    """The row of a pair whose vector is known."""
     pair = item.pair
     return StoredPair(
         id=pair.id,
         dataset=pair.dataset,
-        source=work.shard.source,
+        source=source,
         shard=pair.shard,
-        digest=work.digest,
+        digest=digest,
         key=pair.key,
         caption=pair.caption,
         image=pair.image,
@@ -294,6 +295,7 @@ def _record(hand: _ShardInHand) -> ShardRecord:
         pairs=hand.pairs,
         bad=len(hand.bad),
         bytes=hand.work.shard.bytes,
+        layout=hand.work.shard.layout,
     )
 
 
