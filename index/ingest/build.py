@@ -126,7 +126,7 @@ def build(
     with admitted(kb.store, config.part, wait=config.wait, on_wait=on_wait), _strict_images(), _readable_sources():
         ledger = Ledger(kb.store)
         claims = DeferredClaims(kb.store, ledger) if config.part else None
-        todo = _changed_shards(sources, config, ledger, tally)
+        todo = _changed_shards(sources, config, ledger, tally, meter=meter)
         staged = _engine(config)(
             todo,
             embedder=kb.embedder,
@@ -239,11 +239,13 @@ class _Landing:
 
 
 def _changed_shards(
-    sources: Sequence[str], config: BuildConfig, ledger: Ledger, tally: _Tally
+    sources: Sequence[str], config: BuildConfig, ledger: Ledger, tally: _Tally, *, meter: Meter
 ) -> Iterator[tuple[Shard, str, str]]:
     """Shards that the ledger does not have as they are now, with stamp and digest taken before they are read."""
     for source in sources:
-        for shard in read(source, dataset=config.dataset, allow_partial=config.allow_partial):
+        listed = read(source, dataset=config.dataset, allow_partial=config.allow_partial, on_listed=meter.expect)
+        for shard in listed:
+            meter.expect(-1)  # until it turns out to be work
             if config.part is not None and not config.part.has(shard.name):
                 continue
             if isinstance(shard, SkippedShard):
@@ -263,6 +265,7 @@ def _changed_shards(
             if is_same_place and record is not None and record.digest == digest:
                 tally.unchanged += 1
                 continue
+            meter.expect(1)
             yield shard, stamp, digest
 
 

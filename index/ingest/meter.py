@@ -21,7 +21,7 @@ class Progress:
 
     pairs: int
     shards: int
-    shards_found: int | None  # None: not all sources are listed yet
+    shards_found: int | None  # to be done, in the sources listed so far; None: nothing is listed yet
     seconds: float
     stages: dict[Stage, float]
 
@@ -62,6 +62,10 @@ class Meter:
         self.stop()
         self._now = (stage, self._clock())
         self._begun = self._now[1] if self._begun is None else self._begun
+
+    def expect(self, shards: int) -> None:
+        """So many more are to be done, or fewer when negative."""
+        self.shards_found = (self.shards_found or 0) + shards
 
     def stop(self) -> None:
         """What follows is put down to nothing."""

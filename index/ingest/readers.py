@@ -13,7 +13,7 @@ folder, a file or a pattern of files; how it is laid out is found by looking, an
 Next on the main path: `index/ingest/build.py`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from posixpath import basename, join
 
 from index.errors import CorpusError
@@ -34,12 +34,18 @@ LAYOUTS = (
 TABLES = {"parquet of images", "parquet of paths", "clip-retrieval", "lance table"}  # may name images elsewhere
 
 
-def read(source: str, *, dataset: str | None = None, allow_partial: bool = False) -> Iterator[Shard | SkippedShard]:
+def read(
+    source: str,
+    *,
+    dataset: str | None = None,
+    allow_partial: bool = False,
+    on_listed: Callable[[int], None] = lambda shards: None,
+) -> Iterator[Shard | SkippedShard]:
     """The shards of a source, sorted by name. CorpusError when there is nothing to read.
 
     A source is a folder with all below it, a file, or a pattern (`data/*.tar`, `data/{00000..00012}.tar`). The dataset
     is named after the folder unless told. A file belongs to the folder that it lies in, so that it is the same shard
-    whether it is named alone or found with the others.
+    whether it is named alone or found with the others. `on_listed` hears how many there are.
     """
     chosen = choose(source)
     listing = Listing(
@@ -52,6 +58,7 @@ def read(source: str, *, dataset: str | None = None, allow_partial: bool = False
     found = [*chosen.missing, *filter(chosen.has, _find(listing))]
     if not any(isinstance(shard, Shard) for shard in found):
         _refuse(source, found)
+    on_listed(len(found))
     for shard in sorted(found, key=lambda shard: shard.name):
         reason = None if allow_partial or isinstance(shard, SkippedShard) else _why_incomplete(shard, listing)
         yield SkippedShard(name=shard.name, reason=reason) if reason else shard

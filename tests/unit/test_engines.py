@@ -17,6 +17,7 @@ from index.images import difference_hash, readable_image
 from index.ingest.build import BuildConfig, build
 from index.ingest.decode import CHUNK_BYTES, KeepImages, chunks
 from index.ingest.engines import StagedShard, run_local
+from index.ingest.meter import Meter
 from index.ingest.shards import Sample, Shard
 from index.knowledge_base import KnowledgeBase
 from index.records import BadSample, ImageLocation, StoredPair
@@ -270,3 +271,14 @@ def test_closing_early_ends_the_threads(store: PairStore) -> None:
     assert next(staged).record.shard == "0.tar"
     staged.close()  # type: ignore[attr-defined]
     assert threading.active_count() == before
+
+
+def test_the_meter_expects_the_shards_that_are_to_be_done(tmp_path: Path) -> None:
+    write_img2dataset(tmp_path / "data", shards=3, per_shard=2)
+    (tmp_path / "data" / "00001_stats.json").unlink()
+    kb = KnowledgeBase.create(tmp_path / "kb", HashEmbedder())
+    for expected, pairs in ((2, 4), (0, 0)):
+        meter = Meter()
+        report = build(kb, [str(tmp_path / "data")], BuildConfig(), meter=meter)
+        assert (meter.shards_found, meter.shards, meter.pairs) == (expected, expected, pairs)
+        assert sum(report.stages.values()) == pytest.approx(1, abs=0.01)
