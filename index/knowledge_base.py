@@ -273,11 +273,11 @@ class KnowledgeBase:
     ) -> SearcherManifest:
         """Make searcher, word index and id index fit the pairs that are there; nothing is done when they do.
 
-        A searcher that `may_lag` is kept when few rows have changed since: queries compare new ones one by one.
+        What `may_lag` is kept when few rows have changed since: queries compare new ones one by one.
         `duplicates` has the groups of equal pictures found too (see `build_duplicates`), unless they lie beside it.
         `recall` and `ram` (bytes) are those of `build_searcher`; not given, they are what they were the last time.
         """
-        from index.search.lexical import build_fts
+        from index.search.lexical import FTS_NAME, build_fts
 
         with self.store.lock(), one_sentence(self.directory):
             self._refresh()
@@ -291,7 +291,9 @@ class KnowledgeBase:
                 current = self._replace_searcher(structure.kind, seed, recall=recall, ram=ram)
             if duplicates:
                 self._find_duplicates()
-            build_fts(self.store)
+            spare = _spare(current) * may_lag
+            if not spare or self.store.count_unindexed(FTS_NAME) > spare:
+                build_fts(self.store)
             self.store.index_ids()
         return current
 

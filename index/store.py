@@ -329,7 +329,7 @@ class PairStore:
         with self.lock():
             fragments = [part for part in parts if not isinstance(part, pa.Table)]
             if small:
-                fragments += self._write_fragments(pa.concat_tables(small))
+                fragments += self._write_fragments(pa.concat_tables(small).combine_chunks())
             self._commit(_of_shards(replaced), fragments)
 
     def drop_shards(self, records: Collection[ShardRecord]) -> None:

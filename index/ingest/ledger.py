@@ -50,8 +50,8 @@ class Ledger:
         name = (shard.dataset, shard.name)
         earlier = self._met.setdefault(name, "")
         record = self._records.get(name)
-        other = earlier or (record.source if record is not None and _is_there(record) else "")
-        if other and other != shard.source:
+        other = earlier or (record.source if record is not None else "")
+        if other not in ("", shard.source) and (earlier or (record is not None and _is_there(record))):
             raise CorpusError(
                 f"shard {shard.name!r} of dataset {shard.dataset!r} is in {other} and in {shard.source} too; give one "
                 "of them another name with --dataset"

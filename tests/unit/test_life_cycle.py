@@ -21,6 +21,7 @@ from index.ingest.build import BuildConfig, BuildReport, build
 from index.ingest.engines import StagedShard, run_local
 from index.knowledge_base import FORMAT, KnowledgeBase, Manifest
 from index.records import table_schema
+from index.search.lexical import FTS_NAME
 from index.search.retriever import Retriever
 from index.store import PairStore, Rewrite
 from tests.fakes import HashEmbedder, caption_of, draw, encode, sample, write_img2dataset, write_tar
@@ -616,3 +617,20 @@ def test_a_query_of_a_snapshot(corpus: Path, tmp_path: Path, radt: Callable[...,
     code, out, err = radt(*asked, "--snapshot", "build-7")
     assert (code, out) == (1, "")
     assert "has no snapshot 'build-7'" in err
+
+
+def test_a_small_tail_waits_outside_searcher_and_word_index(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build_at(tmp_path / "kb", corpus, searcher="lance")
+    write_img2dataset(tmp_path / "birds", shards=1, per_shard=3)
+    monkeypatch.setattr("index.knowledge_base.LAGGING_SHARE", 0.5)
+    build_at(tmp_path / "kb", tmp_path / "birds", searcher="lance")
+    kb = reopen(tmp_path / "kb")
+    assert (kb.unsearched(), kb.store.count_unindexed(FTS_NAME)) == (3, 3)
+    assert [(each.pairs, each.in_searcher) for each in kb.snapshots()] == [(15, 15), (18, 15)]
+    for by in ("clip", "bm25"):
+        assert "birds" in {hit.dataset for hit in kb.search("a red circle number 0", k=50, by=by)}
+    compact(kb)
+    assert (kb.unsearched(), kb.store.count_unindexed(FTS_NAME)) == (0, 0)
+    assert kb.stats()["searcher"] == "lance"  # what was asked for once
