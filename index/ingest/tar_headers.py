@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 BLOCK = 512
 MAX_NAME_BYTES = 1 << 16  # of an extended header; a file name has no use for more
-SCAN_BYTES = 1 << 20
+SCAN_BYTES, MOST_SCAN_BYTES = 1 << 12, 1 << 20
 MAGIC, MAGIC_AT = b"ustar", 257
 REGULAR = (b"0", b"\0", b"7")
 LONG_NAME, PAX = b"L", (b"x", b"X")
@@ -41,7 +41,7 @@ class _Header(NamedTuple):
 def tar_members(file: Any) -> Iterator[Member | Damage]:
     """Every regular file in stored order. After a Damage it goes on at the next whole header, if there is one."""
     end = file.seek(0, io.SEEK_END)
-    position = 0
+    position = last = reread = 0
     extended: dict[str, Any] = {}  # what an extended header says of the file that follows
     while True:
         file.seek(position)
@@ -51,13 +51,17 @@ def tar_members(file: Any) -> Iterator[Member | Damage]:
         if header is None or start + size > end:
             here = start if header else position
             found, is_blank = _next_header(file, here)
-            is_end = found is None and is_blank and header is None and start <= end
-            if not is_end:
-                yield Damage(here, _name(header, extended) if header else "")
+            if found is None and is_blank and header is None and start <= end:
+                return
+            yield Damage(here, _name(header, extended) if header else "")
+            if header is None and reread + position - last <= end:  # if the last file lost bytes, the next is within it
+                reread += position - last
+                found = _next_header(file, last)[0]
             if found is None:
                 return
             position, extended = found, {}
             continue
+        last = start
         position = start + -(-size // BLOCK) * BLOCK
         if header.kind in PAX or header.kind == LONG_NAME:
             if size <= MAX_NAME_BYTES:
@@ -96,7 +100,8 @@ def _number(field: bytes) -> int:
 
 def _extended(kind: bytes, content: bytes) -> dict[str, Any]:
     if kind == LONG_NAME:
-        return {"name": content.partition(b"\0")[0]}
+        name = content.partition(b"\0")[0]
+        return {"name": name} if name else {}
     found: dict[str, Any] = {}
     while content:
         digits, _, rest = content.partition(b" ")  # a record is b"12 path=name\n", its own length first
@@ -114,9 +119,10 @@ def _extended(kind: bytes, content: bytes) -> dict[str, Any]:
 
 def _next_header(file: Any, start: int) -> tuple[int | None, bool]:
     """(where the next whole header is, or None; whether there are only zeros before it)."""
+    window, window_at, is_blank, count = b"", start, True, SCAN_BYTES
     file.seek(start)
-    window, window_at, is_blank = b"", start, True
-    while more := file.read(SCAN_BYTES):
+    while more := file.read(count):
+        count = min(2 * count, MOST_SCAN_BYTES)
         window += more
         at = window.find(MAGIC, MAGIC_AT)
         while at >= 0 and at - MAGIC_AT + BLOCK <= len(window):
