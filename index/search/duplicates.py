@@ -114,7 +114,8 @@ class _Rows:
 
     def alike(self, one: Int64[ndarray, " m"], other: Int64[ndarray, " m"], *, bits: int) -> Bool[ndarray, " m"]:
         """Whether the difference hashes at these positions agree, or one of the two has none."""
-        differing = np.bitwise_count(self.hashes[one] ^ self.hashes[other])
+        # Of a signed number, numpy counts the bits of its absolute value.
+        differing = np.bitwise_count((self.hashes[one] ^ self.hashes[other]).view(np.uint64))
         return ~(self.has_hash[one] & self.has_hash[other]) | (differing <= bits)
 
 
