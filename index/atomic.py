@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from index.errors import DiskError
+from index.errors import DiskError, KnowledgeBaseError
 
 
 @contextmanager
@@ -55,6 +55,19 @@ def new_folder(path: Path) -> Iterator[Path]:
                 os.rename(old, path)
             shutil.rmtree(folder, ignore_errors=True)
             shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def one_sentence(directory: Path) -> Iterator[None]:
+    """A full or refusing disk becomes one sentence; a commit that failed has left the table as it was."""
+    try:
+        yield
+    except OSError as error:
+        text = str(error)
+        why = "no space is left on the disk" if "os error 28" in text or error.errno == 28 else text.splitlines()[0]
+        raise KnowledgeBaseError(
+            f"cannot write to {directory}: {why}; what was there before is unharmed, so mend that and run it again"
+        ) from error
 
 
 def _beside(path: Path, role: str) -> Path:

@@ -9,11 +9,11 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from index.atomic import one_sentence
 from index.errors import ConfigError
 from index.ingest.parts import without_parts
 from index.snapshots import drop, holding_removed, snapshots
 from index.stats import folder_bytes
-from index.store import one_sentence
 
 if TYPE_CHECKING:
     from index.knowledge_base import KnowledgeBase, SearcherChoice

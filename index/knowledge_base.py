@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from index.atomic import write_bytes
+from index.atomic import one_sentence, write_bytes
 from index.config import from_dict, to_dict
 from index.embedder import DeferredEmbedder, Embedder, check_fingerprint, decode_image
 from index.errors import ConfigError, CorpusError, DiskError, KnowledgeBaseError, QueryError
@@ -34,7 +34,7 @@ from index.search.searcher import (
 )
 from index.search.sizes import choose_structure
 from index.snapshots import Snapshot, snapshots, tag_build
-from index.store import PairStore, one_sentence
+from index.store import PairStore
 
 if TYPE_CHECKING:
     import PIL.Image

@@ -7,7 +7,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from index.store import PairStore, one_sentence
+from index.atomic import one_sentence
+from index.store import PairStore
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

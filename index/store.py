@@ -4,10 +4,7 @@ Everything that must change together is one Lance commit: a shard's pairs, its b
 removal and its tombstone. One writer at a time, by a lock file; readers need no lock.
 """
 
-import json
-import os
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,25 +16,30 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float32, Int64
 
+from index.atomic import one_sentence
 from index.errors import KnowledgeBaseError, QueryError
-from index.records import BadSample, ImageLocation, ShardRecord, StoredPair, table_schema
+from index.lock import writer_lock
+from index.records import BadSample, ShardRecord, StoredPair, table_schema
+from index.rows import (
+    PAIR_COLUMNS,
+    SHARD_COLUMNS,
+    TABLE,
+    arrow_table,
+    bad_row,
+    ledger_row,
+    pair_row,
+    shard_record,
+    stored_pair,
+)
 
 if TYPE_CHECKING:
     import lance
     import lancedb.table
     import pyarrow as pa
 
-TABLE = "pairs"
-LOCK = "writer.lock"
 INDEX_ROWS = 20_000  # rows from which an index on ids pays: 300,000 rows took 22 ms to scan and 4 ms to look up
-PAIR_COLUMNS = [
-    *("id", "dataset", "source", "shard", "shard_digest", "key", "caption"),
-    *("image_uri", "image_offset", "image_size", "image_sha256", "width", "height", "dhash", "metadata"),
-]
-SHARD_COLUMNS = ["dataset", "source", "shard", "shard_digest", "metadata"]
 SMALL_ROWS = 4096  # a shard's rows, when fewer, wait in memory to share a fragment with other shards' of the commit
 SMALL_BYTES = 8 << 20
-POLL_SECONDS = 0.2
 CREATE_SECONDS = 30.0  # when several processes begin with a knowledge base at once, one of them makes the table
 FRAGMENT_ROWS = 262_144  # of a compacted fragment: what one removal makes the next compaction write anew
 BATCH_BYTES = 64 << 20  # held while fragments are written anew
@@ -78,7 +80,7 @@ class PairStore:
         """Make an empty table for vectors of `dim` numbers, unless there is one. KnowledgeBaseError from the disk."""
         import lance
 
-        with _writer_lock(directory, wait=CREATE_SECONDS), one_sentence(directory):
+        with writer_lock(directory, wait=CREATE_SECONDS), one_sentence(directory):
             if cls.exists(directory):
                 return cls(directory)
             schema = table_schema(dim)
@@ -195,12 +197,12 @@ class PairStore:
         columns = [*PAIR_COLUMNS, *["vector"] * vectors, *["thumbnail"] * thumbnails]
         table = self._dataset.to_table(columns=columns, filter=self._pairs_where(_id_in(wanted)))
         found = {row["id"]: row for row in table.to_pylist()}
-        return [self._stored_pair(found[i]) for i in wanted if i in found]
+        return [stored_pair(found[i], self.directory) for i in wanted if i in found]
 
     def shards(self) -> list[ShardRecord]:
         """The ledger: every shard that is in the store, the empty ones too."""
         rows = self._dataset.to_table(columns=SHARD_COLUMNS, filter="kind = 'shard'").to_pylist()
-        return [_shard_record(row) for row in rows]
+        return [shard_record(row) for row in rows]
 
     def landed_after(self, high_water: int) -> tuple[Int64[np.ndarray, " n"], list[ShardRecord]]:
         """Ids of the pairs and ledger entries written since `high_water` was read."""
@@ -210,7 +212,7 @@ class PairStore:
         pairs = self._dataset.scanner(columns=["id"], filter="kind = 'pair'", fragments=newer).to_table()
         shards = self._dataset.scanner(columns=SHARD_COLUMNS, filter="kind = 'shard'", fragments=newer).to_table()
         ids = pairs.column("id").to_numpy().astype(np.int64, copy=False)
-        return ids, [_shard_record(row) for row in shards.to_pylist()]
+        return ids, [shard_record(row) for row in shards.to_pylist()]
 
     def bad_samples(self, where: str | None = None, *, limit: int | None = None) -> list[BadSample]:
         """The quarantine, or what an SQL filter over `dataset`, `shard`, `key`, `image_offset`, `reason` leaves."""
@@ -285,7 +287,7 @@ class PairStore:
             if self._lock_file is not None:
                 yield
                 return
-            with _writer_lock(self.directory, wait=wait, on_wait=on_wait) as file:
+            with writer_lock(self.directory, wait=wait, on_wait=on_wait) as file:
                 self._lock_file, self._removed = file, None
                 try:
                     self.refresh()
@@ -302,12 +304,12 @@ class PairStore:
         a few stay in memory until the commit, where they share a fragment with those of other shards.
         """
         removed = self._removed_among([pair.id for pair in pairs])
-        rows = [_pair_row(pair) for pair in pairs if pair.id not in removed]
+        rows = [pair_row(pair) for pair in pairs if pair.id not in removed]
         if record is not None:
-            rows += [*(_bad_row(record, sample) for sample in bad), _ledger_row(record)]
+            rows += [*(bad_row(record, sample) for sample in bad), ledger_row(record)]
         if not rows:
             return []
-        table = _arrow_table(rows, self._dataset.schema)
+        table = arrow_table(rows, self._dataset.schema)
         is_small = table.num_rows < SMALL_ROWS and table.nbytes < SMALL_BYTES
         return [table] if is_small else self._write_fragments(table)
 
@@ -342,7 +344,7 @@ class PairStore:
         """Add pairs outside any shard, visible at once. An old row of the same id, removed ones too, gives way."""
         if pairs:
             with self.lock():
-                table = _arrow_table([_pair_row(p) for p in pairs], self._dataset.schema)
+                table = arrow_table([pair_row(p) for p in pairs], self._dataset.schema)
                 self._commit(_id_in([p.id for p in pairs]), self._write_fragments(table))
                 self._removed = None
 
@@ -364,7 +366,7 @@ class PairStore:
                 rows = self._dataset.to_table(columns=columns, filter=self._pairs_where(condition)).to_pylist()
             if rows:
                 gone = [row["id"] for row in rows]
-                table = _arrow_table([{**row, "kind": "removed"} for row in rows], self._dataset.schema)
+                table = arrow_table([{**row, "kind": "removed"} for row in rows], self._dataset.schema)
                 self._commit(_id_in(gone), self._write_fragments(table))
                 self._removed = None
         return [row["id"] for row in rows]
@@ -511,41 +513,6 @@ class PairStore:
             vectors.append(batch.column("vector").flatten().to_numpy().reshape(-1, self.dim))
         return np.concatenate(ids), np.concatenate(vectors)
 
-    def _stored_pair(self, row: dict[str, Any]) -> StoredPair:
-        vector = row.get("vector")
-        return StoredPair(
-            id=row["id"],
-            dataset=row["dataset"],
-            source=row["source"],
-            shard=row["shard"],
-            digest=row["shard_digest"],
-            key=row["key"],
-            caption=row["caption"],
-            image=ImageLocation(
-                uri=_resolve(row["image_uri"], self.directory), offset=row["image_offset"], size=row["image_size"]
-            ),
-            sha256=row["image_sha256"],
-            width=row["width"],
-            height=row["height"],
-            dhash=row["dhash"],
-            metadata=json.loads(row["metadata"]),
-            vector=None if vector is None else np.asarray(vector, np.float32),
-            thumbnail=row.get("thumbnail"),
-        )
-
-
-def _arrow_table(rows: list[dict[str, Any]], schema: "pa.Schema") -> "pa.Table":
-    """Rows to Arrow, the vectors as one block: converting them number by number would dominate a build."""
-    import pyarrow as pa
-
-    vector = schema.field("vector")
-    columns = pa.Table.from_pylist(rows, schema=schema.remove(schema.get_field_index("vector")))
-    vectors = [row["vector"] for row in rows if row.get("vector") is not None]  # pairs come first, other rows after
-    chunks = [pa.nulls(len(rows) - len(vectors), vector.type)]
-    if vectors:
-        chunks.insert(0, pa.FixedSizeListArray.from_arrays(pa.array(np.concatenate(vectors)), type=vector.type))
-    return columns.append_column(vector, pa.chunked_array(chunks, vector.type)).select(schema.names)
-
 
 def _bad_where(where: str | None) -> str:
     return f"kind = 'bad' AND ({where})" if where else "kind = 'bad'"
@@ -570,75 +537,6 @@ def _of_shards(records: Collection[ShardRecord]) -> str | None:
     return f"kind <> 'removed' AND ({' OR '.join(named)})"
 
 
-def _resolve(uri: str, directory: Path) -> str:
-    """An image kept inside the knowledge base has a relative uri, so that the folder can be moved."""
-    return uri if not uri or "://" in uri or os.path.isabs(uri) else str(directory / uri)
-
-
-def _pair_row(pair: StoredPair) -> dict[str, Any]:
-    image = pair.image
-    if pair.image_bytes is not None:
-        image = ImageLocation(uri=f"{TABLE}.lance#image/id={pair.id}", size=len(pair.image_bytes))
-    return {
-        "kind": "pair",
-        "id": pair.id,
-        "dataset": pair.dataset,
-        "source": pair.source,
-        "shard": pair.shard,
-        "shard_digest": pair.digest,
-        "key": pair.key,
-        "caption": pair.caption,
-        "image_uri": image.uri,
-        "image_offset": image.offset,
-        "image_size": image.size,
-        "image_sha256": pair.sha256,
-        "width": pair.width,
-        "height": pair.height,
-        "dhash": pair.dhash,
-        "metadata": json.dumps(dict(pair.metadata), ensure_ascii=False),
-        "vector": pair.vector,
-        "image": pair.image_bytes,
-        "thumbnail": pair.thumbnail,
-    }
-
-
-def _shard_record(row: dict[str, Any]) -> ShardRecord:
-    return ShardRecord(
-        dataset=row["dataset"],
-        source=row["source"],
-        shard=row["shard"],
-        digest=row["shard_digest"],
-        **json.loads(row["metadata"]),
-    )
-
-
-def _ledger_row(record: ShardRecord) -> dict[str, Any]:
-    counts: dict[str, Any] = {"stamp": record.stamp, "pairs": record.pairs, "bad": record.bad, "bytes": record.bytes}
-    if record.layout:
-        counts["layout"] = record.layout
-    return {
-        "kind": "shard",
-        "dataset": record.dataset,
-        "source": record.source,
-        "shard": record.shard,
-        "shard_digest": record.digest,
-        "metadata": json.dumps(counts),
-    }
-
-
-def _bad_row(record: ShardRecord, sample: BadSample) -> dict[str, Any]:
-    return {
-        "kind": "bad",
-        "dataset": record.dataset,
-        "source": record.source,
-        "shard": record.shard,
-        "shard_digest": record.digest,
-        "key": sample.key,
-        "image_offset": sample.offset,
-        "reason": sample.reason,
-    }
-
-
 @contextmanager
 def _filter_errors(where: str | None) -> Iterator[None]:
     """Lance reports a filter it cannot read as a ValueError or an OSError; to a user it is a mistake in the query."""
@@ -649,71 +547,3 @@ def _filter_errors(where: str | None) -> Iterator[None]:
             raise
         reason = str(error).splitlines()[0].partition(", /")[0].removeprefix("Invalid user input: ")
         raise QueryError(f"cannot filter by {where!r}: {reason}") from error
-
-
-@contextmanager
-def one_sentence(directory: Path) -> Iterator[None]:
-    """A full or refusing disk becomes one sentence; a commit that failed has left the table as it was."""
-    try:
-        yield
-    except OSError as error:
-        text = str(error)
-        why = "no space is left on the disk" if "os error 28" in text or error.errno == 28 else text.splitlines()[0]
-        raise KnowledgeBaseError(
-            f"cannot write to {directory}: {why}; what was there before is unharmed, so mend that and run it again"
-        ) from error
-
-
-@contextmanager
-def _writer_lock(
-    directory: Path, *, wait: float = 0, on_wait: Callable[[str], None] = lambda owner: None
-) -> Iterator[IO[str]]:
-    """An advisory lock that the operating system drops when the process dies, however it dies."""
-    with one_sentence(directory):
-        file = open(directory / LOCK, "a+", encoding="ascii")  # noqa: SIM115 - closed below
-    with file:
-        _wait_for_lock(file, directory, wait=wait, on_wait=on_wait)
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield file
-
-
-def _wait_for_lock(file: IO[str], directory: Path, *, wait: float, on_wait: Callable[[str], None]) -> None:
-    deadline = time.monotonic() + wait
-    told = ""
-    while True:
-        try:
-            return _lock_file(file)
-        except OSError as error:
-            file.seek(0)
-            owner = file.read().strip() or "unknown"
-            if time.monotonic() >= deadline:
-                raise KnowledgeBaseError(
-                    f"{directory} is being written by process {owner}; run the command again when it has ended, or "
-                    "let it wait with --wait SECONDS"
-                ) from error
-            if owner != told:
-                on_wait(f"{directory} is being written by process {owner}; waiting for it up to {wait:.0f} s")
-                told = owner
-        time.sleep(min(POLL_SECONDS, wait))
-
-
-def _lock_file(file: IO[str]) -> None:
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        import msvcrt
-
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-    else:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-def try_lock(file: IO[str]) -> bool:
-    """Take the advisory lock of an open file, unless another process has it."""
-    try:
-        _lock_file(file)
-    except OSError:
-        return False
-    return True

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from index.atomic import write_bytes
+from index.atomic import one_sentence, write_bytes
 from index.errors import ConfigError, CorpusError
 from index.ingest.decode import KeepImages
 from index.ingest.engines import StagedShard, run_local
@@ -28,7 +28,7 @@ from index.records import ShardRecord
 from index.search.searcher import SearcherManifest
 from index.snapshots import has_snapshot
 from index.stats import folder_bytes
-from index.store import PairStore, one_sentence
+from index.store import PairStore
 
 QUARANTINE = "quarantine.jsonl"
 GROUP_ROWS = 16_384  # one commit for so many rows, or bytes in memory, or after so long: each commit costs the same

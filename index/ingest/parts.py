@@ -15,11 +15,13 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import IO, Any
 
+from index.atomic import one_sentence
 from index.errors import ConfigError, KnowledgeBaseError
 from index.ingest.engines import StagedShard
 from index.ingest.ledger import Ledger, PairName
+from index.lock import POLL_SECONDS, try_lock
 from index.records import StoredPair
-from index.store import POLL_SECONDS, PairStore, one_sentence, try_lock
+from index.store import PairStore
 
 FOLDER = "parts"  # of the knowledge base: one lock file for each part
 START_SECONDS = 60.0  # a part waits so long for those that are committing
