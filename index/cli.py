@@ -10,7 +10,9 @@ from index.commands.build import add_build
 from index.commands.change import add_changes
 from index.commands.compare import add_compare
 from index.commands.neighbors import add_neighbors
+from index.commands.plan import add_plan
 from index.commands.query import add_query
+from index.commands.verify import add_verify
 from index.commands.views import add_views
 from index.errors import UserError
 
@@ -23,12 +25,14 @@ def make_app(default_model: str | None = None) -> typer.Typer:
         no_args_is_help=True,
         pretty_exceptions_enable=False,
     )
+    add_plan(app, default_model)
     add_build(app, default_model)
     add_changes(app, default_model)
     add_query(app, default_model)
     add_compare(app, default_model)
     add_neighbors(app, default_model)
     add_views(app)
+    add_verify(app, default_model)
     return app
 
 

@@ -23,6 +23,13 @@ ModelOption = Annotated[
 WaitOption = Annotated[
     float, typer.Option("--wait", min=0, metavar="SECONDS", help="How long to wait while another process writes.")
 ]
+RamOption = Annotated[
+    str | None, typer.Option("--ram", metavar="SIZE", help="Memory a searcher may take: 16G, 800M; else most of it.")
+]
+RecallOption = Annotated[
+    float | None,
+    typer.Option("--recall", min=0.01, max=1.0, help="Share of the true ten a searcher is to find; 0.95 if not given."),
+]
 DatasetOption = Annotated[str | None, typer.Option("--dataset", help="Name of the dataset.")]
 
 

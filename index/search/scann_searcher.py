@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 _REORDER = 100  # candidates scored exactly when nothing was calibrated; more when more is asked for
 _REORDER_FACTOR = 2
+_CODE_TRAINING_ROWS = 100_000
 _PARALLEL_FROM = 32  # queries
 _MOST_IN_A_TASK = 256  # queries; larger tasks are slower, 35,000 and 18,000 a second at 256 and 1000
 _STREAM_ROWS = 1 << 16
@@ -232,11 +233,17 @@ def _build_shard(folder: Path, settings: dict[str, Any]) -> None:
     builder = import_scann().builder(vectors, 10, "dot_product")
     if settings["leaves"]:
         sample = min(len(vectors), settings["training_rows"])
-        builder = builder.tree(settings["leaves"], settings["leaves_to_search"], training_sample_size=sample)
+        builder = builder.tree(
+            settings["leaves"],
+            settings["leaves_to_search"],
+            training_sample_size=sample,
+            # Of the training rows: at ScaNN's 50, leaves that are smaller in the sample are lost, and rows with them.
+            min_partition_size=min(50, max(1, sample // settings["leaves"] // 10)),
+        )
         builder = builder.score_ah(
             settings["dims_per_block"],
             anisotropic_quantization_threshold=settings["threshold"],
-            training_sample_size=sample,
+            training_sample_size=min(sample, _CODE_TRAINING_ROWS),
         )
         if not is_kept:
             builder = builder.reorder(_REORDER)

@@ -285,7 +285,7 @@ def test_sizes_follow_the_width_of_the_vectors() -> None:
     assert {settings["leaves"] for settings in of.values()} == {1000}
     assert [of[dim]["threshold"] for dim in of] == [0.2, 0.2, 0.0707, 0.0522]
     assert [of[dim]["dims_per_block"] for dim in of] == [2, 2, 3, 4]
-    assert scann_settings(100_000_000, 512)["training_rows"] == 200_000  # bounded, however many rows
+    assert scann_settings(100_000_000, 512)["training_rows"] == 400_000  # bounded, however many rows
 
 
 def test_without_scann_there_is_one_sentence_and_lance(monkeypatch: pytest.MonkeyPatch) -> None:
