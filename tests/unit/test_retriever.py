@@ -1,6 +1,8 @@
 """The whole of a query: components, fusion, filters, what is newer than the searcher and what is gone."""
 
 import hashlib
+import re
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,9 +11,12 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from index.embedder import DeferredEmbedder
 from index.errors import KnowledgeBaseError, QueryError
 from index.records import ImageLocation, StoredPair, pair_id
+from index.search import scoring
 from index.search import view as module
+from index.search.duplicates import build_duplicates
 from index.search.fusion import best_first, fuse
 from index.search.lexical import RankBM25, build_fts
 from index.search.retriever import By, Retriever
@@ -44,6 +49,8 @@ class HashEmbedder:
 
     prepare: Any = None
     embed: Any = None
+    image_side: Any = None
+    batch_rows: Any = None
 
 
 def stored(key: str, caption: str, *, dataset: str = "toys", image: str | None = None) -> StoredPair:
@@ -357,3 +364,250 @@ def test_lists_of_different_lengths_are_refused(frozen: PairStore) -> None:
         retriever.search_many(["a", "b"], vectors=unit("a")[None])
     with pytest.raises(QueryError, match="2 texts need as many lists of excluded ids, got 1"):
         retriever.search_many(["a", "b"], exclude=[[1]])
+
+
+# Duplicates, diversity, decomposition
+
+
+def near_copies() -> list[StoredPair]:
+    """Two pictures alike to the eye, of other bytes; and a third."""
+    one, copy, other = stored("one", "red dog"), stored("copy", "red dog"), stored("other", "red dog")
+    object.__setattr__(copy, "vector", one.vector)
+    return [one, copy, other]
+
+
+def grouped_retriever(store: PairStore, folder: Path) -> Retriever:
+    searcher = exact_searcher(store)
+    return Retriever(store, searcher, HashEmbedder(), duplicates=build_duplicates(store, searcher, folder))
+
+
+@pytest.mark.parametrize("by", ["hybrid", "clip", "bm25"])
+def test_no_two_hits_are_of_one_group(tmp_path: Path, by: By) -> None:
+    retriever = grouped_retriever(make(tmp_path, near_copies()), tmp_path / "groups")
+    result = retriever.search("red dog", k=3, by=by)
+    assert len({hit.metadata["key"] for hit in result.hits} & {"one", "copy"}) == 1
+    assert len(result.hits) == 2
+    assert result.shortfall == "2 of 3 hits: 1 duplicate of shown images"
+    assert [len(hits) for hits in retriever.search_many(["red dog", "dog"], k=3, by=by)] == [2, 2]
+
+
+def test_a_row_newer_than_the_groups_is_told_apart_by_its_bytes(tmp_path: Path) -> None:
+    store = make(tmp_path, near_copies())
+    retriever = grouped_retriever(store, tmp_path / "groups")
+    same = stored("newer", "red dog", image="toys-other")
+    store.add([same])
+    hits = retriever.search("red dog", k=9).hits
+    assert len(hits) == 2
+    assert len({hit.metadata["key"] for hit in hits} & {"other", "newer"}) == 1
+    replaced = stored("copy", "red dog", image="quite another")
+    store.add([replaced])
+    assert len(retriever.search("red dog", k=9).hits) == 3, "what was replaced is in no group any more"
+
+
+@pytest.mark.parametrize("is_grouped", [True, False])
+def test_a_group_is_excluded_whole(tmp_path: Path, is_grouped: bool) -> None:
+    pairs = [*near_copies(), stored("bytes", "red dog", image="toys-one"), stored("x", "red"), stored("y", "dog")]
+    store = make(tmp_path, pairs)
+    retriever = grouped_retriever(store, tmp_path / "groups") if is_grouped else exact_retriever(store)
+    ids = {pair.key: pair.id for pair in pairs}
+    left = {"other", "x", "y"} if is_grouped else {"copy", "other", "x", "y"}
+    for name in ("one", "bytes"):
+        hits = retriever.search("red dog", k=9, exclude_group_of=[ids[name]]).hits
+        assert {hit.metadata["key"] for hit in hits} == left
+    many = retriever.search_many(["red dog", "red"], k=9, exclude=[[], [ids["x"]]], exclude_group_of=[[ids["one"]], []])
+    assert {hit.metadata["key"] for hit in many[0]} == left
+    assert ids["x"] not in {hit.id for hit in many[1]}
+    with pytest.raises(QueryError, match="1 texts need as many lists of excluded groups, got 2"):
+        retriever.search_many(["red"], exclude_group_of=[[], []])
+
+
+def test_images_without_a_digest_are_distinct(tmp_path: Path) -> None:
+    pairs = [stored(str(n), "red dog") for n in range(4)]
+    for pair in pairs:
+        object.__setattr__(pair, "sha256", None)
+    store = make(tmp_path, pairs)
+    assert len(exact_retriever(store).search("red dog", k=4).hits) == 4
+    kept = exact_retriever(store).search("red dog", k=4, exclude_group_of=[pairs[0].id]).hits
+    assert {hit.id for hit in kept} == {pair.id for pair in pairs[1:]}
+
+
+def test_diversity_reorders_the_candidates_and_off_changes_nothing(frozen: PairStore) -> None:
+    retriever = exact_retriever(frozen)
+    plain = retriever.search("red dog", k=20)
+    off = retriever.search("red dog", k=20, diversity=0.0)
+    assert off.hits == plain.hits
+    spread_out = retriever.search("red dog", k=20, diversity=0.7)
+    assert spread_out.hits[0].id == plain.hits[0].id
+    assert [hit.id for hit in spread_out.hits] != [hit.id for hit in plain.hits]
+
+    def likeness(hits: Sequence[Any]) -> float:
+        rows = np.stack([pair.vector for pair in frozen.get([hit.id for hit in hits], vectors=True)])  # type: ignore[misc]
+        return float((rows @ rows.T)[np.triu_indices(len(rows), 1)].mean())
+
+    assert likeness(spread_out.hits) < likeness(plain.hits)
+    many = retriever.search_many(["red dog", "cat"], k=20, diversity=0.7)
+    assert [hit.id for hit in many[0]] == [hit.id for hit in spread_out.hits]
+
+
+def scenes(tmp_path: Path) -> PairStore:
+    things = ["wolf", "dove", "flag of Chad", "pink heart"]
+    pairs = [stored(f"{thing} {n}", thing) for thing in things for n in range(3)]
+    return make(tmp_path, [*pairs, *corpus(60)])
+
+
+@pytest.mark.parametrize("decompose", ["phrases", "terms"])
+def test_a_prompt_of_two_things_gets_neighbours_of_both(tmp_path: Path, decompose: Any) -> None:
+    retriever = exact_retriever(scenes(tmp_path))
+    prompt = "a wolf left of a flag of Chad on a pink background"
+    for k in (2, 4):
+        result = retriever.search(prompt, k=k, by="bm25", decompose=decompose)
+        captions = [hit.caption for hit in result.hits]
+        assert captions.count("wolf") == captions.count("flag of Chad") == k // 2
+        assert all(hit.part and set(hit.caption.lower().split()) & set(hit.part.lower().split()) for hit in result.hits)
+        assert all(hit.to_json()["part"] == hit.part for hit in result.hits)
+        (many, alone) = retriever.search_many([prompt, "dove"], k=k, by="bm25", decompose=decompose)
+        assert [hit.id for hit in many] == [hit.id for hit in result.hits]
+        assert {hit.caption for hit in alone} == {"dove"}
+    assert result.parts == (["a wolf", "a flag of Chad"] if decompose == "phrases" else ["a wolf, a flag of Chad"])
+    assert "part" not in retriever.search(prompt, by="bm25").hits[0].to_json()
+
+
+@pytest.mark.parametrize("decompose", ["phrases", "terms"])
+def test_the_ground_does_not_outweigh_the_subject(tmp_path: Path, decompose: Any) -> None:
+    hits = exact_retriever(scenes(tmp_path)).search("dove on pink", k=2, by="bm25", decompose=decompose).hits
+    assert {hit.caption for hit in hits} == {"dove"}
+
+
+def test_parts_are_each_what_they_are_alone(tmp_path: Path) -> None:
+    retriever = exact_retriever(scenes(tmp_path))
+    result = retriever.search("a wolf above a dove", k=6, decompose="phrases")
+    assert result.parts == ["a wolf", "a dove"]
+    for part in result.parts:
+        alone = retriever.search(part, k=3).hits
+        own = [hit for hit in result.hits if hit.part == part]
+        assert [(hit.id, hit.score, hit.clip, hit.bm25) for hit in own] == [
+            (hit.id, hit.score, hit.clip, hit.bm25) for hit in alone
+        ]
+
+
+# Filters, thresholds, and what is told of them
+
+
+@pytest.mark.parametrize("by", ["clip", "bm25", "hybrid"])
+def test_bounds_on_the_components(frozen: PairStore, by: By) -> None:
+    retriever = exact_retriever(frozen)
+    whole = retriever.search("red dog", k=340, by=by, exact=True).hits
+    bounds = {"clip": {"min_clip": 0.1}, "bm25": {"min_bm25": 1.0}, "hybrid": {"min_clip": 0.1, "min_bm25": 1.0}}[by]
+    hits = retriever.search("red dog", k=340, by=by, exact=True, **bounds).hits  # type: ignore[arg-type]
+    assert 0 < len(hits) < len(whole)
+    expected = [
+        hit.id
+        for hit in whole
+        if (hit.clip is None or hit.clip >= bounds.get("min_clip", -1))
+        and (hit.bm25 is None or hit.bm25 >= bounds.get("min_bm25", -1))
+    ]
+    assert [hit.id for hit in hits] == expected
+    many = retriever.search_many(["red dog", "cat"], k=340, by=by, exact=True, **bounds)  # type: ignore[arg-type]
+    assert [hit.id for hit in many[0]] == expected
+
+
+@pytest.mark.parametrize(
+    ("asked", "shortfall"),
+    [
+        ({"k": 5, "where": "width = 3 AND dataset = 'birds'"}, "0 of 5 hits: the filter leaves 0 pairs"),
+        ({"k": 41, "dataset": "birds"}, "40 of 41 hits: the filter leaves 40 pairs"),
+        ({"k": 350}, "340 of 350 hits: the knowledge base has 340 pairs"),
+        ({"k": 5, "fusion": "sum", "min_score": 9.0}, "0 of 5 hits: min_score leaves out .* candidates"),
+        ({"k": 5, "by": "bm25", "text": "zebra"}, "0 of 5 hits: 0 captions share a word with the query"),
+        ({"k": 5}, None),
+    ],
+)
+def test_fewer_hits_than_asked_for_are_explained(frozen: PairStore, asked: dict[str, Any], shortfall: str) -> None:
+    result = exact_retriever(frozen).search(**{"text": "red dog", **asked})
+    if shortfall is None:
+        assert result.shortfall is None
+    else:
+        assert result.shortfall is not None
+        assert re.fullmatch(shortfall, result.shortfall)
+
+
+def test_stages_lead_from_all_pairs_to_the_hits(frozen: PairStore) -> None:
+    result = exact_retriever(frozen).search("red dog", k=3, dataset="toys", min_clip=0.0)
+    stages = {stage.stage: stage.kept for stage in result.stages}
+    assert list(stages) == ["filter", "vector", "words", "union", "thresholds", "duplicates", "k"]
+    assert (stages["filter"], stages["vector"], stages["k"]) == (300, 100, 3)
+    assert stages["union"] <= stages["vector"] + stages["words"]
+    assert stages["union"] > stages["thresholds"] >= stages["duplicates"] >= stages["k"]
+    assert (result.matching, result.examined) == (300, 300)
+    assert all(stage.ms >= 0 for stage in result.stages)
+    clocked = sum(stage.ms for stage in result.stages) + sum(
+        result.timings_ms[name] for name in ("load", "embed", "decompose")
+    )
+    assert clocked == pytest.approx(sum(result.timings_ms.values()))
+    assert result.stages[0].to_json() == {"stage": "filter", "kept": 300, "ms": round(result.stages[0].ms, 3)}
+
+
+@pytest.mark.parametrize("by", ["clip", "bm25", "hybrid"])
+@pytest.mark.parametrize("where", ["width = 2", "dataset = 'birds' AND width = 1", "width < 9"])
+def test_a_filter_however_it_is_applied_gives_the_same(
+    frozen: PairStore, by: By, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pushed down or over-fetched, small subset or large: one answer."""
+    expected = exact_retriever(frozen).search("red dog", k=12, by=by, where=where)
+    assert all(eval_where(where, hit) for hit in expected.hits)
+    for small, share in ((0, 0.0), (0, 2.0), (10**6, 0.0)):
+        monkeypatch.setattr(module, "_SMALL_SUBSET", small)
+        monkeypatch.setattr(scoring, "_WORDS_SHARE", share)
+        hits = exact_retriever(frozen).search("red dog", k=12, by=by, where=where).hits
+        assert [hit.id for hit in hits] == [hit.id for hit in expected.hits]
+
+
+def eval_where(where: str, hit: Any) -> bool:
+    row = {"width": len(hit.metadata["key"]), "dataset": hit.dataset}
+    return bool(eval(where.replace(" = ", " == ").replace("AND", "and"), {}, row))
+
+
+def test_filters_are_remembered_until_the_store_changes(store: PairStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    retriever = exact_retriever(store)
+    asked: list[str | None] = []
+    matching = store.matching_ids
+
+    def watched(where: str | None = None) -> Any:
+        asked.append(where)
+        return matching(where)
+
+    monkeypatch.setattr(store, "matching_ids", watched)
+    for _ in range(3):
+        retriever.search("red dog", where="width = 1")
+    assert asked == ["(width = 1)"]
+    store.add([stored("a", "red dog")])
+    found = retriever.search("red dog", k=60, where="width = 1").hits
+    assert pair_id("toys", "s", "a") in {hit.id for hit in found}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"text": "x", "diversity": 2.0}, "diversity lies between 0"),
+        ({"text": "x", "decompose": "words"}, "decompose is one of off, phrases, terms, got 'words'"),
+        ({"text": "x", "by": "bm25", "min_clip": 0.1}, "min_clip has no effect on a search by bm25"),
+        ({"text": "x", "by": "clip", "min_bm25": 0.1}, "min_bm25 has no effect on a search by clip"),
+        ({"text": "x", "vector": ONES, "decompose": "terms"}, "decompose splits a text"),
+    ],
+)
+@pytest.mark.usefixtures("untyped_caller")
+def test_options_without_effect_are_refused(frozen: PairStore, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(QueryError, match=message):
+        exact_retriever(frozen).search(**arguments)
+
+
+def test_loading_the_model_is_not_charged_to_the_query(frozen: PairStore) -> None:
+    def load(name: str) -> HashEmbedder:
+        time.sleep(0.2)
+        return HashEmbedder()
+
+    deferred = DeferredEmbedder(["hash"], dim=DIM, fingerprint="hash", load=load)  # type: ignore[arg-type]
+    retriever = Retriever(frozen, exact_searcher(frozen), deferred)
+    first, second = (retriever.search("red dog").timings_ms for _ in range(2))
+    assert first["load"] >= 200
+    assert second["load"] < first["load"]
