@@ -181,9 +181,9 @@ class LanceBM25:
         # Lower case may hold marks at which the term would be cut once more, so the query's own spelling is tried too.
         spelled = next((word for word in (term, *_WORD.findall(query)) if self._tokenizer(word) == [term]), term)
         (best,) = self._scan(spelled, ["caption", "_score"], where=None, limit=1).to_pylist() or [None]
-        if best is None:
+        terms = self._tokenizer(best["caption"]) if best is not None else []
+        if term not in terms:  # nobody has it, or the index is not of these captions, which `radt index verify` finds
             return 0
-        terms = self._tokenizer(best["caption"])
         saturation = self._totals.saturation(np.array([terms.count(term)]), np.array([len(terms)]))
         return round((self._totals.num_docs + 1) / math.exp(best["_score"] / saturation[0]) - 0.5)
 
