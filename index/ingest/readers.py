@@ -22,7 +22,7 @@ from index.ingest.folder_reader import find_folders, find_img2dataset_folders
 from index.ingest.lance_reader import find_lance
 from index.ingest.parquet_reader import find_parquet
 from index.ingest.shards import IMAGE_SUFFIXES, Layout, Listing, Sample, Shard, SkippedShard, beside
-from index.ingest.sources import choose, named_files, open_place
+from index.ingest.sources import choose, named_files, open_place, reachable
 from index.ingest.tar_reader import find_tars
 
 __all__ = ["IMAGE_SUFFIXES", "Layout", "Sample", "Shard", "SkippedShard", "check_source", "read"]
@@ -67,7 +67,8 @@ def read(
 def check_source(source: str) -> None:
     """CorpusError or MissingExtraError when there is nothing there, or no way to get at it."""
     fs, path = open_place(source)
-    named_files(fs, path, source)
+    with reachable(source):
+        named_files(fs, path, source)
 
 
 def _find(listing: Listing) -> Iterator[Shard | SkippedShard]:

@@ -1,11 +1,11 @@
 """What a source names: a folder, a file, or a pattern of files, on this machine, in a bucket or on a web server."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import takewhile
-from posixpath import join, relpath
+from posixpath import dirname, join, relpath
 from typing import Any
 
 from index.errors import CorpusError, MissingExtraError
@@ -16,6 +16,7 @@ WILD = re.compile(r"[*?\[]")
 BRACES = re.compile(r"\{([^{}]*)\}")
 NUMBERS = re.compile(r"^(\d+)\.\.(\d+)$")
 FILE_SUFFIXES = {"tar", "parquet", "npy", "gz", "tgz", "tfrecord"}
+LANCE = ".lance"
 FRAGMENT = re.compile(r"(?<=\.lance)#\d+$")
 
 
@@ -26,32 +27,39 @@ class Choice:
     fs: Any
     root: str
     files: Mapping[str, Info]
-    names: Sequence[str] = ()  # of files, with wildcards; none: everything
+    exact: frozenset[str] = frozenset()  # names of files
+    wild: Sequence[re.Pattern[str]] = ()  # patterns of names; without either, everything is meant
     missing: Sequence[SkippedShard] = ()
 
     def has(self, shard: Shard | SkippedShard) -> bool:
         """Whether the shard is one of those named, or has a file that is."""
         own = [join(self.root, FRAGMENT.sub("", shard.name)), *(shard.files if isinstance(shard, Shard) else ())]
-        return not self.names or any(_matches(path, self.names) for path in own)
+        is_all = not self.exact and not self.wild
+        return is_all or any(path in self.exact or any(name.match(path) for name in self.wild) for path in own)
 
 
 def choose(source: str) -> Choice:
     """The files of a folder, of a file's folder or of a pattern. CorpusError when there is nothing."""
+    from fsspec.utils import glob_translate
+
     fs, path = open_place(source)
-    names = named_files(fs, path, source)
-    if not names:
-        return Choice(fs=fs, root=path, files=_files_below(fs, path, path, depth=None))
-    root = _common_folder(names)
-    if path.endswith(".lance"):
-        files = _files_below(fs, path, root, depth=None)
-    elif _is_web(fs):
-        files = _files_named(fs, names)
-    else:
-        depths = [None if "**" in name else name[len(root) :].count("/") for name in names]
-        files = _files_below(fs, root, root, depth=None if None in depths else max(filter(None, depths)))
-    exact = [name for name in names if not WILD.search(name) and not name.endswith(".lance")]
-    missing = [SkippedShard(name=relpath(name, root), reason="it is not there") for name in exact if name not in files]
-    return Choice(fs=fs, root=root, files=files, names=names, missing=missing)
+    with reachable(source):
+        names = named_files(fs, path, source)
+        if not names:
+            return Choice(fs=fs, root=path, files=_files_below(fs, path, path, depth=None))
+        is_there = len(names) == 1 and fs.exists(path)  # a name that looks like a pattern, perhaps
+        root = dirname(path) if is_there else _common_folder(names)
+        files = _files_named(fs, names) if _is_web(fs) else _files_around(fs, root, names, is_there=is_there)
+    exact = frozenset(name for name in names if is_there or not WILD.search(name))
+    lost = sorted(name for name in exact - files.keys() if not name.endswith(LANCE))
+    return Choice(
+        fs=fs,
+        root=root,
+        files=files,
+        exact=exact,
+        wild=[re.compile(glob_translate(name)) for name in names if name not in exact],
+        missing=[SkippedShard(name=relpath(name, root), reason="it is not there") for name in lost],
+    )
 
 
 def open_place(source: str) -> tuple[Any, str]:
@@ -70,6 +78,18 @@ def open_place(source: str) -> tuple[Any, str]:
     return fs, path.rstrip("/") or "/"
 
 
+@contextmanager
+def reachable(source: str) -> Iterator[None]:
+    """CorpusError for whatever a storage client raises when it does not get at the source."""
+    try:
+        yield
+    except (CorpusError, MemoryError):
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise CorpusError(f"{source!r} cannot be reached ({reason}); check the address and your credentials") from error
+
+
 def named_files(fs: Any, path: str, source: str) -> list[str]:
     """The files that a source names, wildcards left in; none when it is a folder. CorpusError when it is nothing."""
     if _is_web(fs):
@@ -77,7 +97,7 @@ def named_files(fs: Any, path: str, source: str) -> list[str]:
         if WILD.search(path):
             raise CorpusError(f"{source!r} cannot be listed; name the files with {{000..012}} instead of a wildcard")
         return names if suffix_of(path) in FILE_SUFFIXES else []
-    if fs.isfile(path) or (path.endswith(".lance") and fs.isdir(path)):
+    if fs.isfile(path) or (path.endswith(LANCE) and fs.isdir(path)):
         return [path]
     if fs.exists(path):
         return []
@@ -116,22 +136,6 @@ def _common_folder(names: Sequence[str]) -> str:
     return "/".join(takewhile(lambda part: not WILD.search(part), common)) or "/"
 
 
-def _matches(path: str, names: Sequence[str]) -> bool:
-    return path in _exact(tuple(names)) or any(pattern.match(path) for pattern in _wild(tuple(names)))
-
-
-@lru_cache(maxsize=2)
-def _exact(names: tuple[str, ...]) -> frozenset[str]:
-    return frozenset(names)
-
-
-@lru_cache(maxsize=2)
-def _wild(names: tuple[str, ...]) -> list[re.Pattern[str]]:
-    from fsspec.utils import glob_translate
-
-    return [re.compile(glob_translate(name)) for name in names if WILD.search(name)]
-
-
 # Listing files
 
 
@@ -140,6 +144,15 @@ def _files_below(fs: Any, folder: str, root: str, *, depth: int | None) -> dict[
     found = fs.find(folder, maxdepth=depth, detail=True).items()
     checked = ((path, _file_info(fs, path, info)) for path, info in found if not _is_hidden(relpath(path, root)))
     return {path: info for path, info in checked if info is not None}
+
+
+def _files_around(fs: Any, root: str, names: Sequence[str], *, is_there: bool) -> dict[str, Info]:
+    """The files of a folder, as deep as `names` go; a Lance table is a folder itself."""
+    if is_there and names[0].endswith(LANCE):
+        return _files_below(fs, names[0], root, depth=None)
+    is_deep = any("**" in name or name.endswith(LANCE) for name in names)
+    depth = None if is_deep else max(relpath(name, root).count("/") + 1 for name in names)
+    return _files_below(fs, root, root, depth=depth)
 
 
 def _files_named(fs: Any, names: Sequence[str]) -> dict[str, Info]:

@@ -82,6 +82,15 @@ def test_patterns_over_folders(tmp_path: Path) -> None:
     assert names_of(tmp_path / "{b,c}" / "**" / "*.tar") == ["b/x.tar", "c/d/x.tar"]
 
 
+def test_patterns_of_lance_tables(tmp_path: Path) -> None:
+    import lance
+
+    for name in "ab":
+        lance.write_dataset(pa.table({"image": [encode(draw(1))], "text": ["x"]}), str(tmp_path / f"{name}.lance"))
+    assert names_of(tmp_path / "*.lance") == ["a.lance#0", "b.lance#0"]
+    assert names_of(tmp_path / "{b,c}.lance") == ["b.lance#0"]
+
+
 def test_what_a_pattern_names_and_is_not_there(tmp_path: Path) -> None:
     write_tar(tmp_path / "0.tar", sample(1))
     found = list(read(str(tmp_path / "{0..2}.tar")))
@@ -97,6 +106,9 @@ def test_a_name_that_looks_like_a_pattern(tmp_path: Path) -> None:
     write_tar(tmp_path / "{0..1}" / "a[1].tar", sample(1))
     assert names_of(tmp_path / "{0..1}") == ["a[1].tar"]
     assert names_of(tmp_path / "{0..1}" / "a[1].tar") == ["a[1].tar"]
+    write_tar(tmp_path / "[2026]" / "a.tar", sample(1))
+    write_tar(tmp_path / "2" / "a.tar", sample(1))
+    assert [(s.name, s.dataset) for s in shards_of(tmp_path / "[2026]" / "a.tar")] == [("a.tar", "[2026]")]
 
 
 def test_links_are_followed_and_what_is_no_file_is_not_opened(tmp_path: Path) -> None:
@@ -276,6 +288,18 @@ def test_other_layouts_in_a_bucket(tmp_path: Path, bucket: Any) -> None:
         for pair in samples:
             if isinstance(pair, Pair) and pair.encoded is not None:
                 assert pair.image.read() == pair.encoded
+
+
+def test_a_bucket_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    import s3fs
+
+    s3fs.S3FileSystem.clear_instance_cache()
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    with pytest.raises(CorpusError, match=r"'s3://pets/x' cannot be reached \(.+\); check the address"):
+        check_source("s3://pets/x")
 
 
 def test_a_bucket_that_is_not_there(bucket: Any) -> None:
