@@ -156,7 +156,7 @@ class KnowledgeBase:
         """`search`, with where the time went."""
         try:
             return self.retriever.search(text, **asked)
-        except OSError:
+        except (OSError, ValueError, KnowledgeBaseError):  # Lance has no error of its own for a missing file
             if not self._is_outdated():
                 raise
             return self.retriever.search(text, **asked)  # a compaction has deleted a file that was being read

@@ -543,7 +543,8 @@ def _filter_errors(where: str | None) -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        if where is None or (isinstance(error, OSError) and "Invalid user input" not in str(error)):
+        is_mistake = not isinstance(error, OSError) or "Invalid user input" in str(error)
+        if where is None or not is_mistake or "Not found: " in str(error):
             raise
         reason = str(error).splitlines()[0].partition(", /")[0].removeprefix("Invalid user input: ")
         raise QueryError(f"cannot filter by {where!r}: {reason}") from error

@@ -545,7 +545,7 @@ def test_a_query_whose_files_a_compaction_deleted_is_asked_again(
     def too_late(retriever: Retriever, *args: object, **kwargs: object) -> object:
         if not failed:
             failed.append(compact(kb))
-            raise OSError("LanceError(IO): Not found: data/1.lance")
+            raise pa.ArrowInvalid("External error: LanceError(IO): Not found: data/1.lance")
         return search(retriever, *args, **kwargs)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Retriever, "search", too_late)

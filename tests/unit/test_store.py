@@ -191,3 +191,38 @@ def test_indices_change_no_answer(store: PairStore) -> None:
         store.remove([d.id])
         assert [row.digest for row in store.get([a.id])] == ["d0"]
         store.index_ids(min_rows=1)
+
+
+def test_a_missing_file_is_not_taken_for_a_mistake_in_the_filter(store: PairStore) -> None:
+    store.add([stored("a")])
+    for path in (store.directory / "pairs.lance" / "data").iterdir():
+        path.unlink()
+    with pytest.raises((OSError, ValueError), match="Not found"):
+        store.captions("caption LIKE '%cat%'")
+
+
+def test_several_shards_in_one_commit_each_replace_their_own_rows(store: PairStore) -> None:
+    names = [f"{number}.tar" for number in range(3)]
+    for digest in ("d0", "d1"):
+        entries = [record(shard=name, digest=digest, pairs=1) for name in names]
+        staged = [(entry, store.stage([stored(digest, shard=entry.shard)], record=entry)) for entry in entries]
+        before = store.version
+        store.commit_shards(staged, replaced=entries if digest == "d1" else [])
+        assert store.version == before + 1
+    assert sorted((each.shard, each.digest) for each in store.shards()) == [(name, "d1") for name in names]
+    assert sorted(row.key for row in store.get(store.matching_ids())) == ["d1"] * 3
+    store.drop_shards([record(shard="1.tar")])
+    assert sorted(row.shard for row in store.get(store.matching_ids())) == ["0.tar", "2.tar"]
+    store.drop_shards([])
+
+
+def test_the_copy_of_an_image_is_found_by_its_id(store: PairStore) -> None:
+    pair = stored("a")
+    values = {name: getattr(pair, name) for name in StoredPair.__slots__}
+    store.add([StoredPair(**values | {"image_bytes": b"PNG", "thumbnail": b"JPG", "dhash": -5})])
+    (row,) = store.get([pair.id], thumbnails=True)
+    assert row.image == ImageLocation(uri=f"{store.directory}/pairs.lance#image/id={pair.id}", size=3)
+    assert (row.dhash, row.thumbnail, row.image_bytes) == (-5, b"JPG", None)
+    store.add([StoredPair(**values | {"image": ImageLocation(uri=""), "sha256": None, "width": None, "height": None})])
+    (row,) = store.get([pair.id])
+    assert (row.image.uri, row.sha256, row.width) == ("", None, None)
