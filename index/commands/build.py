@@ -13,6 +13,8 @@ from index.commands.options import (
     JsonOption,
     KbOption,
     ModelOption,
+    RamOption,
+    RecallOption,
     WaitOption,
     names,
     print_json,
@@ -67,6 +69,8 @@ def add_build(app: typer.Typer, default_model: str | None) -> None:
         max_bad_fraction: Annotated[
             float, typer.Option(min=0.0, max=1.0, help="Share of bad samples above which the build fails.")
         ] = 0.1,
+        recall: RecallOption = None,
+        ram: RamOption = None,
         seed: Annotated[int, typer.Option(help="Seed of the searcher's training.")] = 0,
         prune: Annotated[
             bool, typer.Option("--prune/--no-prune", help="Take out pairs of shards that the sources no longer have.")
@@ -80,10 +84,13 @@ def add_build(app: typer.Typer, default_model: str | None) -> None:
         from index.ingest.decode import KeepImages
         from index.ingest.meter import Meter
         from index.ingest.parts import Part
+        from index.search.sizes import parse_bytes
 
         config = BuildConfig(
             dataset=dataset,
             searcher=searcher,
+            recall=recall,
+            ram=parse_bytes(ram) if ram else None,
             allow_partial=allow_partial,
             max_bad_fraction=max_bad_fraction,
             engine=engine,
@@ -152,6 +159,8 @@ def _print_report(report: "BuildReport") -> None:
         "waiting": _waiting(report),
     }
     print_table(report.kb, list(rows.items()))
+    if report.warning:
+        say(f"warning: {report.warning}")
     for shard in report.skipped:
         print(f"skipped {shard.name}: {shard.reason}", file=sys.stderr)
 

@@ -42,6 +42,8 @@ class BuildConfig:
 
     dataset: str | None = None  # None: named after the source's folder
     searcher: SearcherChoice = "auto"
+    recall: float | None = None  # of the searcher; None: as it was built before, 0.95 at first
+    ram: int | None = None  # bytes the searcher may take; None: as before, most of the machine's at first
     allow_partial: bool = False  # take shards that are not complete
     max_bad_fraction: float = 0.1  # of the samples of these sources
     engine: Literal["local", "ray"] = "local"
@@ -56,6 +58,8 @@ class BuildConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.max_bad_fraction <= 1:
             raise ConfigError(f"max_bad_fraction is a share of 1, got {self.max_bad_fraction}")
+        if self.recall is not None and not 0 < self.recall <= 1:
+            raise ConfigError(f"recall is a share of 1, got {self.recall}")
         if self.workers is not None and self.workers < 1:
             raise ConfigError(f"workers must be at least 1, got {self.workers}")
         if not self.wait >= 0:
@@ -86,6 +90,7 @@ class BuildReport:
     bytes: int  # of the knowledge base on disk
     searcher: str | None  # None after a part: the searcher is built when all of them are in
     recall_at_10: float | None
+    warning: str  # a sentence when the searcher does not reach the recall that was asked for
     snapshot: int
 
     def to_json(self) -> dict[str, Any]:
@@ -164,6 +169,7 @@ def build(
         bytes=folder_bytes(kb.directory),
         searcher=searcher.kind if searcher else None,
         recall_at_10=searcher.recall_at_10 if searcher else None,
+        warning=searcher.warning if searcher else "",
         snapshot=kb.store.version,
     )
 
@@ -176,7 +182,7 @@ def _finish(
         tally.pruned = _prune(kb.store, ledger, sources, tally)
     _write_quarantine(kb.store)
     _check_quality(kb.store, ledger.met(), config, tally)
-    searcher = kb.build_search(config.searcher, seed=config.seed, may_lag=True)
+    searcher = kb.build_search(config.searcher, seed=config.seed, may_lag=True, recall=config.recall, ram=config.ram)
     if tally.done or tally.pruned or not has_snapshot(kb.store):
         kb.tag_build()
     return searcher
