@@ -273,6 +273,7 @@ def _connected(address: str | None) -> Iterator[None]:
 
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing is reported to anybody
+    "RAY_DEDUP_LOGS_SKIP_REGEX": ".*",  # else it prints pages to stdout when a machine dies
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # else it warns of a change to come
 }
 
