@@ -41,7 +41,7 @@ def find_img2dataset_folders(listing: Listing) -> Iterator[Shard]:
     for folder, paths in folders.items():
         if dirname(folder) in marked and basename(folder).isdigit() and any(map(_is_image, paths)):
             table = folder + ".parquet"
-            files = listing.take([*paths, table])
+            files = listing.take([*paths, table, folder + "_stats.json"])
             contents = FolderContents(folder, (), table if table in files else None)
             yield listing.shard(folder, "img2dataset files", files, contents)
 
@@ -183,13 +183,14 @@ def _metadata_rows(fs: Any, path: str, mark: str) -> Mapping[str, Mapping[str, A
 
 
 def _json_lines(path: str, content: bytes) -> dict[str, dict[str, Any]]:
-    rows, first_bad = {}, 0
+    rows: dict[str, dict[str, Any]] = {}
+    first_bad = 0
     for number, line in enumerate(content.decode("utf-8", "replace").splitlines(), start=1):
         if not line.strip():
             continue
         try:
             row = parse_json(line)
-            rows[str(row.pop("file_name"))] = row
+            rows.setdefault(str(row.pop("file_name")), row)  # the first of two is taken, as everywhere
         except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
             first_bad = first_bad or number
     if first_bad and not rows:
@@ -199,12 +200,12 @@ def _json_lines(path: str, content: bytes) -> dict[str, dict[str, Any]]:
 
 def _csv_rows(path: str, content: bytes) -> dict[str, dict[str, Any]]:
     reader = csv.DictReader(io.StringIO(content.decode("utf-8-sig", "replace")))
-    rows = {}
+    rows: dict[str, dict[str, Any]] = {}
     try:
         if "file_name" not in (reader.fieldnames or ()):
             raise CorpusError(f"{path} has no column file_name, which ties a row to its image; add one")
         for row in reader:
-            rows[row["file_name"]] = {k: v for k, v in row.items() if k not in {None, "file_name"}}
+            rows.setdefault(row["file_name"], {k: v for k, v in row.items() if k not in {None, "file_name"}})
     except csv.Error as error:
         if not rows:
             raise CorpusError(f"{path} is not a csv file ({error}); mend or remove it") from error

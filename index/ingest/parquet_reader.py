@@ -9,7 +9,7 @@ from typing import Any
 
 from index.errors import CorpusError
 from index.ingest.columns import Rows, find_columns, row_samples
-from index.ingest.shards import Layout, Listing, Sample, Shard, SkippedShard, open_anywhere
+from index.ingest.shards import Layout, Listing, Sample, Shard, SkippedShard, beside, open_anywhere
 
 BATCH_ROWS = 32
 BATCH_BYTES = 64 << 20  # of rows in memory at once, as far as their sizes are known
@@ -22,7 +22,7 @@ def find_parquet(listing: Listing) -> Iterator[Shard | SkippedShard]:
     for paths in listing.folders().values():
         first: Layout | None = None
         for number, path in enumerate(p for p in paths if p.endswith(".parquet")):
-            files = listing.take([path])
+            files = listing.take([path, beside(path, "_stats.json")])
             try:
                 layout = first if first and number >= LOOKED_AT else _layout(listing.fs, path)
             except CorpusError as error:
@@ -84,7 +84,7 @@ def open_table(fs: Any, path: str) -> Iterator[Any]:
 
 
 def table_rows(table: Any, names: Sequence[str]) -> Iterator[Rows | DamagedTableError]:
-    """These columns of a ParquetFile, a few rows at a time; where a row group is damaged, the next one follows."""
+    """These columns of a ParquetFile, a few rows at a time; after a damaged row group comes the next."""
     first = 0
     for group in range(table.num_row_groups):
         about = table.metadata.row_group(group)
@@ -99,6 +99,8 @@ def table_rows(table: Any, names: Sequence[str]) -> Iterator[Rows | DamagedTable
         except Exception as error:
             yield damaged(f"row group {group} is damaged: rows {at} to {first + about.num_rows - 1} are lost", error)
         first += about.num_rows
+    if first != table.metadata.num_rows:
+        yield DamagedTableError(f"the file should have {table.metadata.num_rows} rows, and its row groups have {first}")
 
 
 def as_rows(batch: Any) -> list[Mapping[str, Any] | None]:

@@ -30,14 +30,14 @@ LIMITS = {**dict.fromkeys(IMAGE_SUFFIXES, MAX_IMAGE_BYTES), "txt": MAX_TEXT_BYTE
 
 
 def find_tars(listing: Listing) -> Iterator[Shard | SkippedShard]:
-    """Every tar is a shard; img2dataset's table of it, which also lists what it could not download, belongs to it."""
+    """Every tar is a shard; img2dataset's stats and its table, which also lists what failed, belong to it."""
     for paths in listing.folders().values():
         is_img2dataset = any(IMG2DATASET_MARK.match(basename(path)) for path in paths)
         layout: Layout = "img2dataset tars" if is_img2dataset else "webdataset tars"
         for path in paths:
             if path.endswith(".tar"):
                 table = beside(path, ".parquet")
-                files = listing.take([path, table])
+                files = listing.take([path, table, beside(path, "_stats.json")])
                 yield listing.shard(path, layout, files, TarContents(path, table if table in files else None))
             elif path.endswith(COMPRESSED):
                 listing.take([path])
