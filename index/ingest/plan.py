@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
+from posixpath import dirname
 from typing import Any, Literal
 
 import numpy as np
@@ -25,7 +26,7 @@ from index.ingest.decode import Decoded, KeepImages, decode_chunk
 from index.ingest.engines import stored_pair
 from index.ingest.meter import STAGES, Stage
 from index.ingest.readers import Shard, SkippedShard, read
-from index.ingest.shards import IMAGE_SUFFIXES, Sample, suffix_of
+from index.ingest.shards import IMAGE_SUFFIXES, Sample, beside, suffix_of
 from index.knowledge_base import CALIBRATION_CAPTIONS, SearcherChoice
 from index.records import BadSample, Pair, ShardRecord
 from index.search.searcher import DEFAULT_RECALL
@@ -236,11 +237,8 @@ def count_sources(sources: Sequence[str], *, allow_partial: bool = False) -> tup
 
 def _pairs_in(shard: Shard) -> int | None:
     """What can be told without reading the samples; None when that is nothing."""
-    for path in shard.files:
-        if path.endswith("_stats.json"):
-            with shard.fs.open(path, "rb") as file:
-                successes = json.loads(file.read()).get("successes")
-            return int(successes) if successes is not None else None
+    if shard.is_img2dataset:
+        return _successes(shard)
     parquet = [path for path in shard.files if path.endswith(".parquet")]
     if parquet:
         import pyarrow.parquet
@@ -249,6 +247,18 @@ def _pairs_in(shard: Shard) -> int | None:
             return int(pyarrow.parquet.read_metadata(file).num_rows)
     images = sum(suffix_of(path) in IMAGE_SUFFIXES for path in shard.files)
     return images or None
+
+
+def _successes(shard: Shard) -> int | None:
+    """What img2dataset's stats say; its Parquet file beside a tar would count the failures too."""
+    path = beside(next(iter(shard.files)), "_stats.json")
+    if shard.layout == "img2dataset files":
+        path = beside(dirname(next(iter(shard.files))), "_stats.json")
+    try:
+        with shard.fs.open(path, "rb") as file:
+            return int(json.loads(file.read())["successes"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 # Probing

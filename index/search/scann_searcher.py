@@ -10,6 +10,7 @@ import os
 import re
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -47,6 +48,7 @@ _PARALLEL_FROM = 32  # queries
 _MOST_IN_A_TASK = 256  # queries; larger tasks are slower, 35,000 and 18,000 a second at 256 and 1000
 _STREAM_ROWS = 1 << 16
 _VECTORS = "vectors.npy"  # the exact ones, when ScaNN itself does not keep them
+_STDERR = threading.Lock()  # there is one for the whole process
 _CHATTER = re.compile(rb"^([IW]\d{4} |WARNING: All log messages before absl)")
 
 
@@ -294,7 +296,7 @@ def _processors() -> int:
 def _quiet() -> Iterator[None]:
     """Keep what ScaNN's C++ chats to stderr (lines of absl's I and W levels) from the user; all else is passed on."""
     sys.stderr.flush()
-    with tempfile.TemporaryFile() as heard:
+    with _STDERR, tempfile.TemporaryFile() as heard:
         saved = os.dup(2)
         os.dup2(heard.fileno(), 2)
         try:
