@@ -1,6 +1,6 @@
 """A large, cheap corpus in img2dataset's layout, for benchmarks: generated captions, small painted pictures.
 
-    python tools/make_pairs.py OUT --num 1000000 [--size 32] [--shard 10000] [--seed 0] [--processes 2]
+    python tools/make_pairs.py OUT --num 1000000 [--size 32] [--shard 10000] [--seed 0] [--processes 2] [--jpeg]
 
 Captions have 5 to 15 words: nouns by Zipf's law out of 30,000, a quarter of them with two subjects, a few with a term
 that hardly another one has. A picture is painted from its caption's words, so other words make another picture. One
@@ -150,12 +150,12 @@ def _figure(
     )
 
 
-def encoded_picture(seed: int, number: int, size: int) -> tuple[str, bytes]:
-    """File suffix and bytes; every fifth picture is a PNG."""
-    number = picture_number(seed, number)
-    image = paint(scene(seed, number), size, Random(f"{seed} paint {number}"))
+def encoded_picture(recipe: dict[str, int], number: int) -> tuple[str, bytes]:
+    """File suffix and bytes; every fifth picture is a PNG unless all are to be JPEG."""
+    seed, number = recipe["seed"], picture_number(recipe["seed"], number)
+    image = paint(scene(seed, number), recipe["size"], Random(f"{seed} paint {number}"))
     buffer = io.BytesIO()
-    if number % 5 == 0:
+    if number % 5 == 0 and not recipe.get("jpeg"):
         image.save(buffer, "PNG", compress_level=1)
         return "png", buffer.getvalue()
     image.save(buffer, "JPEG", quality=85)
@@ -169,7 +169,7 @@ def write_shard(work: Work) -> int:
     rows = []
     with new_file(work.out / f"{work.shard:05d}.tar") as partial, open(partial, "wb") as file:
         for number in range(first, min(first + recipe["shard"], recipe["num"])):
-            suffix, encoded = encoded_picture(recipe["seed"], number, recipe["size"])
+            suffix, encoded = encoded_picture(recipe, number)
             row = _record(f"{work.shard:05d}{number - first:04d}", number, encoded, recipe)
             rows.append(row)
             for ending, content in ((suffix, encoded), ("txt", row["caption"].encode()), ("json", _json(row))):
@@ -239,9 +239,11 @@ def main() -> None:
     parser.add_argument("--shard", type=int, default=10_000, help="pairs in a shard")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=multiprocessing.cpu_count())
+    parser.add_argument("--jpeg", action="store_true", help="no PNG among them")
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
     recipe = {"num": asked.num, "size": asked.size, "shard": asked.shard, "seed": asked.seed}
+    recipe |= {"jpeg": 1} if asked.jpeg else {}
     todo = unfinished(asked.out, recipe)
     started, written = time.perf_counter(), 0
     with multiprocessing.Pool(asked.processes) as pool:
