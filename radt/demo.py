@@ -107,7 +107,7 @@ def _drop_if_of_another_model(directory: Path, embedder: "ClipEmbedder", say: Sa
 
 def query(kb: KnowledgeBase, page: Path, say: Say) -> Path:
     """Look one description up and show what is found on a page of its own."""
-    from index.search.explain import write_contact_sheet
+    from index.search.contact_sheet import write_contact_sheet
 
     result = kb.query(QUERY, k=QUERY_HITS)
     write_contact_sheet(page, QUERY, result.hits, timings_ms=result.timings_ms)

@@ -1,19 +1,67 @@
 """`radt index query`."""
 
-from collections.abc import Sequence
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import typer
 
-from index.commands.options import JsonOption, KbsOption, ModelOption, open_all_for_query, print_json
+from index.commands.options import JsonOption, KbsOption, ModelOption, open_all_for_query, print_json, read_lines
 from index.errors import QueryError
 
 if TYPE_CHECKING:
     from index.knowledge_base import KnowledgeBase
-    from index.records import Hit
+    from index.search.explain import ExactDifference, WhyNot
     from index.search.joined import JoinedKnowledgeBase
     from index.search.retriever import SearchResult
+
+    Base: TypeAlias = KnowledgeBase | JoinedKnowledgeBase
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Question:
+    """What is looked for: its name for people, its words, and what stands in for them on the CLIP side."""
+
+    label: str
+    text: str | None = None
+    asked: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    """A question, what was found, which words earned each hit's bm25, and what was asked about that."""
+
+    question: Question
+    result: "SearchResult"
+    terms: list[dict[str, float]]
+    exact: "ExactDifference | None" = None
+    why_not: "WhyNot | None" = None
+
+    def to_json(self, head: Mapping[str, Any], *, is_explained: bool) -> dict[str, Any]:
+        """As DESIGN fixes it, and what was asked for beyond that."""
+        hits = [hit.to_json() for hit in self.result.hits]
+        document = {
+            "query": self.question.label,
+            **head,
+            "timings_ms": {name: round(ms, 3) for name, ms in self.result.timings_ms.items()},
+            "hits": hits,
+        }
+        if self.result.shortfall:
+            document["shortfall"] = self.result.shortfall
+        if self.result.parts:
+            document["parts"] = self.result.parts
+        if self.exact is not None:
+            document["exact"] = self.exact.to_json()
+        if self.why_not is not None:
+            document["why_not"] = self.why_not.to_json()
+        if is_explained:
+            document["stages"] = [stage.to_json() for stage in self.result.stages]
+            for hit, found, terms in zip(hits, self.result.hits, self.terms, strict=True):
+                hit["terms"] = terms
+                hit["ranks"] = {name: self.result.rank(name, found.id) for name in ("vector", "words")}
+        return document
 
 
 def add_query(app: typer.Typer, default_model: str | None) -> None:
@@ -30,72 +78,150 @@ def add_query(app: typer.Typer, default_model: str | None) -> None:
             Path | None, typer.Option(exists=True, dir_okay=False, help="Look for what is like it.")
         ] = None,
         pair: Annotated[int | None, typer.Option("--id", help="Look for what is like this pair.")] = None,
+        is_random: Annotated[
+            bool, typer.Option("--random/--no-random", help="Look for what is like a pair drawn at random.")
+        ] = False,
+        seed: Annotated[int | None, typer.Option(min=0, help="Seed of --random; drawn and told if not given.")] = None,
+        vector: Annotated[
+            Path | None, typer.Option(exists=True, dir_okay=False, help="Look for what is near the vector in a .npy.")
+        ] = None,
+        queries: Annotated[
+            Path | None, typer.Option(exists=True, dir_okay=False, help="Ask every line of this file.")
+        ] = None,
         where: Annotated[str | None, typer.Option(help="An SQL filter: width >= 256.")] = None,
         dataset: Annotated[list[str] | None, typer.Option(help="Only pairs of this dataset, or of these.")] = None,
         min_score: Annotated[float | None, typer.Option(help="Lowest score of a hit.")] = None,
-        exact: Annotated[bool, typer.Option("--exact/--no-exact", help="Compare every pair.")] = False,
-        why_not: Annotated[int | None, typer.Option(help="Say why this pair is not a hit.")] = None,
-        html: Annotated[Path | None, typer.Option(help="Write a contact sheet.")] = None,
+        min_clip: Annotated[float | None, typer.Option(help="Lowest CLIP score of a hit.")] = None,
+        min_bm25: Annotated[float | None, typer.Option(help="Lowest BM25 score of a hit.")] = None,
+        diversity: Annotated[
+            float, typer.Option(min=0.0, max=1.0, help="Prefer hits unlike those above: 0 off, 1 at any cost.")
+        ] = 0.0,
+        decompose: Annotated[
+            Literal["off", "phrases", "terms"], typer.Option(help="Find neighbours of every thing that the text names.")
+        ] = "off",
+        exact: Annotated[
+            bool, typer.Option("--exact/--no-exact", help="Compare every pair, and show what that changes.")
+        ] = False,
+        why_not: Annotated[int | None, typer.Option(help="Say which stage lost this pair.")] = None,
+        explain: Annotated[
+            bool, typer.Option("--explain/--no-explain", help="Show the stages with their times, and who searched.")
+        ] = False,
+        html: Annotated[Path | None, typer.Option(help="Write a page: click a hit for all that is known.")] = None,
         snapshot: Annotated[
             str | None, typer.Option(help="Search the state that a build left: build-2. `stats` lists them.")
         ] = None,
         model: ModelOption = None,
         as_json: JsonOption = False,
     ) -> None:
-        """Find the best pairs for a text, an image, or a pair."""
-        if text is None and image is None and pair is None:
-            raise typer.BadParameter("give a TEXT, an --image or an --id to look for")
+        """Find the best pairs for a text, an image, a pair or a vector, and see why."""
+        from index.commands.query_tables import print_answer, print_answers
+
+        ways = sum((image is not None, pair is not None, is_random, vector is not None, queries is not None))
+        if ways > 1 or (text is None and not ways) or (text is not None and queries is not None):
+            raise typer.BadParameter("give a TEXT, or one of --image, --id, --random, --vector and --queries")
+        if queries is not None and (html is not None or why_not is not None):
+            raise typer.BadParameter("--html and --why-not are about one query, not about --queries")
         base = open_all_for_query(kbs, model, default_model, snapshot=snapshot)
-        asked: dict[str, Any] = {"by": by, "fusion": fusion, "where": where, "dataset": dataset, "exact": exact}
-        asked.update(k=k, min_score=min_score)
-        if image is not None:
-            asked["image"] = _open_image(image)
-        if pair is not None:
-            asked.update(vector=base.show(pair).vector, exclude=[pair])
-        result = base.query(text, **asked)
-        document = {
-            "query": text if text is not None else str(image or pair),
-            "kb": kbs[0] if len(kbs) == 1 else kbs,
-            "snapshot": base.store.version,
-            "timings_ms": {name: round(ms, 3) for name, ms in result.timings_ms.items()},
-            "hits": [hit.to_json() for hit in result.hits],
-        }
-        if why_not is not None:
-            from index.search.explain import why_not as explain
-
-            document["why_not"] = explain(base.retriever, why_not, text, **asked)
+        asked: dict[str, Any] = {"k": k, "by": by, "fusion": fusion, "where": where, "dataset": dataset}
+        asked |= {"min_score": min_score, "min_clip": min_clip, "min_bm25": min_bm25}
+        asked |= {"diversity": diversity, "decompose": decompose}
+        if queries is not None:
+            questions = [Question(label=line, text=line) for line in read_lines(queries)]
+        elif pair is not None or is_random:
+            questions = [_like_a_pair(base, pair, text=text, seed=seed)]
+        else:
+            questions = [_question(base, text, image=image, vector=vector)]
+        answers = [_answer(base, question, asked, exact=exact, why_not=why_not) for question in questions]
+        head = {"kb": kbs[0] if len(kbs) == 1 else kbs, "snapshot": base.store.version}
+        facts = _facts(base) if explain else {}
         if html is not None:
-            words = text if by in ("hybrid", "bm25") else None
-            title, kb = str(document["query"]), " + ".join(kbs)
-            _write_html(html, base, result, kb=kb, title=title, words=words, image=asked.get("image"))
-        print_json(document) if as_json else _print_hits(result.hits, document)
+            _write_page(html, base, answers[0], kbs)
+        if queries is not None:
+            several = [answer.to_json({}, is_explained=explain) for answer in answers]
+            print_json({**head, "queries": several, **facts}) if as_json else print_answers(answers)
+        elif as_json:
+            print_json({**answers[0].to_json(head, is_explained=explain), **facts})
+        else:
+            print_answer(answers[0], head, facts)
 
 
-def _write_html(
-    path: Path,
-    base: "KnowledgeBase | JoinedKnowledgeBase",
-    result: "SearchResult",
-    *,
-    kb: str,
-    title: str,
-    words: str | None,
-    image: Any,
-) -> None:
-    from index.search.explain import write_contact_sheet
+def _question(base: "Base", text: str | None, *, image: Path | None, vector: Path | None) -> Question:
+    """By words, by a picture or a vector, or by words and one of those."""
+    if vector is not None:
+        asked = {"vector": _read_vector(vector, dim=base.manifest.dim)}
+        return Question(label=text or str(vector), text=text, asked=asked)
+    if image is not None:
+        return Question(label=text or str(image), text=text, asked={"image": _open_image(image)})
+    return Question(label=text or "", text=text)
 
-    terms = base.retriever.contributions(words, [hit.id for hit in result.hits]) if words else None
+
+def _like_a_pair(base: "Base", pair: int | None, *, text: str | None, seed: int | None) -> Question:
+    """By a pair's own vector; one drawn at random if none is named."""
+    import numpy as np
+
+    label = ""
+    if pair is None:
+        seed = secrets.randbelow(2**32) if seed is None else seed
+        ids = np.sort(base.store.matching_ids())
+        if not len(ids):
+            raise QueryError("there is no pair to draw: the knowledge base is empty")
+        pair = int(np.random.default_rng(seed).choice(ids))
+        label = f" (--random --seed {seed})"
+    return Question(
+        label=text or f"{pair}{label}", text=text, asked={"vector": base.show(pair).vector, "exclude": [pair]}
+    )
+
+
+def _answer(base: "Base", question: Question, asked: dict[str, Any], *, exact: bool, why_not: int | None) -> Answer:
+    from index.search.explain import exact_difference, term_scores
+    from index.search.explain import why_not as follow
+
+    asked = {**asked, **question.asked}
+    difference = exact_difference(base.query, question.text, **asked) if exact else None
+    result = base.query(question.text, **asked) if difference is None else difference.exact
+    lost = None
+    if why_not is not None:
+        lost = follow(base.retriever, why_not, question.text, result=result, **asked, exact=exact)
+    terms = term_scores(base.retriever, question.text, result.hits)
+    return Answer(question=question, result=result, terms=terms, exact=difference, why_not=lost)
+
+
+def _facts(base: "Base") -> dict[str, Any]:
+    from index.search.explain import searcher_facts
+
+    facts = searcher_facts(base)
+    return {"searcher": facts[0] if len(facts) == 1 else facts}
+
+
+def _write_page(path: Path, base: "Base", answer: Answer, kbs: Sequence[str]) -> None:
+    from index.search.contact_sheet import write_contact_sheet
+    from index.search.explain import surroundings
+
+    more = [] if answer.why_not is None else [answer.why_not.id]
     try:
         write_contact_sheet(
             path,
-            title,
-            result.hits,
-            timings_ms=result.timings_ms,
-            kb=kb,
-            query_image=image,
-            terms=terms,
+            answer.question.label,
+            answer.result.hits,
+            kb=" + ".join(kbs),
+            query_image=answer.question.asked.get("image"),
+            terms=answer.terms,
+            result=answer.result,
+            around=surroundings(base, answer.result.hits, more=more),
+            exact=answer.exact,
+            why_not=answer.why_not,
+            command=_command(kbs),
         )
     except OSError as error:
         raise QueryError(f"cannot write {path}: {error.strerror or error}; name another file") from error
+
+
+def _command(kbs: Sequence[str]) -> str:
+    """What to type to ask the same knowledge base again, from any folder."""
+    import shlex
+
+    places = [kb if "://" in kb else str(Path(kb).resolve()) for kb in kbs]
+    return " ".join(["radt index query", *(f"--kb {shlex.quote(place)}" for place in places)])
 
 
 def _open_image(path: Path) -> Any:
@@ -108,17 +234,13 @@ def _open_image(path: Path) -> Any:
         raise QueryError(f"cannot search by {path}: {error}") from error
 
 
-def _print_hits(hits: "Sequence[Hit]", document: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
+def _read_vector(path: Path, *, dim: int) -> Any:
+    import numpy as np
 
-    table = Table("rank", "score", "clip", "bm25", "caption", "dataset", title=escape(document["query"]))
-    table.add_column("id", no_wrap=True)
-    for hit in hits:
-        parts = ["" if score is None else f"{score:.3f}" for score in (hit.clip, hit.bm25)]
-        table.add_row(str(hit.rank), f"{hit.score:.4f}", *parts, escape(hit.caption), hit.dataset, str(hit.id))
-    console = Console()
-    console.print(table if hits else "nothing found")
-    if "why_not" in document:
-        console.print(document["why_not"])
+    try:
+        vector = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise QueryError(f"cannot search by {path}: {error}; numpy.save a vector of {dim} numbers there") from error
+    if vector.size != dim or vector.dtype.kind not in "fiu":
+        raise QueryError(f"{path} has {vector.dtype} of shape {vector.shape}; the vectors here are {dim} numbers")
+    return vector.reshape(dim).astype(np.float32)

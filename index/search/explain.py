@@ -1,100 +1,243 @@
-"""Explain a query: a contact sheet of what it found, and why a pair that was expected is not among the hits."""
+"""Explain a query: the stage that lost a pair, what approximation cost, which words counted, what lies around each hit.
 
-import base64
-import html
-import io
-from collections.abc import Collection, Mapping, Sequence
-from importlib.resources import files
-from pathlib import Path
-from string import Template
+The retriever answers; this module asks it again in other ways and compares. `contact_sheet.py` draws what it finds.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from index.records import Hit
+import numpy as np
+
+from index.records import Hit, StoredPair
+from index.search.retriever import Retriever, SearchResult, Standing
 
 if TYPE_CHECKING:
-    import PIL.Image
+    from index.knowledge_base import KnowledgeBase
+    from index.search.joined import JoinedKnowledgeBase
 
-    from index.search.retriever import Retriever, Standing
+NEIGHBORS = 4  # nearest pairs that are told of each hit
+_REPEATS = 8
+_OF_STANDING = ("image", "vector", "by", "fusion", "where", "dataset")  # what decides where a pair stands
 
-_THUMBNAIL = 448  # pixels: twice the width of a card
-_PIXELATED_BELOW = 96  # pictures this small are shown by their pixels
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WhyNot:
+    """Why a pair is not among the hits of a query. `stage` is the one that lost it, or `hit` when it is one.
 
-def write_contact_sheet(
-    path: Path,
-    query: str,
-    hits: Sequence[Hit],
-    *,
-    timings_ms: Mapping[str, float] | None = None,
-    kb: str = "",
-    query_image: "PIL.Image.Image | None" = None,
-    terms: Sequence[Mapping[str, float]] | None = None,
-) -> None:
-    """Write one HTML file with everything inside it: pictures in order, captions, every score.
-
-    `terms`, from `Retriever.contributions`, says for each hit which words of the query earned its bm25.
+    The stages: `store`, `filter`, `excluded`, `candidates` (in neither list), `approximate` (the searcher missed it),
+    `threshold`, `duplicates`, `diversity`, `decompose`, `k`.
     """
-    template = Template(files("index.search").joinpath("contact_sheet.html").read_text(encoding="utf-8"))
-    best = {name: max((value for hit in hits if (value := getattr(hit, name))), default=0.0) for name in _SCORES}
-    cards = [_card(hit, best, terms[position] if terms else {}) for position, hit in enumerate(hits)]
-    count = f"<b>{len(hits)}</b> {'hit' if len(hits) == 1 else 'hits'}"
-    page = template.substitute(
-        title=html.escape(query),
-        query=html.escape(query),
-        query_image=f'<img src="{_data_uri(query_image)}" alt="query">\n' if query_image is not None else "",
-        facts=" &middot; ".join([count, *([f"from <b>{html.escape(kb)}</b>"] if kb else [])]),
-        times=_times(timings_ms or {}),
-        hits=f"<main>\n{''.join(cards)}</main>" if cards else '<p class="none">Nothing found.</p>',
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+
+    id: int
+    stage: str
+    sentence: str
+    standing: Standing | None = None  # among all pairs, every one compared
+    numbers: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object."""
+        standing = {} if self.standing is None else asdict(self.standing)
+        return {"id": str(self.id), "stage": self.stage, "sentence": self.sentence, **standing, **self.numbers}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExactDifference:
+    """One query answered by the searcher and by comparing every pair; times in milliseconds, once all is loaded."""
+
+    exact: SearchResult
+    approximate: SearchResult
+
+    @property
+    def missed(self) -> list[Hit]:
+        """Hits that only the exact search found."""
+        return _without(self.exact.hits, self.approximate.hits)
+
+    @property
+    def extra(self) -> list[Hit]:
+        """Hits that only the approximate search found, in place of those."""
+        return _without(self.approximate.hits, self.exact.hits)
+
+    @property
+    def recall(self) -> float:
+        """The share of the exact hits that the approximate search found too; 1 when there are none."""
+        total = len(self.exact.hits)
+        return 1 - len(self.missed) / total if total else 1.0
+
+    @property
+    def timings_ms(self) -> dict[str, float]:
+        """The whole of either search."""
+        return {name: sum(getattr(self, name).timings_ms.values()) for name in ("exact", "approximate")}
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object."""
+        return {
+            "recall": self.recall,
+            "missed": [_brief(hit) for hit in self.missed],
+            "extra": [_brief(hit) for hit in self.extra],
+            "timings_ms": {name: round(ms, 3) for name, ms in self.timings_ms.items()},
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Surroundings:
+    """What lies around the hits: `neighbors` their nearest pairs with cosines, `repeats` those of the same picture.
+
+    `pairs` has all that is stored of every pair that is named.
+    """
+
+    pairs: dict[int, StoredPair] = field(default_factory=dict)
+    neighbors: dict[int, list[tuple[int, float]]] = field(default_factory=dict)
+    repeats: dict[int, list[int]] = field(default_factory=dict)
+
+
+def exact_difference(ask: Callable[..., SearchResult], text: str | None, **asked: Any) -> ExactDifference:
+    """Answer a query in both ways. `ask` is `KnowledgeBase.query`; `asked` are its arguments but for `exact`."""
+    for is_exact in (False, True):  # loads vectors, words and model, which no later query pays for
+        ask(text, exact=is_exact, **asked)
+    approximate = ask(text, exact=False, **asked)
+    return ExactDifference(exact=ask(text, exact=True, **asked), approximate=approximate)
+
+
+def term_scores(retriever: Retriever, text: str | None, hits: Sequence[Hit]) -> list[dict[str, float]]:
+    """What every word of the query adds to the bm25 of each hit; of a part of it, where the query was decomposed."""
+    if not any(hit.bm25 for hit in hits):
+        return [{} for _ in hits]
+    texts = [text if hit.part is None else hit.part for hit in hits]
+    return [
+        retriever.contributions(words, [hit.id])[0] if words else {} for words, hit in zip(texts, hits, strict=True)
+    ]
+
+
+def surroundings(
+    base: "KnowledgeBase | JoinedKnowledgeBase", hits: Sequence[Hit], *, more: Sequence[int] = ()
+) -> Surroundings:
+    """Look around every hit; `more` names other pairs of which everything should be told."""
+    retriever, ids = base.retriever, [hit.id for hit in hits]
+    rows = base.store.get(ids, vectors=True)
+    neighbors: dict[int, list[tuple[int, float]]] = {}
+    if rows:
+        found = retriever.search_many(
+            [row.caption for row in rows],
+            vectors=np.stack([row.vector for row in rows if row.vector is not None]),
+            k=NEIGHBORS,
+            by="clip",
+            exclude_group_of=[[row.id] for row in rows],
+        )
+        neighbors = {row.id: [(hit.id, hit.score) for hit in near] for row, near in zip(rows, found, strict=True)}
+    repeats = {i: _repeats(retriever, i) for i in ids}
+    named = {*ids, *more, *(i for near in neighbors.values() for i, _ in near)}.union(*repeats.values())
+    pairs = {pair.id: pair for pair in base.store.get(sorted(named), thumbnails=True)}
+    return Surroundings(pairs=pairs, neighbors=neighbors, repeats=repeats)
+
+
+def searcher_facts(base: "KnowledgeBase | JoinedKnowledgeBase") -> list[dict[str, Any]]:
+    """What searches each knowledge base: its kind, the rows it knows, its measured recall, the rows newer than it."""
+    facts = []
+    for part in getattr(base, "parts", [base]):
+        manifest = part.searcher_manifest()
+        known = {} if manifest is None else {"rows": manifest.rows, "recall_at_10": manifest.recall_at_10}
+        kind = "exact" if manifest is None or part.store.snapshot is not None else manifest.kind
+        facts.append({"kind": kind, **known, "newer": part.unsearched(), "pairs": part.store.count()})
+    return facts
+
+
+# Why a pair is not a hit
 
 
 def why_not(
-    retriever: "Retriever",
+    retriever: Retriever,
     pair_id: int,
     text: str | None = None,
     *,
-    k: int = 5,
-    min_score: float | None = None,
-    exclude: Collection[int] = (),
-    exact: bool = False,
+    result: SearchResult | None = None,
     **asked: Any,
-) -> str:
-    """Say in a sentence or two why a pair is not among the hits of a query; the arguments are those of the query."""
+) -> WhyNot:
+    """Follow a pair through the stages of a query to the one that lost it.
+
+    `asked` are the arguments of `Retriever.search`; `result` its answer, if it is there already.
+    """
     stored = retriever.store.get([pair_id])
     if not stored:
-        return f"{pair_id} is not in the knowledge base: it was removed, or never added."
-    if pair_id in exclude:
-        return f"{pair_id} is excluded by the query itself."
-    standing = retriever.standing(pair_id, text, **asked)
+        sentence = f"{pair_id} is not in the knowledge base: it was removed, or never added."
+        return WhyNot(id=pair_id, stage="store", sentence=sentence)
+    if pair_id in _excluded(retriever, asked):
+        return WhyNot(id=pair_id, stage="excluded", sentence=f"{pair_id} is excluded by the query itself.")
+    result = result or retriever.search(text, **asked)
+    standing = retriever.standing(pair_id, text, **{name: asked[name] for name in _OF_STANDING if name in asked})
     if standing is None:
-        return f"{pair_id} does not pass the filter of the query (it is of dataset {stored[0].dataset!r})."
-    hits = retriever.search(text, k=k, min_score=min_score, exclude=exclude, exact=exact, **asked).hits
-    for hit in hits:
+        sentence = f"{pair_id} does not pass the filter of the query (it is of dataset {stored[0].dataset!r})."
+        return WhyNot(id=pair_id, stage="filter", sentence=sentence, numbers={"matching": result.matching})
+    for hit in result.hits:
         if hit.id == pair_id:
-            return f"{pair_id} is a hit, number {hit.rank} of {len(hits)}. {_describe(standing)}"
-    shown = [pair.id for pair in retriever.store.get([hit.id for hit in hits]) if pair.sha256 == stored[0].sha256]
-    return f"{pair_id} is not a hit: {_reason(standing, k=k, min_score=min_score, shown=shown)}. {_describe(standing)}"
+            sentence = f"{pair_id} is a hit, number {hit.rank} of {len(result.hits)}. {_describe(standing)}"
+            return WhyNot(id=pair_id, stage="hit", sentence=sentence, standing=standing)
+    stage, reason, numbers = _lost(retriever, stored[0], result=result, standing=standing, asked=asked)
+    sentence = f"{pair_id} is not a hit: {reason}. {_describe(standing)}"
+    return WhyNot(id=pair_id, stage=stage, sentence=sentence, standing=standing, numbers=numbers)
 
 
-_SCORES = ("score", "clip", "bm25")
+def _lost(
+    retriever: Retriever, pair: StoredPair, *, result: SearchResult, standing: Standing, asked: dict[str, Any]
+) -> tuple[str, str, dict[str, Any]]:
+    """The stage that lost a pair which passes the filter, why, and the numbers that show it."""
+    if result.rank("union", pair.id) is None:
+        return _no_candidate(result, standing)
+    if "thresholds" in result.lists and result.rank("thresholds", pair.id) is None:
+        failed = _failed_bounds(standing, asked)
+        return "threshold", " and ".join(failed) or "it is below a least score", {}
+    place, k = result.rank("duplicates", pair.id), asked.get("k", 5)
+    shown = _shown_instead(retriever, pair, result)
+    if shown is not None:
+        numbers = {"shown": str(shown.id), "shown_rank": shown.rank}
+        return "duplicates", f"the same image is shown already, as {shown.id}, hit number {shown.rank}", numbers
+    if place is None:
+        return "duplicates", "another pair of the same image comes before it", {}
+    numbers = {"place": place, "k": k}
+    before = result.rank("thresholds" if "thresholds" in result.lists else "union", pair.id) or place
+    if asked.get("diversity") and before <= k < place:
+        return "diversity", f"of {before:,} by score it became {place:,}, for it is too like those above", numbers
+    if result.parts and before <= k < place:
+        return "decompose", f"number {before:,} for its part of the prompt, it is number {place:,} in turn", numbers
+    return "k", f"{place - 1:,} pairs come before it and {k:,} were asked for", numbers
 
 
-def _reason(standing: "Standing", *, k: int, min_score: float | None, shown: Sequence[int]) -> str:
-    """The first that applies, from the most particular to the most general."""
-    if shown:
-        return f"the same image is shown already, as {shown[0]}"
-    if min_score is not None and standing.score < min_score:
-        return f"its score is below the least score of {min_score:g}"
-    if standing.score == 0 and standing.bm25_rank is None and standing.clip is None:
-        return "its caption shares no word with the query"
-    if standing.rank <= k:
-        return "the approximate search did not come upon it; ask with --exact"
-    return f"{standing.rank - 1:,} pairs come before it and {k:,} were asked for"
+def _no_candidate(result: SearchResult, standing: Standing) -> tuple[str, str, dict[str, Any]]:
+    depths = {
+        name: max(map(len, result.lists[name]), default=0) for name in ("vector", "words") if name in result.lists
+    }
+    if standing.clip_rank is not None and standing.clip_rank <= depths.get("vector", 0):
+        reason = "the approximate search did not come upon it; ask with --exact"
+        return "approximate", reason, {"depths": depths}
+    if "vector" not in depths and not standing.bm25:
+        return "candidates", "its caption shares no word with the query", {"depths": depths}
+    where = " nor ".join(f"among the {depth:,} best by {name}" for name, depth in depths.items())
+    return "candidates", f"it is {'neither' if len(depths) > 1 else 'not'} {where}", {"depths": depths}
 
 
-def _describe(standing: "Standing") -> str:
+def _failed_bounds(standing: Standing, asked: dict[str, Any]) -> list[str]:
+    values = {"score": standing.score, "clip": standing.clip, "bm25": standing.bm25}
+    return [
+        f"its {name} is below the least {name} of {asked[f'min_{name}']:g}"
+        for name, value in values.items()
+        if asked.get(f"min_{name}") is not None and value is not None and value < asked[f"min_{name}"]
+    ]
+
+
+def _shown_instead(retriever: Retriever, pair: StoredPair, result: SearchResult) -> Hit | None:
+    """The hit that shows the same picture."""
+    alike = set(retriever.view.repeats_of(np.array([pair.id])).tolist())
+    digests = {row.id: row.sha256 for row in retriever.store.get([hit.id for hit in result.hits])}
+    same = (hit for hit in result.hits if hit.id in alike or (pair.sha256 and digests.get(hit.id) == pair.sha256))
+    return next(same, None)
+
+
+def _excluded(retriever: Retriever, asked: dict[str, Any]) -> set[int]:
+    groups = np.fromiter(asked.get("exclude_group_of", ()), dtype=np.int64)
+    return {*asked.get("exclude", ()), *(retriever.view.repeats_of(groups).tolist() if len(groups) else ())}
+
+
+def _describe(standing: Standing) -> str:
     parts = [f"when every pair is compared it is number {standing.rank:,} of {standing.of:,}"]
     if standing.clip is not None:
         parts.append(f"clip {standing.clip:.4f} is number {standing.clip_rank:,}")
@@ -106,56 +249,15 @@ def _describe(standing: "Standing") -> str:
     return f"{sentence[0].upper()}{sentence[1:]}."
 
 
-def _card(hit: Hit, best: Mapping[str, float], terms: Mapping[str, float]) -> str:
-    values = [(name, getattr(hit, name)) for name in _SCORES]
-    # A single component is the score itself: one bar is enough.
-    bars = "".join(_bar(name, value, best[name]) for name, value in values if value is not None)
-    chips = "".join(f"<li>{html.escape(term)}<span>{value:.2f}</span></li>" for term, value in terms.items())
-    return (
-        f'<article>\n<figure><span class="rank">{hit.rank}</span>{_picture(hit)}</figure>\n<div class="body">\n'
-        f'<p class="caption" title="{html.escape(hit.caption)}">{html.escape(hit.caption)}</p>\n'
-        f"{f'<ul class=terms>{chips}</ul>' if chips else ''}<dl>{bars}</dl>\n"
-        f'<p class="id">{html.escape(hit.dataset)}<br>{hit.id}</p>\n</div>\n</article>\n'
-    )
+def _repeats(retriever: Retriever, pair_id: int) -> list[int]:
+    alike = retriever.view.repeats_of(np.array([pair_id]))
+    return [i for i in alike.tolist() if i != pair_id][:_REPEATS]
 
 
-def _bar(name: str, value: float, best: float) -> str:
-    share = max(0.0, min(1.0, value / best)) if best > 0 else 0.0
-    return (
-        f'<dt>{name}</dt><div class="bar"><i class="{name}" style="width:{share:.1%}"></i></div>'
-        f"<dd>{_number(value)}</dd>"
-    )
+def _without(hits: Sequence[Hit], others: Sequence[Hit]) -> list[Hit]:
+    known = {hit.id for hit in others}
+    return [hit for hit in hits if hit.id not in known]
 
 
-def _number(value: float) -> str:
-    return f"{value:.2f}" if abs(value) >= 10 else f"{value:.4f}"
-
-
-def _picture(hit: Hit) -> str:
-    """The hit's image as a data URI, or a line that says it cannot be read: the sheet is written all the same."""
-    try:
-        image = hit.open_image()
-    except (OSError, ValueError) as error:
-        return f"<p>The image cannot be read:<br>{html.escape(str(error))}</p>"
-    kind = ' class="small"' if max(image.size) < _PIXELATED_BELOW else ""
-    return f'<img{kind} src="{_data_uri(image)}" alt="{html.escape(hit.caption)}" loading="lazy">'
-
-
-def _data_uri(image: "PIL.Image.Image") -> str:
-    small = image.convert("RGB")
-    small.thumbnail((_THUMBNAIL, _THUMBNAIL))
-    # Small pictures are drawn by their pixels, so they must not be blurred by JPEG.
-    kind = "PNG" if max(small.size) < 2 * _PIXELATED_BELOW else "JPEG"
-    buffer = io.BytesIO()
-    small.save(buffer, kind, quality=88)
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
-
-
-def _times(timings_ms: Mapping[str, float]) -> str:
-    total = sum(timings_ms.values())
-    if not total:
-        return ""
-    parts = "".join(f'<i style="flex:{ms / total:.4f}" title="{html.escape(n)}"></i>' for n, ms in timings_ms.items())
-    names = "".join(f"<li>{html.escape(name)} {ms:.1f} ms</li>" for name, ms in timings_ms.items())
-    names += f'<li class="total">total {total:.1f} ms</li>'
-    return f'<div class="times">{parts}</div>\n<ul class="legend">{names}</ul>\n'
+def _brief(hit: Hit) -> dict[str, Any]:
+    return {"id": str(hit.id), "rank": hit.rank, "score": hit.score, "caption": hit.caption}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from index.embedder import decode_image
 from index.errors import UserError
 from index.images import readable_image
-from index.records import StoredPair
+from index.records import Hit, StoredPair
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -16,18 +16,23 @@ if TYPE_CHECKING:
 PIXELATED_BELOW = 96  # pictures this small are shown by their pixels
 
 
-def picture(pair: StoredPair, *, pixels: int) -> str:
+def picture(shown: Hit | StoredPair, *, pixels: int) -> str:
     """The `<img>` of a pair, or a line that says why it cannot be read: the page is written all the same.
 
     Its longer side has at most `pixels`. A thumbnail of the knowledge base stands in for an original that is gone, if
     the pair was fetched with it.
     """
     try:
-        image = decode_image(readable_image(pair))
+        image = open_picture(shown)
     except (UserError, OSError, ValueError) as error:
         return f"<p>The image cannot be read:<br>{html.escape(str(error))}</p>"
     kind = ' class="small"' if max(image.size) < PIXELATED_BELOW else ""
-    return f'<img{kind} src="{data_uri(image, pixels=pixels)}" alt="{html.escape(pair.caption)}" loading="lazy">'
+    return f'<img{kind} src="{data_uri(image, pixels=pixels)}" alt="{html.escape(shown.caption)}" loading="lazy">'
+
+
+def open_picture(shown: Hit | StoredPair) -> "PIL.Image.Image":
+    """The decoded picture. UserError or OSError when it cannot be read."""
+    return decode_image(readable_image(shown) if isinstance(shown, StoredPair) else shown.image.read())
 
 
 def data_uri(image: "PIL.Image.Image", *, pixels: int) -> str:
@@ -35,7 +40,7 @@ def data_uri(image: "PIL.Image.Image", *, pixels: int) -> str:
     small = image.convert("RGB")
     small.thumbnail((pixels, pixels))
     # Small pictures are drawn by their pixels, so they must not be blurred by JPEG.
-    kind = "PNG" if max(small.size) < 2 * PIXELATED_BELOW and max(image.size) < 2 * PIXELATED_BELOW else "JPEG"
+    kind = "PNG" if max(image.size) < 2 * PIXELATED_BELOW else "JPEG"
     buffer = io.BytesIO()
     small.save(buffer, kind, quality=88)
     return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"

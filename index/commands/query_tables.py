@@ -1,0 +1,134 @@
+"""What `radt index query` shows to people: a table of hits, the waterfall of stages, and what was asked about them."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.bar import Bar
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from index.commands.query import Answer
+    from index.records import Hit
+    from index.search.explain import ExactDifference
+    from index.search.retriever import SearchResult
+
+_WORDS_SHOWN = 4  # of a hit
+_BAR = 20  # characters of the longest bar
+
+
+def print_answer(answer: "Answer", head: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    """One query: its hits, then what was asked about them."""
+    console, result = Console(), answer.result
+    console.print(f"[bold]{escape(answer.question.label)}[/bold]", highlight=False)
+    if result.hits:
+        console.print(_hit_table(result.hits, answer.terms))
+    else:
+        console.print("nothing found")
+    if result.shortfall and result.hits:
+        console.print(escape(result.shortfall), highlight=False)
+    total = sum(result.timings_ms.values())
+    kb = " + ".join(head["kb"]) if isinstance(head["kb"], list) else head["kb"]
+    console.print(f"[dim]{escape(kb)}, snapshot {head['snapshot']}, {total:.1f} ms[/dim]", highlight=False)
+    if facts:
+        for searcher in _searchers(facts):
+            console.print(f"[dim]{searcher}[/dim]", highlight=False)
+        console.print(_waterfall(result))
+    if answer.exact is not None:
+        _print_difference(console, answer.exact)
+    if answer.why_not is not None:
+        stage, sentence = answer.why_not.stage, escape(answer.why_not.sentence)
+        console.print(f"[bold]why not: {stage}[/bold]. {sentence}", highlight=False)
+
+
+def print_answers(answers: "Sequence[Answer]") -> None:
+    """Several queries: the best hit of each."""
+    table = Table("query", "best hit")
+    for name in ("score", "hits", "ms"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for answer in answers:
+        hits = answer.result.hits
+        best = (escape(hits[0].caption), f"{hits[0].score:.4f}") if hits else ("nothing found", "")
+        recall = "" if answer.exact is None else f" (recall {answer.exact.recall:.2f})"
+        total = sum(answer.result.timings_ms.values())
+        table.add_row(escape(answer.question.label), *best, f"{len(hits)}{recall}", f"{total:.1f}")
+    Console().print(table)
+
+
+def _hit_table(hits: "Sequence[Hit]", terms: Sequence[Mapping[str, float]]) -> Table:
+    table = Table(show_edge=False, pad_edge=False)
+    table.add_column("", justify="right")
+    table.add_column("score", justify="right", no_wrap=True)
+    table.add_column("clip", justify="right", no_wrap=True)
+    table.add_column("bm25, by word")
+    table.add_column("caption", ratio=1)
+    columns = {
+        "for": [hit.part or "" for hit in hits],
+        "dataset": [hit.dataset for hit in hits] if len({hit.dataset for hit in hits}) > 1 else [],
+        "kb": [hit.kb or "" for hit in hits],
+    }
+    columns = {name: cells for name, cells in columns.items() if any(cells)}
+    for name in columns:
+        table.add_column(name)
+    table.add_column("id", no_wrap=True)
+    for place, (hit, words) in enumerate(zip(hits, terms, strict=True)):
+        clip = "" if hit.clip is None else f"{hit.clip:.3f}"
+        bm25 = "" if hit.bm25 is None else f"{hit.bm25:.2f}{_words(words)}"
+        more = [escape(cells[place]) for cells in columns.values()]
+        table.add_row(str(hit.rank), f"{hit.score:.4f}", clip, escape(bm25), escape(hit.caption), *more, str(hit.id))
+    return table
+
+
+def _words(terms: Mapping[str, float]) -> str:
+    """` = wolf 3.1 + hill 1.2`, the heaviest words first."""
+    if not terms:
+        return ""
+    heaviest = sorted(terms.items(), key=lambda item: -item[1])
+    parts = [f"{word} {score:.1f}" for word, score in heaviest[:_WORDS_SHOWN]]
+    return " = " + " + ".join([*parts, *(["..."] if len(heaviest) > _WORDS_SHOWN else [])])
+
+
+def _searchers(facts: Mapping[str, Any]) -> list[str]:
+    """Who searched each knowledge base."""
+    found = facts["searcher"]
+    lines = []
+    for one in found if isinstance(found, list) else [found]:
+        recall = f", recall@10 {one['recall_at_10']:.3f}" if "recall_at_10" in one else ""
+        newer = f", {one['newer']:,} newer compared one by one" if one["newer"] else ""
+        lines.append(f"{one['pairs']:,} pairs by {one['kind']}{recall}{newer}")
+    return lines
+
+
+def _waterfall(result: "SearchResult") -> Table:
+    """Each stage with how many candidates it left, and when it ran."""
+    table = Table(show_edge=False, pad_edge=False)
+    table.add_column("stage")
+    table.add_column("kept", justify="right")
+    table.add_column("")
+    table.add_column("ms", justify="right")
+    table.add_column("")
+    stages = [(name, None, result.timings_ms.get(name, 0.0)) for name in ("load", "embed", "decompose")]
+    rows = [row for row in stages if row[2] >= 0.05] + [(one.stage, one.kept, one.ms) for one in result.stages]
+    total = sum(ms for _, _, ms in rows) or 1.0
+    most = math.log1p(max((kept for _, kept, _ in rows if kept), default=1))  # from millions to a handful
+    start = 0.0
+    for name, kept, ms in rows:
+        count = "" if kept is None else f"{kept:,}"
+        left = Bar(most, 0, math.log1p(kept or 0), width=_BAR, color="blue")
+        table.add_row(name, count, left, f"{ms:.1f}", Bar(total, start, start + ms, width=_BAR, color="magenta"))
+        start += ms
+    return table
+
+
+def _print_difference(console: Console, exact: "ExactDifference") -> None:
+    times = exact.timings_ms
+    console.print(
+        f"[bold]compared with every pair: recall {exact.recall:.2f}[/bold]; the searcher took "
+        f"{times['approximate']:.1f} ms, comparing every pair {times['exact']:.1f} ms",
+        highlight=False,
+    )
+    for verb, hits in (("missed", exact.missed), ("had instead", exact.extra)):
+        for hit in hits:
+            console.print(f"  {verb} number {hit.rank}: {escape(hit.caption)} [dim]{hit.id}[/dim]", highlight=False)
