@@ -20,6 +20,7 @@ from index.config import from_dict, to_dict
 from index.embedder import DeferredEmbedder, Embedder, check_fingerprint, decode_image
 from index.errors import ConfigError, CorpusError, DiskError, KnowledgeBaseError, QueryError
 from index.records import BadSample, Hit, ImageLocation, StoredPair, pair_id
+from index.remote import RemoteFolder, remote_url
 from index.search.duplicates import FOLDER as DUPLICATES
 from index.search.duplicates import Duplicates, build_duplicates
 from index.search.retriever import Retriever, SearchResult
@@ -93,10 +94,19 @@ class Manifest:
 class KnowledgeBase:
     """Pairs that can be searched. `open` one, or `create` an empty one; a query needs the model that made it."""
 
-    def __init__(self, directory: Path, manifest: Manifest, embedder: Embedder, *, snapshot: str | None = None):
+    def __init__(
+        self,
+        directory: Path,
+        manifest: Manifest,
+        embedder: Embedder,
+        *,
+        snapshot: str | None = None,
+        remote: RemoteFolder | None = None,
+    ):
         self.directory = directory
+        self.remote = remote  # where it lies, if not on this machine; `directory` is then a copy of a part of it
         self.embedder = embedder
-        self.store = _store_at(directory, manifest, snapshot)
+        self.store = _store_at(directory, manifest, snapshot, remote)
         self.manifest = manifest if manifest.format == FORMAT else self._upgrade()
         self._searcher: tuple[str | None, Searcher] | None = None  # with its name in `kb.json`
         self._retriever: Retriever | None = None
@@ -104,6 +114,8 @@ class KnowledgeBase:
     @classmethod
     def create(cls, directory: str | Path, embedder: Embedder) -> "KnowledgeBase":
         """Make an empty knowledge base for the vectors of `embedder`, or open the one that is there."""
+        if url := remote_url(directory):
+            raise RemoteFolder(url).refuse()
         folder = Path(directory)
         if (folder / MANIFEST).exists():
             return cls.open(folder, embedder)
@@ -130,17 +142,25 @@ class KnowledgeBase:
     ) -> "KnowledgeBase":
         """Open a knowledge base. Without `embedder`, the model it was made with is loaded when it is first needed.
 
+        A URL (`s3://bucket/kb`) is read where it lies, and cannot be changed (see `index/remote.py`).
         `models` are tried after that one, in case it has moved. KnowledgeBaseError when `embedder` is another model.
         `snapshot` names a state that a build has left, such as "build-2": it is read as it was then, but for what has
         been taken down since, and cannot be changed. Its vectors are compared one by one, held in memory.
         """
-        folder = Path(directory)
+        url = remote_url(directory)
+        remote = RemoteFolder(url) if url else None
+        folder = remote.refresh() if remote else Path(directory)
         manifest = Manifest.read(folder)
         if embedder is None:
             names = [manifest.model, *(name for name in models if name != manifest.model)]
             embedder = DeferredEmbedder(names, dim=manifest.dim, fingerprint=manifest.fingerprint)
         check_fingerprint(embedder, manifest.fingerprint)
-        return cls(folder, manifest, embedder, snapshot=snapshot)
+        return cls(folder, manifest, embedder, snapshot=snapshot, remote=remote)
+
+    @property
+    def name(self) -> str:
+        """Its folder or URL, for people."""
+        return self.store.root
 
     def __len__(self) -> int:
         """Number of pairs."""
@@ -182,7 +202,7 @@ class KnowledgeBase:
         self.store.refresh()
         rows = self.store.get([pair], vectors=True)
         if not rows:
-            raise QueryError(f"there is no pair {pair} in {self.directory}; `radt index query` lists ids")
+            raise QueryError(f"there is no pair {pair} in {self.name}; `radt index query` lists ids")
         return rows[0]
 
     def stats(self) -> dict[str, Any]:
@@ -331,6 +351,8 @@ class KnowledgeBase:
     def _refresh(self) -> None:
         """See table and `kb.json` of one moment: a searcher younger than the table could miss rows of it."""
         while True:
+            if self.remote is not None:
+                self.remote.refresh()
             self.manifest = Manifest.read(self.directory)
             self.store.moved_files = self.manifest.moved_files
             self.store.refresh()
@@ -428,10 +450,10 @@ def _spare(searcher: SearcherManifest) -> int:
     return 0 if searcher.kind == "exact" else min(LAGGING_ROWS, int(LAGGING_SHARE * searcher.rows))
 
 
-def _store_at(directory: Path, manifest: Manifest, snapshot: str | None) -> PairStore:
+def _store_at(directory: Path, manifest: Manifest, snapshot: str | None, remote: RemoteFolder | None) -> PairStore:
     """The table; a build that was killed between `kb.json` and the table has left none."""
-    if PairStore.exists(directory):
-        return PairStore(directory, snapshot=snapshot)
+    if remote is not None or PairStore.exists(directory):
+        return PairStore(directory, snapshot=snapshot, remote=remote)
     return PairStore.create(directory, dim=manifest.dim)
 
 

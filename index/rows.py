@@ -2,7 +2,6 @@
 
 import json
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,8 +32,8 @@ def arrow_table(rows: list[dict[str, Any]], schema: "pa.Schema") -> "pa.Table":
     return columns.append_column(vector, pa.chunked_array(chunks, vector.type)).select(schema.names)
 
 
-def stored_pair(row: dict[str, Any], directory: Path) -> StoredPair:
-    """A row with `PAIR_COLUMNS`, and vector and thumbnail where they were read."""
+def stored_pair(row: dict[str, Any], root: str) -> StoredPair:
+    """A row with `PAIR_COLUMNS`, and vector and thumbnail where they were read. `root`: folder or URL of the whole."""
     vector = row.get("vector")
     return StoredPair(
         id=row["id"],
@@ -44,9 +43,7 @@ def stored_pair(row: dict[str, Any], directory: Path) -> StoredPair:
         digest=row["shard_digest"],
         key=row["key"],
         caption=row["caption"],
-        image=ImageLocation(
-            uri=_resolve(row["image_uri"], directory), offset=row["image_offset"], size=row["image_size"]
-        ),
+        image=ImageLocation(uri=_resolve(row["image_uri"], root), offset=row["image_offset"], size=row["image_size"]),
         sha256=row["image_sha256"],
         width=row["width"],
         height=row["height"],
@@ -125,6 +122,6 @@ def bad_row(record: ShardRecord, sample: BadSample) -> dict[str, Any]:
     }
 
 
-def _resolve(uri: str, directory: Path) -> str:
+def _resolve(uri: str, root: str) -> str:
     """An image kept inside the knowledge base has a relative uri, so that the folder can be moved."""
-    return uri if not uri or "://" in uri or os.path.isabs(uri) else str(directory / uri)
+    return uri if not uri or "://" in uri or os.path.isabs(uri) else f"{root}/{uri}"

@@ -1,6 +1,7 @@
 """Everything that `radt index stats` shows: what is there, what became of the rest, what lags behind, and its bytes."""
 
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,10 +21,10 @@ def describe(kb: "KnowledgeBase") -> dict[str, Any]:
     shards = store.shards()
     searcher = kb.searcher_manifest()
     duplicates = _duplicates(kb)
-    parts = bytes_by_part(kb.directory)
+    parts = bytes_by_part(kb.directory) if kb.remote is None else _summed(kb.remote.sizes())
     lance_stats = store.dataset.stats.dataset_stats()
     return {
-        "kb": str(kb.directory),
+        "kb": kb.name,
         "pairs": store.count(),
         "datasets": store.datasets(),
         "shards": len(shards),
@@ -66,12 +67,19 @@ def folder_bytes(directory: Path) -> int:
 
 def bytes_by_part(directory: Path) -> dict[str, int]:
     """Bytes of each part of the folder: the rows, the indices and the history of the table, the searchers, the rest."""
-    parts: dict[str, int] = {}
+    return _summed(_sizes(directory))
+
+
+def _sizes(directory: Path) -> Iterator[tuple[tuple[str, ...], int]]:
     for path in directory.rglob("*"):
         with suppress(FileNotFoundError):  # a reader of ours may look while another process cleans up
-            size = path.stat().st_size if path.is_file() else 0
-            part = _part_of(path.relative_to(directory).parts)
-            parts[part] = parts.get(part, 0) + size
+            yield path.relative_to(directory).parts, path.stat().st_size if path.is_file() else 0
+
+
+def _summed(sizes: Iterable[tuple[tuple[str, ...], int]]) -> dict[str, int]:
+    parts: dict[str, int] = {}
+    for names, size in sizes:
+        parts[_part_of(names)] = parts.get(_part_of(names), 0) + size
     return dict(sorted(parts.items()))
 
 

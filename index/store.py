@@ -20,6 +20,7 @@ from index.atomic import one_sentence
 from index.errors import KnowledgeBaseError, QueryError
 from index.lock import writer_lock
 from index.records import BadSample, ShardRecord, StoredPair, table_schema
+from index.remote import RemoteFolder
 from index.rows import (
     PAIR_COLUMNS,
     SHARD_COLUMNS,
@@ -56,18 +57,23 @@ class Rewrite:
 class PairStore:
     """Put, get, filter, version and take down the pairs of one knowledge base folder. Ids are ours, and stable."""
 
-    def __init__(self, directory: Path, *, snapshot: str | None = None):
+    def __init__(self, directory: Path, *, snapshot: str | None = None, remote: RemoteFolder | None = None):
         import lance
 
         self.directory = directory
+        self.remote = remote  # where the table is, if not in the folder
+        self.root = str(directory) if remote is None else remote.url
         self.snapshot = snapshot  # the tag whose version is read, and never written; None: the newest
         self.moved_files: Collection[str] = ()  # data files of rows that a compaction moved: not new, see `rows_after`
-        self._uri = str(directory / f"{TABLE}.lance")
+        self._uri = f"{self.root}/{TABLE}.lance"
         try:
             self._dataset = lance.dataset(self._uri, version=snapshot)
         except ValueError as error:
+            if snapshot is None:
+                reason = str(error).splitlines()[0]
+                raise KnowledgeBaseError(f"the table of {self.root} cannot be read ({reason})") from error
             raise KnowledgeBaseError(
-                f"{directory} has no snapshot {snapshot!r}; `radt index stats` lists those it has"
+                f"{self.root} has no snapshot {snapshot!r}; `radt index stats` lists those it has"
             ) from error
         self.hidden = self._hidden() if snapshot is not None else frozenset[int]()
         self._table: Any = None
@@ -106,7 +112,7 @@ class PairStore:
         import lancedb
 
         if self._table is None:
-            connection = lancedb.connect(str(self.directory), read_consistency_interval=timedelta(0))
+            connection = lancedb.connect(self.root, read_consistency_interval=timedelta(0))
             self._table = connection.open_table(TABLE)
         return self._table
 
@@ -197,7 +203,7 @@ class PairStore:
         columns = [*PAIR_COLUMNS, *["vector"] * vectors, *["thumbnail"] * thumbnails]
         table = self._dataset.to_table(columns=columns, filter=self._pairs_where(_id_in(wanted)))
         found = {row["id"]: row for row in table.to_pylist()}
-        return [stored_pair(found[i], self.directory) for i in wanted if i in found]
+        return [stored_pair(found[i], self.root) for i in wanted if i in found]
 
     def shards(self) -> list[ShardRecord]:
         """The ledger: every shard that is in the store, the empty ones too."""
@@ -281,6 +287,8 @@ class PairStore:
         When another process has it, wait up to `wait` seconds, after telling `on_wait` which one it is;
         KnowledgeBaseError when it still has it then.
         """
+        if self.remote is not None:
+            raise self.remote.refuse()
         if self.snapshot is not None:
             raise KnowledgeBaseError(f"the snapshot {self.snapshot} is the past and cannot be changed; leave it out")
         with self._mutex:
@@ -333,6 +341,13 @@ class PairStore:
             if small:
                 fragments += self._write_fragments(pa.concat_tables(small).combine_chunks())
             self._commit(_of_shards(replaced), fragments)
+
+    def restamp(self, records: Collection[ShardRecord]) -> None:
+        """Put these entries into the ledger in place of those of the same shards, and leave their rows alone."""
+        if records:
+            with self.lock():
+                table = arrow_table([ledger_row(record) for record in records], self._dataset.schema)
+                self._commit(f"kind = 'shard' AND {_of_shards(records)}", self._write_fragments(table))
 
     def drop_shards(self, records: Collection[ShardRecord]) -> None:
         """Take out all rows of these shards. Unlike `remove`, a later build may bring them back."""

@@ -117,7 +117,7 @@ def verify(
     """Check `sample` rows drawn by `seed`, or all of them (None), and the ledger. `on_rows` hears of rows done."""
     kb.store.refresh()
     ids = kb.store.matching_ids()
-    report = Verification(kb=str(kb.directory), snapshot=kb.store.version, rows=len(ids), sampled=0)
+    report = Verification(kb=kb.name, snapshot=kb.store.version, rows=len(ids), sampled=0)
     unique, first, counts = np.unique(ids, return_index=True, return_counts=True)
     for twice in np.nonzero(counts > 1)[0].tolist():
         report.check("id", int(unique[twice]), f"{counts[twice]} rows have this id")

@@ -56,8 +56,8 @@ class JoinedKnowledgeBase:
 
     @property
     def name(self) -> str:
-        """All their folders, for people."""
-        return " + ".join(str(part.directory) for part in self.parts)
+        """All their folders and URLs, for people."""
+        return " + ".join(part.name for part in self.parts)
 
     def __len__(self) -> int:
         """Number of pairs; one that several parts have counts once."""
@@ -70,7 +70,7 @@ class JoinedKnowledgeBase:
     def query(self, text: str | None = None, **asked: Any) -> SearchResult:
         """`search`, with where the time went."""
         result = self.retriever.search(text, **asked)
-        return replace(result, hits=[replace(hit, kb=str(self.part_of(hit.id).directory)) for hit in result.hits])
+        return replace(result, hits=[replace(hit, kb=self.part_of(hit.id).name) for hit in result.hits])
 
     @property
     def retriever(self) -> Retriever:
@@ -314,7 +314,7 @@ def _check_parts(parts: "Sequence[KnowledgeBase]") -> None:
     """Something to search, nothing twice, and vectors that can be compared."""
     if not parts:
         raise KnowledgeBaseError("there is nothing to search; name at least one knowledge base with --kb")
-    folders = [str(part.directory) for part in parts]
+    folders = [part.name for part in parts]
     for folder, times in Counter(folders).items():
         if times > 1:
             raise KnowledgeBaseError(f"the knowledge base {folder} is named {times} times; name each once")
@@ -323,7 +323,7 @@ def _check_parts(parts: "Sequence[KnowledgeBase]") -> None:
     for part in parts:
         if part.manifest.fingerprint != usual:
             raise KnowledgeBaseError(
-                f"{part.directory} was made by the model {part.manifest.model}, and the others by {model}: their "
+                f"{part.name} was made by the model {part.manifest.model}, and the others by {model}: their "
                 "vectors cannot be compared. Leave it out, or build it again with the model of the others"
             )
 
