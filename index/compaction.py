@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from index.atomic import one_sentence
 from index.errors import ConfigError
 from index.ingest.parts import without_parts
-from index.snapshots import drop, holding_removed, snapshots
+from index.snapshots import drop, has_snapshot, holding_removed, move_newest, snapshots
 from index.stats import folder_bytes
 
 if TYPE_CHECKING:
@@ -63,7 +63,10 @@ def compact(
     with without_parts(kb.store, wait=wait, on_wait=on_wait), one_sentence(kb.directory):
         before, fragments_before = folder_bytes(kb.directory), kb.store.count_fragments()
         built = kb.build_search(searcher or _present_kind(kb), seed=seed)
+        is_tagged = has_snapshot(kb.store)
         _merge_files(kb)
+        if is_tagged:
+            move_newest(kb.store)
         kb.store.index_ids()
         for_removed = tuple(holding_removed(kb.store))
         drop(kb.store, for_removed)

@@ -40,6 +40,16 @@ def tag_build(store: PairStore, number: int, *, in_searcher: int) -> None:
         tags.replace_metadata(name, {key: str(value) for key, value in counts.items()})
 
 
+def move_newest(store: PairStore) -> None:
+    """Let the newest snapshot be the present state: it has the same pairs."""
+    with store.lock(), one_sentence(store.directory):
+        tags = store.dataset.tags
+        name, tag = max(tags.list().items(), key=lambda item: int(item[1]["version"]))
+        if int(tag["version"]) != store.version:
+            tags.update(name, store.version)
+            tags.replace_metadata(name, {**(tag.get("metadata") or {}), "high_water": str(store.high_water)})
+
+
 def has_snapshot(store: PairStore) -> bool:
     """Whether nothing has been written since the newest snapshot."""
     tags = store.dataset.tags.list().values()

@@ -10,7 +10,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +26,7 @@ from index.ingest.readers import Layout, Shard, SkippedShard, check_source, read
 from index.knowledge_base import KnowledgeBase, SearcherChoice
 from index.records import ShardRecord
 from index.search.searcher import SearcherManifest
-from index.snapshots import has_snapshot
+from index.snapshots import has_snapshot, move_newest
 from index.stats import folder_bytes
 from index.store import PairStore
 
@@ -104,6 +104,7 @@ class _Tally:
     done: int = 0
     pairs: int = 0
     pruned: int = 0
+    touched: list[ShardRecord] = field(default_factory=list)  # unchanged, with their new stamps
     layouts: Counter[Layout] = field(default_factory=Counter)
     skipped: list[SkippedShard] = field(default_factory=list)
 
@@ -182,9 +183,13 @@ def _finish(
         tally.pruned = _prune(kb.store, ledger, sources, tally)
     _write_quarantine(kb.store)
     _check_quality(kb.store, ledger.met(), config, tally)
+    is_changed = bool(tally.done or tally.pruned) or not has_snapshot(kb.store)
+    kb.store.restamp(tally.touched)  # so that the next build need not read them to know
     searcher = kb.build_search(config.searcher, seed=config.seed, may_lag=True, recall=config.recall, ram=config.ram)
-    if tally.done or tally.pruned or not has_snapshot(kb.store):
+    if is_changed:
         kb.tag_build()
+    else:
+        move_newest(kb.store)
     return searcher
 
 
@@ -270,6 +275,7 @@ def _changed_shards(
             digest = "" if is_far else shard.digest()
             if is_same_place and record is not None and record.digest == digest:
                 tally.unchanged += 1
+                tally.touched.append(replace(record, stamp=stamp))
                 continue
             meter.expect(1)
             yield shard, stamp, digest

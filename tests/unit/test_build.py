@@ -50,10 +50,26 @@ def test_building_unchanged_input_again_does_nothing(corpus: Path, tmp_path: Pat
     assert (report.pairs_added, report.shards_done, report.shards_unchanged) == (0, 0, 3)
     assert report.pairs_total == report.pairs_in_sources == 15
     assert report.snapshot == PairStore(tmp_path / "kb").version
-    (corpus / "00001.tar").touch()  # another time, the same content
-    assert build_at(tmp_path / "kb", corpus).pairs_added == 0
     assert build_at(tmp_path / "kb", corpus / "00001.tar").pairs_added == 0
     assert contents(tmp_path / "kb") == before
+
+
+def test_a_shard_that_was_only_touched_is_read_once_more_and_not_again(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build_at(tmp_path / "kb", corpus)
+    ids, tags = PairStore(tmp_path / "kb").matching_ids(), KnowledgeBase.open(tmp_path / "kb", HashEmbedder()).snapshots
+    (corpus / "00001.tar").touch()  # another time, the same content
+    report = build_at(tmp_path / "kb", corpus)
+    assert (report.pairs_added, report.shards_unchanged) == (0, 3)
+    assert PairStore(tmp_path / "kb").matching_ids().tolist() == ids.tolist()
+    read: list[str] = []
+    monkeypatch.setattr("index.ingest.readers.Shard.digest", lambda shard: read.append(shard.name) or "")
+    version = PairStore(tmp_path / "kb").version
+    assert build_at(tmp_path / "kb", corpus).shards_unchanged == 3
+    assert (read, PairStore(tmp_path / "kb").version) == ([], version)
+    assert [each.tag for each in tags()] == ["build-1"]
+    assert len(KnowledgeBase.open(tmp_path / "kb", HashEmbedder(), snapshot="build-1")) == 15
 
 
 def test_a_changed_shard_is_made_again_and_no_other(corpus: Path, tmp_path: Path) -> None:

@@ -358,6 +358,8 @@ def test_compaction_lets_old_snapshots_go(corpus: Path, tmp_path: Path) -> None:
     report = compact(kb, keep=1)
     assert (report.snapshots_dropped, report.snapshots) == (("build-1", "build-2"), ("build-3",))
     assert len(KnowledgeBase.open(tmp_path / "kb", HashEmbedder(), snapshot="build-3")) == 15
+    assert build_at(tmp_path / "kb", corpus).pairs_added == 0
+    assert [each.tag for each in kb.snapshots()] == ["build-3"]  # nothing new to remember
     report = compact(kb, keep=0)
     assert (report.snapshots_dropped, report.bytes_after < report.bytes_before) == (("build-3",), True)
     (corpus / "00001.tar").unlink()
