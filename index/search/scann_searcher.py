@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Float32, Int64
 from numpy import ndarray
 
 from index.errors import KnowledgeBaseError, MissingExtraError
@@ -91,6 +91,7 @@ class ScannSearcher:
         self.settings = settings
         self.snapshot = snapshot
         self._dim = dim
+        self._stored: list[tuple[Any, Any]] | None = None  # see `_stored_vectors`
 
     @classmethod
     def open(cls, directory: Path, manifest: SearcherManifest) -> "ScannSearcher":
@@ -129,6 +130,23 @@ class ScannSearcher:
             wanted = min(top_k, len(shard.ids))
             answers.append(shard.search(queries, wanted, **self._effort(wanted, len(shard.ids))))
         return merge_answers(answers, top_k=top_k)
+
+    def vectors(self, ids: Int64[ndarray, " n"]) -> Float32[ndarray, "n d"] | None:
+        """The exact vectors of some of its rows, read from its files; None when they do not hold them."""
+        rows = np.empty((len(ids), self._dim), np.float32)
+        for shard, (order, stored) in zip(self._shards, self._stored_vectors(), strict=True):
+            if stored is None:
+                return None
+            places = order[np.minimum(np.searchsorted(shard.ids, ids, sorter=order), len(order) - 1)]
+            here = shard.ids[places] == ids
+            rows[here] = stored[places[here]]
+        return rows
+
+    def _stored_vectors(self) -> list[tuple[Any, Any]]:
+        """Of every shard its positions in the order of their ids, and its vectors on disk: ours, or ScaNN's own."""
+        if self._stored is None:
+            self._stored = [(np.argsort(shard.ids), _on_disk(shard, self._dim)) for shard in self._shards]
+        return self._stored
 
     def _effort(self, wanted: int, rows: int) -> dict[str, int]:
         """What is asked for here may exceed what was set when it was built, so sizes are given each time.
@@ -269,6 +287,15 @@ def _open_shard(folder: Path, *, is_resident: bool) -> _Shard:
         raw=_load(folder) if is_resident else None,
         vectors=np.load(vectors, mmap_mode="r", allow_pickle=False) if vectors.is_file() else None,
     )
+
+
+def _on_disk(shard: _Shard, dim: int) -> Any:
+    """Float32 [rows, d], mapped; None where ScaNN keeps another precision, or none."""
+    path = shard.folder / "scann" / "dataset.npy"
+    if shard.vectors is not None or not path.is_file():
+        return shard.vectors
+    stored = np.load(path, mmap_mode="r", allow_pickle=False)
+    return stored if (stored.shape, stored.dtype) == ((len(shard.ids), dim), np.float32) else None
 
 
 def _load(folder: Path) -> Any:

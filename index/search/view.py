@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from index.store import PairStore
 
 _IN_MEMORY_WORDS = 200_000  # captions up to which a batch of queries is scored in memory rather than by Lance
-_SMALL_SUBSET = 20_000  # rows left by a filter up to which they are simply compared one by one
+_SMALL_SUBSET = 20_000  # rows left by a filter up to which they are simply compared one by one,
+_SMALL_SHARE = 0.02  # if they are no more of all rows than this, or few: else asking the searcher for more is faster
+_FEW_ROWS = 2_000
 _KEPT_FILTERS = 8  # whose ids are remembered: sessions and batches ask for the same ones again
 _NO_IDS: Int64[ndarray, " 0"] = np.empty(0, dtype=np.int64)
 
@@ -88,6 +90,15 @@ class View(Protocol):
         ...
 
 
+@runtime_checkable
+class HoldsVectors(Protocol):
+    """A searcher that can say what the vectors of its rows are: a hundred from the store take Lance milliseconds."""
+
+    def vectors(self, ids: Int64[ndarray, " n"]) -> Float32[ndarray, "n d"] | None:
+        """The vectors of these rows, in their order; None when it holds none after all."""
+        ...
+
+
 @dataclass(kw_only=True, slots=True)
 class _Filtered:
     """The rows of a filter, and what was made of them."""
@@ -136,7 +147,7 @@ class StoreView:
         """As `View.search`: a small subset exactly, a large one by asking the searcher for more than is wanted."""
         rows = len(self.ids) if subset is None else len(subset.ids)
         top_k = max(1, min(top_k, rows))
-        if subset is not None and (exact or rows <= _SMALL_SUBSET):
+        if subset is not None and (exact or self._is_small(rows)):
             return Found(*self._subset_searcher(subset).search(queries, top_k=top_k), examined=rows)
         if exact:
             return Found(*self.exact_searcher().search(queries, top_k=top_k), examined=rows)
@@ -219,6 +230,11 @@ class StoreView:
             kept.split = subset.ids[is_known], subset.ids[~is_known]
         return kept.split
 
+    def _is_small(self, rows: int) -> bool:
+        """Whether a filter leaves so few rows that they are compared one by one."""
+        is_exact = isinstance(self._searcher, ExactSearcher)
+        return rows <= _SMALL_SUBSET and (is_exact or rows <= max(_FEW_ROWS, _SMALL_SHARE * len(self.ids)))
+
     def _subset_searcher(self, subset: Subset) -> ExactSearcher:
         """The rows that a filter leaves, in memory."""
         kept = self._kept(subset)
@@ -233,7 +249,14 @@ class StoreView:
         """One that has these rows, and perhaps others."""
         if self._exact is not None or isinstance(self._searcher, ExactSearcher):
             return self.exact_searcher()
-        return exact_searcher(self._store, f"id IN ({', '.join(map(str, ids.tolist()))})")
+        known = ids[_contains(self._valid, ids)]
+        vectors = self._searcher.vectors(known) if isinstance(self._searcher, HoldsVectors) else None
+        if vectors is None:
+            return exact_searcher(self._store, f"id IN ({', '.join(map(str, ids.tolist()))})")
+        if self._tail is None:
+            return ExactSearcher(known, vectors)
+        newer = self._tail.subset(ids)
+        return ExactSearcher(np.concatenate([known, newer.ids]), np.concatenate([vectors, newer.vectors]))
 
 
 def lexical_kind(by: str, *, rows: int, many: bool, indexed: bool) -> Literal["lance", "memory", "tfidf"]:

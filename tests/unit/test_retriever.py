@@ -557,6 +557,7 @@ def test_a_filter_however_it_is_applied_gives_the_same(
     assert all(eval_where(where, hit) for hit in expected.hits)
     for small, share in ((0, 0.0), (0, 2.0), (10**6, 0.0)):
         monkeypatch.setattr(module, "_SMALL_SUBSET", small)
+        monkeypatch.setattr(scoring, "_PUSH_DOWN_ROWS", 0)
         monkeypatch.setattr(scoring, "_WORDS_SHARE", share)
         hits = exact_retriever(frozen).search("red dog", k=12, by=by, where=where).hits
         assert [hit.id for hit in hits] == [hit.id for hit in expected.hits]
@@ -611,3 +612,21 @@ def test_loading_the_model_is_not_charged_to_the_query(frozen: PairStore) -> Non
     first, second = (retriever.search("red dog").timings_ms for _ in range(2))
     assert first["load"] >= 200
     assert second["load"] < first["load"]
+
+
+@pytest.mark.parametrize("kind", ["scann", "lance"])
+def test_scores_of_the_words_candidates_need_not_the_store(store: PairStore, tmp_path: Path, kind: Any) -> None:
+    """Whoever holds the vectors, the CLIP scores are those of the store; newer rows included."""
+    if kind == "scann":
+        pytest.importorskip("scann", reason="ScaNN has wheels for Linux only")
+    ids, vectors = store.ids_and_vectors()
+    build_searcher(kind, ArrayRows(ids, vectors), tmp_path / kind, snapshot=store.high_water)
+    retriever = Retriever(store, open_searcher(tmp_path / kind, store), HashEmbedder())
+    store.add([stored(f"new{n}", "red dog") for n in range(3)])
+    wanted = np.sort(store.matching_ids())[::2]
+    rows = {pair.id: pair.vector for pair in store.get(wanted, vectors=True)}
+    np.testing.assert_array_equal(retriever.view.vectors(wanted), np.stack([rows[i] for i in wanted.tolist()]))
+    np.testing.assert_array_equal(retriever.view.vectors(wanted[::-1]), retriever.view.vectors(wanted)[::-1])
+    for hit in retriever.search("red dog", k=60).hits:
+        vector = store.get([hit.id], vectors=True)[0].vector
+        assert hit.clip == pytest.approx(float(vector @ unit("red dog")), abs=1e-6)
