@@ -103,7 +103,7 @@ class Shard:
         return state.hexdigest()
 
     def samples(self) -> Iterator[Sample]:
-        """Everything in the shard, in stored order; each key once. What cannot be read at all is a BadSample too."""
+        """Everything in it, in stored order; of two pairs of one key the first. What cannot be read is a BadSample."""
         seen: set[str] = set()
         try:
             for sample in self.contents.samples(self):
@@ -111,7 +111,9 @@ class Shard:
                 offset = sample.image.offset if isinstance(sample, Pair) else sample.offset
                 if key != sample.key:
                     yield self.bad(key, offset, "the file name is not UTF-8")
-                elif key in seen and isinstance(sample, Pair):
+                elif isinstance(sample, BadSample):
+                    yield sample
+                elif key in seen:
                     yield self.bad(key, offset, "duplicate key")
                 else:
                     seen.add(key)
@@ -243,6 +245,8 @@ def _read_local(path: str) -> bytes | OSError:
 def _checked(content: Any) -> bytes | OSError:
     if isinstance(content, FileNotFoundError | PermissionError):
         return content
+    if isinstance(content, OSError) and content.errno == errno.EINVAL:
+        return b""  # S3 knows no range of an empty object
     if isinstance(content, Exception):
         raise content if isinstance(content, OSError) else OSError(str(content)) from content
     if len(content) > MAX_IMAGE_BYTES:

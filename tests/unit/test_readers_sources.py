@@ -290,6 +290,13 @@ def test_other_layouts_in_a_bucket(tmp_path: Path, bucket: Any) -> None:
                 assert pair.image.read() == pair.encoded
 
 
+def test_empty_objects(bucket: Any) -> None:
+    for name, content in {"a.png": encode(draw(1)), "a.txt": b"", "b.png": b"", "b.txt": b"words"}.items():
+        bucket.pipe(f"pets/d/{name}", content)
+    (shard,) = shards_of("s3://pets/d")
+    assert [(s.key, getattr(s, "reason", "")) for s in shard.samples()] == [("a.png", "no caption"), ("b.png", "")]
+
+
 def test_a_bucket_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     import s3fs
 
