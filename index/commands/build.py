@@ -139,7 +139,7 @@ def _live_line(meter: "Meter", *, is_silent: bool) -> Iterator[None]:
 
     class Line(ProgressColumn):
         def render(self, task: Task) -> Text:
-            return Text(progress_line(meter.progress))
+            return Text(meter.note or progress_line(meter.progress))
 
     columns = (SpinnerColumn(), TimeElapsedColumn(), Line())
     with Progress(*columns, console=Console(stderr=True), transient=True, refresh_per_second=4) as progress:

@@ -149,6 +149,7 @@ def build(
                 landing.take(shard)
         finally:  # what is whole lands, also when the build is interrupted
             landing.commit()
+        meter.note = "all is read in; making it searchable"
         searcher = _finish(kb, sources, config, ledger=ledger, tally=tally) if config.part is None else None
     seconds, progress = time.perf_counter() - started, meter.progress
     return BuildReport(

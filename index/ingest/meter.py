@@ -56,6 +56,7 @@ class Meter:
         self.pairs = 0
         self.shards = 0
         self.shards_found: int | None = None
+        self.note = ""  # what goes on instead, when it is none of the stages
 
     def enter(self, stage: Stage) -> None:
         """What follows is put down to `stage`."""

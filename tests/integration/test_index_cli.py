@@ -337,3 +337,35 @@ def test_stats_and_words_need_no_torch(kb: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code, str(kb)], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout == "False\n"
+
+
+def test_build_names_its_bottleneck(shell: Shell, corpus: Path, tmp_path: Path) -> None:
+    report = shell.json("build", corpus, "--kb", tmp_path / "kb")
+    assert set(report["stages"]) == {"read", "decode", "embed", "write"}
+    assert sum(report["stages"].values()) == pytest.approx(1, abs=0.01)
+    assert report["bottleneck"] == max(report["stages"], key=report["stages"].get)
+    code, out, _ = shell("build", corpus, "--kb", tmp_path / "other")
+    assert code == 0
+    assert "bottleneck:" in out
+    assert "nothing to do" in shell("build", corpus, "--kb", tmp_path / "other")[1]
+
+
+def test_a_live_line_on_a_terminal(shell: Shell, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    code, _, err = shell("build", corpus, "--kb", tmp_path / "kb")
+    assert code == 0
+    assert "pairs/s" in err or "making it searchable" in err
+    assert shell("build", corpus, "--kb", tmp_path / "other", "--json")[2] == ""
+
+
+def test_copies_and_thumbnails_outlive_the_sources(shell: Shell, corpus: Path, tmp_path: Path) -> None:
+    shell.json("build", corpus, "--kb", tmp_path / "copies", "--copy-images")
+    shell.json("build", corpus, "--kb", tmp_path / "thumbnails", "--thumbnails", "16")
+    for path in corpus.iterdir():
+        path.unlink()
+    for kb, shows in (("copies", True), ("thumbnails", False)):
+        hits = shell.json("query", caption_of(3), "--kb", tmp_path / kb, "--by", "bm25", "-k", "3")["hits"]
+        assert all((".lance#image/id=" in hit["image"]["uri"]) == shows for hit in hits)
+        page = tmp_path / f"{kb}.html"
+        assert shell("query", caption_of(3), "--kb", tmp_path / kb, "--by", "bm25", "-k", "3", "--html", page)[0] == 0
+        assert page.read_text().count("data:image/") >= 3
