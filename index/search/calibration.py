@@ -5,9 +5,9 @@ Text queries lie elsewhere than images, so the rule of thumb for one data set is
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from jaxtyping import Int64
 from numpy import ndarray
@@ -19,6 +19,9 @@ _REORDERS = (400, 200, 100, 50)  # candidates scored exactly, deepest first
 _DEEPEST_REORDER = 1600  # when 400 do not do
 _LADDER = 1.5  # from one number of leaves to the next
 _TIMED_SECONDS = 0.05  # a faster search is timed again, and the best of three counts
+
+
+Run: TypeAlias = Callable[[int, int], CurvePoint]  # leaves to search and reorder depth -> what comes of them
 
 
 @runtime_checkable
@@ -55,7 +58,7 @@ def calibrate(searcher: Any, queries: Queries, truth: Int64[ndarray, "q t"], *, 
     if not searcher.leaves:
         return Calibration(settings={}, recall_at_10=control.run(0, 0).recall_at_10, curve=(), warning="")
     goal = target + min(_MARGIN, (1 - target) / 2)
-    best = _choose(trial, searcher.leaves, goal)
+    best = choose(trial.run, searcher.leaves, goal)
     curve = tuple(control.run(leaves, best.reorder) for leaves in _around(best.leaves_to_search, searcher.leaves))
     measured = next(point for point in curve if point.leaves_to_search == best.leaves_to_search)
     return Calibration(
@@ -87,16 +90,16 @@ class _Trial:
         )
 
 
-def _choose(trial: _Trial, leaves: int, goal: float) -> CurvePoint:
+def choose(run: Run, leaves: int, goal: float) -> CurvePoint:
     """The fewest leaves with deep reordering; then shallower reordering as long as that is faster."""
-    best = _fewest_leaves(trial, leaves, _REORDERS[0], goal)
+    best = _fewest_leaves(run, leaves, _REORDERS[0], goal)
     if best.recall_at_10 < goal:
-        deeper = _fewest_leaves(trial, leaves, _DEEPEST_REORDER, goal)
+        deeper = _fewest_leaves(run, leaves, _DEEPEST_REORDER, goal)
         return deeper if deeper.recall_at_10 > best.recall_at_10 else best
     fewest = best.leaves_to_search  # a shallower reordering needs as many at least
     for reorder in _REORDERS[1:]:
         for leaves_to_search in _ladder(fewest, leaves, factor=1.15):
-            point = trial.run(leaves_to_search, reorder)
+            point = run(leaves_to_search, reorder)
             if point.recall_at_10 >= goal or point.qps < best.qps:
                 break
         if point.recall_at_10 >= goal and point.qps >= best.qps:
@@ -104,18 +107,18 @@ def _choose(trial: _Trial, leaves: int, goal: float) -> CurvePoint:
     return best
 
 
-def _fewest_leaves(trial: _Trial, leaves: int, reorder: int, goal: float) -> CurvePoint:
+def _fewest_leaves(run: Run, leaves: int, reorder: int, goal: float) -> CurvePoint:
     """The first point from below that reaches the goal, or the best of all when none does."""
     tried: list[CurvePoint] = []
     for leaves_to_search in _ladder(max(1, leaves // 128), leaves, factor=_LADDER):
-        tried.append(trial.run(leaves_to_search, reorder))
+        tried.append(run(leaves_to_search, reorder))
         if tried[-1].recall_at_10 >= goal:
             break
     else:
         return max(tried, key=lambda point: (point.recall_at_10, -point.leaves_to_search))
     low, reached = tried[-2].leaves_to_search if len(tried) > 1 else 0, tried[-1]
     while reached.leaves_to_search - low > max(1, reached.leaves_to_search // 10):
-        middle = trial.run((low + reached.leaves_to_search) // 2, reorder)
+        middle = run((low + reached.leaves_to_search) // 2, reorder)
         if middle.recall_at_10 >= goal:
             reached = middle
         else:

@@ -1,0 +1,92 @@
+"""Which settings calibration chooses, on machines and searchers made up for it: no clock is looked at."""
+
+import math
+
+import numpy as np
+import pytest
+
+from index.search import calibration as module
+from index.search.calibration import calibrate, choose
+from index.search.searcher import CurvePoint, ExactSearcher, Ids, Queries, Scores, shifted_queries
+
+
+class MadeUp:
+    """Recall grows with leaves and with the reorder depth; time too."""
+
+    def __init__(self, *, cap: float = 1.0, reorder_cost: float = 0.1, leaves_needed: float = 20.0):
+        self.cap, self.reorder_cost, self.leaves_needed = cap, reorder_cost, leaves_needed
+        self.points: list[CurvePoint] = []
+
+    def run(self, leaves_to_search: int, reorder: int) -> CurvePoint:
+        found = (1 - math.exp(-3 * leaves_to_search / self.leaves_needed)) * (1 - math.exp(-reorder / 20)) * self.cap
+        qps = 1e6 / (10 * leaves_to_search + self.reorder_cost * reorder)
+        point = CurvePoint(leaves_to_search=leaves_to_search, reorder=reorder, recall_at_10=found, qps=qps)
+        self.points.append(point)
+        return point
+
+
+@pytest.mark.parametrize("goal", [0.8, 0.9, 0.96, 0.99])
+@pytest.mark.parametrize("reorder_cost", [0.01, 1.0, 10.0])
+def test_the_choice_is_near_the_fastest_of_all_that_reach_the_goal(goal: float, reorder_cost: float) -> None:
+    trial = MadeUp(reorder_cost=reorder_cost)
+    chosen = choose(trial.run, 1000, goal)
+    assert chosen.recall_at_10 >= goal
+    every = [trial.run(leaves, reorder) for leaves in range(1, 400) for reorder in module._REORDERS]
+    fastest = max((point for point in every if point.recall_at_10 >= goal), key=lambda point: point.qps)
+    assert chosen.qps >= 0.8 * fastest.qps
+
+
+def test_few_settings_are_tried() -> None:
+    trial = MadeUp()
+    choose(trial.run, 10_000, 0.96)
+    assert len(trial.points) < 40
+
+
+def test_out_of_reach_is_the_best_there_is() -> None:
+    trial = MadeUp(cap=0.7)
+    chosen = choose(trial.run, 100, 0.96)
+    assert chosen.recall_at_10 == max(point.recall_at_10 for point in trial.points)
+    assert chosen.reorder == module._DEEPEST_REORDER
+
+
+class Half:
+    """Finds what exact search finds for queries that point one way, and nothing for others."""
+
+    leaves = 10
+
+    def __init__(self, exact: ExactSearcher):
+        self.exact = exact
+        self.efforts: list[tuple[int, int]] = []
+
+    def with_effort(self, leaves_to_search: int, reorder: int) -> "Half":
+        self.efforts.append((leaves_to_search, reorder))
+        return self
+
+    def search(self, queries: Queries, *, top_k: int) -> tuple[Ids, Scores]:
+        ids, scores = self.exact.search(queries, top_k=top_k)
+        ids[queries[:, 0] < 0] = -1
+        return ids, scores
+
+
+def test_one_half_of_the_queries_chooses_and_the_other_measures() -> None:
+    generator = np.random.default_rng(0)
+    vectors = generator.standard_normal((400, 8)).astype(np.float32)
+    exact = ExactSearcher(np.arange(400), vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
+    queries = shifted_queries(exact.vectors, seed=1, num=80)
+    queries[::2, 0], queries[1::2, 0] = abs(queries[::2, 0]), -abs(queries[1::2, 0])
+    truth, _ = exact.search(queries, top_k=10)
+    found = calibrate(Half(exact), queries, truth, target=0.95)
+    assert found.settings["leaves_to_search"] == 1  # every query of the first half found all with one leaf
+    assert found.recall_at_10 == 0.0  # and none of the second half does: what is reported is theirs
+    assert "recall@10 is 0.000 and not the 0.95 asked for" in found.warning
+    assert {point.recall_at_10 for point in found.curve} == {0.0}
+
+
+def test_a_searcher_without_leaves_has_nothing_to_set() -> None:
+    exact = ExactSearcher(np.arange(50), np.random.default_rng(0).standard_normal((50, 4)).astype(np.float32))
+    whole = Half(exact)
+    whole.leaves = 0
+    queries = abs(shifted_queries(exact.vectors, seed=1, num=20))
+    truth, _ = exact.search(queries, top_k=10)
+    found = calibrate(whole, queries, truth, target=0.95)
+    assert (found.settings, found.recall_at_10, found.curve, found.warning) == ({}, 1.0, (), "")
