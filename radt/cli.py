@@ -34,6 +34,10 @@ Order = Literal["low_discrepancy", "coin", "text_first", "neighbor_first"]
 
 Model = Annotated[Path | None, typer.Option("--model", help="Model folder. Default: the one inside the package.")]
 Kb = Annotated[Path | None, typer.Option("--kb", help="Knowledge base to look prompts up in.")]
+Kbs = Annotated[
+    list[str] | None,
+    typer.Option("--kb", help="Knowledge base to look prompts up in, a folder or a URL; several are searched as one."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 Font = Annotated[Path | None, typer.Option("--font", help="A colour-emoji font file. Default: the installed one.")]
 Seed = Annotated[int, typer.Option("--seed", help="Picture i of several takes seed + i.")]
@@ -62,6 +66,11 @@ ByOption = Annotated[
 FusionOption = Annotated[
     Literal["rrf", "sum", "product"] | None, typer.Option("--fusion", help="How hybrid joins the scores.")
 ]
+DecomposeOption = Annotated[
+    Literal["off", "phrases", "terms"] | None,
+    typer.Option("--decompose", help="Neighbours of every thing that a prompt names, found by which rule."),
+]
+Diversity = Annotated[float | None, typer.Option("--diversity", help="Of the neighbours: 0, off, to 1.")]
 BatchSize = Annotated[
     int | None, typer.Option("--batch-size", help="Pictures a network call; 1 keeps each bitwise the same.")
 ]
@@ -76,6 +85,8 @@ SETTINGS = (
     "threshold",
     "by",
     "fusion",
+    "decompose",
+    "diversity",
     "batch_size",
 )
 
@@ -170,7 +181,7 @@ def train(
 def generate(
     prompts: Annotated[list[str], typer.Argument(help="One or more prompts.")],
     model: Model = None,
-    kb: Kb = None,
+    kb: Kbs = None,
     n: Annotated[int, typer.Option("-n", help="Pictures of each prompt.")] = 1,
     seed: Seed = 0,
     references: References = None,
@@ -187,6 +198,8 @@ def generate(
     threshold: ThresholdOption = None,
     by: ByOption = None,
     fusion: FusionOption = None,
+    decompose: DecomposeOption = None,
+    diversity: Diversity = None,
     dataset: Annotated[str | None, typer.Option("--dataset", help="Look in this dataset only.")] = None,
     where: Annotated[str | None, typer.Option("--where", help="SQL filter on pairs.")] = None,
     min_score: Annotated[float | None, typer.Option("--min-score", help="Leave out what scores less.")] = None,
@@ -248,6 +261,8 @@ def evaluate_emoji_draw(
     threshold: ThresholdOption = None,
     by: ByOption = None,
     fusion: FusionOption = None,
+    decompose: DecomposeOption = None,
+    diversity: Diversity = None,
     batch_size: BatchSize = None,
     font: Font = None,
     as_json: Json = False,

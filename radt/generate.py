@@ -11,7 +11,7 @@ from radt.neighbors import Neighbor, Reference
 from radt.pipeline import GeneratedImage, OnStep, TextToImage, file_name, ignore
 from radt.sheet import Picture, Row, Sheet, write_sheet
 
-RETRIEVAL_ONLY = ("by", "fusion", "dataset", "where", "min_score", "exclude")
+RETRIEVAL_ONLY = ("by", "fusion", "decompose", "diversity", "dataset", "where", "min_score", "exclude")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,12 +39,13 @@ def generate_files(
     out: Path,
     sheet: Path | None = None,
     model: str | Path | None = None,
-    kb: str | Path | None = None,
+    kb: str | Path | Sequence[str | Path] | None = None,
     device: str = "auto",
     on_step: OnStep = ignore,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[Drawn]:
     """The whole command: load, draw, save, and write a contact sheet where one is wanted."""
+    kb = kb or None
     check_effect(request, has_kb=kb is not None)
     pipeline = TextToImage.load(model, kb=kb, device=device)
     if kb is None and not request.references:

@@ -29,6 +29,7 @@ from radt.settings import GenerateSettings
 
 if TYPE_CHECKING:
     from index.knowledge_base import KnowledgeBase
+    from index.search.joined import JoinedKnowledgeBase
 
 OnStep = Callable[[int, int], None]  # network steps done, of how many
 
@@ -97,7 +98,9 @@ class DrawRequest:
 class TextToImage:
     """A loaded model, and perhaps a knowledge base. Safe to call again and again; it keeps nothing of a request."""
 
-    def __init__(self, bundle: Bundle, *, kb: "KnowledgeBase | None" = None, device: str = "cpu") -> None:
+    def __init__(
+        self, bundle: Bundle, *, kb: "KnowledgeBase | JoinedKnowledgeBase | None" = None, device: str = "cpu"
+    ) -> None:
         self.bundle, self.kb, self.device = bundle, kb, device
         stage = bundle.info.stages[0]
         self._denoiser = Denoiser(bundle.unet, schedule=stage.schedule, prediction=stage.prediction)
@@ -107,16 +110,17 @@ class TextToImage:
         cls,
         model: str | Path | None = None,
         *,
-        kb: "KnowledgeBase | str | Path | None" = None,
+        kb: "KnowledgeBase | JoinedKnowledgeBase | str | Path | Sequence[str | Path] | None" = None,
         device: str = "auto",
     ) -> "TextToImage":
-        """Load a bundle (None: the demonstration model) and open the knowledge base. `device`: auto, cpu or cuda."""
+        """Load a bundle (None: the demonstration model) and open the knowledge base. `device`: auto, cpu or cuda.
+
+        Several knowledge bases, named in a list, are searched as one.
+        """
         device = find_device(device)
         bundle = load_bundle(model, device=device)
-        if isinstance(kb, str | Path):
-            from index.knowledge_base import KnowledgeBase
-
-            kb = KnowledgeBase.open(kb, models=[str(bundle.folder)])
+        if isinstance(kb, str | Path | Sequence):
+            kb = _open_knowledge_base(kb, models=[str(bundle.folder)])
         return cls(bundle, kb=kb, device=device)
 
     @property
@@ -203,6 +207,8 @@ class TextToImage:
             k=wanted,
             by=settings.by,
             fusion=settings.fusion,
+            decompose=settings.decompose,
+            diversity=settings.diversity,
             dataset=settings.dataset,
             where=settings.where,
             min_score=settings.min_score,
@@ -311,6 +317,18 @@ class TextToImage:
             on_step=lambda step, x0: on_step((step + 1) * len(seeds)),
         )
         return list(from_pixels(x0))
+
+
+def _open_knowledge_base(
+    kb: str | Path | Sequence[str | Path], *, models: Sequence[str]
+) -> "KnowledgeBase | JoinedKnowledgeBase":
+    from index.knowledge_base import KnowledgeBase
+    from index.search.joined import JoinedKnowledgeBase
+
+    several = [kb] if isinstance(kb, str | Path) else kb
+    if len(several) == 1:
+        return KnowledgeBase.open(several[0], models=models)
+    return JoinedKnowledgeBase.open(several, models=models)
 
 
 def find_device(name: str) -> str:

@@ -60,7 +60,7 @@ def _quarantine_json(base: "KnowledgeBase", where: str | None, limit: int) -> di
     samples = base.quarantine(where, limit=limit)
     reasons = base.store.reasons(where)
     return {
-        "kb": str(base.directory),
+        "kb": base.name,
         "quarantined": sum(reasons.values()),
         "by_reason": reasons,
         "samples": [asdict(sample) for sample in samples],

@@ -28,6 +28,9 @@ from radt.settings import GenerateSettings
 
 if TYPE_CHECKING:
     from index.knowledge_base import KnowledgeBase
+    from index.search.joined import JoinedKnowledgeBase
+
+    AnyKnowledgeBase = KnowledgeBase | JoinedKnowledgeBase
 
 ArmName: TypeAlias = Literal["with_retrieval", "without_retrieval", "with_one_wrong"]
 Pictures: TypeAlias = UInt8[np.ndarray, "n size size 3"]
@@ -295,7 +298,7 @@ def plan_tasks(entities: Sequence[Entity], *, n: int, seed: int) -> list[Task]:
     return tasks
 
 
-def check(model: TextToImage, settings: GenerateSettings | None = None) -> "KnowledgeBase":
+def check(model: TextToImage, settings: GenerateSettings | None = None) -> "AnyKnowledgeBase":
     """The model's knowledge base; a QueryError where nothing could be retrieved."""
     if model.kb is None:
         raise QueryError(f"emoji-draw needs a knowledge base to find neighbours in: name one with --kb; {MAKE_A_KB}")
@@ -305,7 +308,7 @@ def check(model: TextToImage, settings: GenerateSettings | None = None) -> "Know
 
 
 def retrieve(
-    model: TextToImage, kb: "KnowledgeBase", tasks: Sequence[Task], settings: GenerateSettings
+    model: TextToImage, kb: "AnyKnowledgeBase", tasks: Sequence[Task], settings: GenerateSettings
 ) -> list[tuple[Shown, ...]]:
     """Each prompt's neighbours as the model finds them, and what they show by the corpus's own records."""
     found = [model.retrieve(task.prompt, settings=settings) for task in tasks]
@@ -313,7 +316,7 @@ def retrieve(
     pairs = kb.store.get(sorted({int(neighbor.id) for row in found for neighbor in row}))
     shows = {str(pair.id): classes.get(str(pair.metadata.get("codes"))) for pair in pairs}
     if all(class_id is None for class_id in shows.values()):
-        raise KnowledgeBaseError(f"{str(kb.directory)!r} finds no emoji for the prompts of emoji-draw: {MAKE_A_KB}")
+        raise KnowledgeBaseError(f"{kb.name!r} finds no emoji for the prompts of emoji-draw: {MAKE_A_KB}")
     return [tuple(Shown(neighbor=each, class_id=shows[each.id]) for each in row) for row in found]
 
 
@@ -362,10 +365,10 @@ def averages(arm: Arm) -> dict[str, float | None]:
     }
 
 
-def kb_facts(kb: "KnowledgeBase") -> dict[str, Any]:
+def kb_facts(kb: "AnyKnowledgeBase") -> dict[str, Any]:
     """What the neighbours came from."""
     return {
-        "path": str(kb.directory),
+        "path": kb.name,
         "pairs": len(kb),
         "fingerprint": kb.manifest.fingerprint,
         "snapshot": kb.store.version,

@@ -76,6 +76,21 @@ def test_an_excluded_pair_is_not_used(pipeline):
     assert first not in [neighbor.id for neighbor in pipeline(PROMPT, k=5, exclude=[first])[0].neighbors]
 
 
+def test_several_knowledge_bases_draw_as_one(pipeline, tiny_bundle, tiny_kb, tmp_path):
+    whole = KnowledgeBase.open(tiny_kb, models=[str(tiny_bundle)])
+    halves = []
+    for half in range(2):
+        shutil.copytree(tiny_kb, tmp_path / str(half))
+        base = KnowledgeBase.open(tmp_path / str(half), models=[str(tiny_bundle)])
+        base.remove(sorted(whole.store.matching_ids().tolist())[half::2])
+        base.build_search("exact")
+        halves.append(tmp_path / str(half))
+    joined = TextToImage.load(tiny_bundle, kb=halves, device="cpu")
+    ours, theirs = joined(PROMPT, k=3)[0], pipeline(PROMPT, k=3)[0]
+    assert [each.id for each in ours.neighbors] == [each.id for each in theirs.neighbors]
+    assert np.array_equal(pixels(ours), pixels(theirs))
+
+
 def test_k_may_pass_what_there_is(pipeline):
     assert len(pipeline(PROMPT, k=50)[0].neighbors) == NUM_PAIRS
 
