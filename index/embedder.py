@@ -29,6 +29,7 @@ BATCH_ROWS = {"cpu": 64, "cuda": 256}  # images in one call of the network
 COMPILE_AFTER = 50  # full batches; compiling takes a minute, which a small build would not get back
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # no format whose decoder runs a program (EPS)
 CONFIG_NAME = "open_clip_config.json"
+_LOADING = threading.Lock()  # decoding threads ask all at once; not in the object, which is sent to other machines
 UNTRAINED = "untrained"  # a weights tag of ours: fixed random weights, for benchmarks and tests
 
 # An image as `Embedder.prepare` leaves it for `embed`: pixels of the network's size, or numbers of its range, too.
@@ -243,7 +244,6 @@ class DeferredEmbedder:
         self._names = names
         self._load = load or ClipEmbedder.load
         self._loaded: Embedder | None = None
-        self._loading = threading.Lock()  # decoding threads ask all at once
 
     def texts(self, texts: Sequence[str]) -> Float32[np.ndarray, "n d"]:
         """Embed texts."""
@@ -278,8 +278,11 @@ class DeferredEmbedder:
         again = partial(DeferredEmbedder, dim=self.dim, fingerprint=self.fingerprint, load=self._load)
         return again, (list(self._names),)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_loaded": None}  # it travels by its name
+
     def _embedder(self) -> Embedder:
-        with self._loading:
+        with _LOADING:
             if self._loaded is None:
                 self._loaded = self._first_that_fits()
             return self._loaded

@@ -186,6 +186,28 @@ def test_only_jpeg_has_a_fraction_of_its_size(embedder: ClipEmbedder) -> None:
     assert decode_scaled(jpeg(photo(640, 480)), side=None)[0].size == (640, 480)
 
 
+def test_a_deferred_model_is_loaded_once_by_many_threads_and_can_be_sent_elsewhere() -> None:
+    import pickle
+    import time
+    from concurrent.futures import ThreadPoolExecutor
+
+    loads: list[str] = []
+
+    def load(name: str) -> HashEmbedder:
+        loads.append(name)
+        time.sleep(0.05)
+        return HashEmbedder()
+
+    deferred = DeferredEmbedder(["m"], dim=32, fingerprint=HashEmbedder().fingerprint, load=load)
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(deferred.prepare, [draw(i) for i in range(16)]))
+    assert loads == ["m"]
+    used = DeferredEmbedder(["m"], dim=32, fingerprint="f")
+    used._loaded = deferred
+    sent = pickle.loads(pickle.dumps(used))  # noqa: S301 - our own
+    assert (sent.name, sent.fingerprint, sent._loaded) == ("m", "f", None)
+
+
 def test_the_model_is_in_evaluation_mode(embedder: ClipEmbedder) -> None:
     assert not embedder._model.training
 
