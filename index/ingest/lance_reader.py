@@ -15,6 +15,7 @@ from index.ingest.parquet_reader import as_rows
 from index.ingest.shards import Info, Listing, Sample, Shard, SkippedShard, uri_of
 
 BATCH_ROWS = 64
+BATCH_BYTES = 64 << 20  # of rows in memory at once
 INSIDE = re.compile(r"^(.*?\.lance)/(?:data|_versions|_deletions|_transactions|_indices|_latest\.manifest)(?:/|$)")
 KNOWLEDGE_BASE = "kb.json"
 
@@ -75,6 +76,8 @@ class LanceContents:
                 columns=[*columns.scalars, *([columns.vector] if columns.vector else [])],
                 fragments=[dataset.get_fragment(self.fragment)],
                 batch_size=BATCH_ROWS,
+                batch_size_bytes=BATCH_BYTES,
+                io_buffer_size=4 * BATCH_BYTES,
                 batch_readahead=2,
                 scan_in_order=True,
                 blob_handling="all_binary",

@@ -88,11 +88,9 @@ def table_rows(table: Any, names: Sequence[str]) -> Iterator[Rows | DamagedTable
     first = 0
     for group in range(table.num_row_groups):
         about = table.metadata.row_group(group)
-        row_bytes = about.total_byte_size // max(about.num_rows, 1)
-        batch_rows = max(1, min(BATCH_ROWS, BATCH_BYTES // max(row_bytes, 1)))
         at = first
         try:
-            batches = table.iter_batches(batch_rows, row_groups=[group], columns=list(names), use_threads=False)
+            batches = table.iter_batches(_batch_rows(about), row_groups=[group], columns=list(names), use_threads=False)
             for batch in batches:
                 yield Rows(rows=as_rows(batch), first=at, vectors=[None] * batch.num_rows)
                 at += batch.num_rows
@@ -101,6 +99,16 @@ def table_rows(table: Any, names: Sequence[str]) -> Iterator[Rows | DamagedTable
         first += about.num_rows
     if first != table.metadata.num_rows:
         yield DamagedTableError(f"the file should have {table.metadata.num_rows} rows, and its row groups have {first}")
+
+
+def _batch_rows(group: Any) -> int:
+    """How many rows of a group to hold at once. Any row may have the largest value of a column's dictionary."""
+    largest = group.total_byte_size // max(group.num_rows, 1)
+    for column in map(group.column, range(group.num_columns)):
+        if column.has_dictionary_page:
+            stored = column.data_page_offset - (column.dictionary_page_offset or 0)
+            largest += stored * column.total_uncompressed_size // max(column.total_compressed_size, 1)
+    return max(1, min(BATCH_ROWS, BATCH_BYTES // max(largest, 1)))
 
 
 def as_rows(batch: Any) -> list[Mapping[str, Any] | None]:

@@ -11,6 +11,7 @@ import json
 import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from posixpath import basename, dirname, join, normpath, relpath, splitext
@@ -36,6 +37,7 @@ MAX_IMAGE_BYTES = 256 << 20  # an encoded image above this is not read into memo
 READ_AHEAD = 8 << 20  # bytes asked of a bucket at once
 READ_TOGETHER = 64  # small files asked of a bucket at once
 ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EINVAL}
+STORAGE_CLIENTS = {"aiohttp", "aiobotocore", "botocore", "fsspec", "s3fs", "gcsfs", "adlfs", "azure", "google"}
 CHANGE_MARKS = ("ETag", "etag", "mtime", "LastModified", "Last-Modified", "last_modified", "updated", "created")
 
 Sample = Pair | BadSample
@@ -97,7 +99,7 @@ class Shard:
             if etag:
                 state.update(str(etag).encode())
                 continue
-            with open_ahead(self.fs, path) as file:
+            with storage_errors(), open_ahead(self.fs, path) as file:
                 while block := file.read(1 << 20):
                     state.update(block)
         return state.hexdigest()
@@ -106,20 +108,22 @@ class Shard:
         """Everything in it, in stored order; of two pairs of one key the first. What cannot be read is a BadSample."""
         seen: set[str] = set()
         try:
-            for sample in self.contents.samples(self):
-                key = sample.key.encode("utf-8", "backslashreplace").decode()
-                offset = sample.image.offset if isinstance(sample, Pair) else sample.offset
-                if key != sample.key:
-                    yield self.bad(key, offset, "the file name is not UTF-8")
-                elif isinstance(sample, BadSample):
-                    yield sample
-                elif key in seen:
-                    yield self.bad(key, offset, "duplicate key")
-                else:
-                    seen.add(key)
-                    yield sample
+            with storage_errors():
+                for sample in self.contents.samples(self):
+                    yield self._checked(sample, seen)
         except CorpusError as error:
             yield self.bad("", None, str(error))
+
+    def _checked(self, sample: Sample, seen: set[str]) -> Sample:
+        key = sample.key.encode("utf-8", "backslashreplace").decode()
+        if key != sample.key:
+            offset = sample.image.offset if isinstance(sample, Pair) else sample.offset
+            return self.bad(key, offset, "the file name is not UTF-8")
+        if isinstance(sample, Pair):
+            if key in seen:
+                return self.bad(key, sample.image.offset, "duplicate key")
+            seen.add(key)
+        return sample
 
     def bad(self, key: str, offset: int | None, reason: str) -> BadSample:
         """A BadSample of this shard. An empty key means the shard, or a stretch of it."""
@@ -197,6 +201,19 @@ def path_in(folder: str, name: str) -> str:
 
 
 # Opening
+
+
+@contextmanager
+def storage_errors() -> Iterator[None]:
+    """OSError for whatever the clients of buckets raise: like a failing disk, it says nothing about the content."""
+    try:
+        yield
+    except (OSError, CorpusError):
+        raise
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] not in STORAGE_CLIENTS:
+            raise
+        raise OSError(" ".join(str(error).split()) or type(error).__name__) from error
 
 
 def open_ahead(fs: Any, path: str) -> Any:

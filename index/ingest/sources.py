@@ -46,10 +46,13 @@ def choose(source: str) -> Choice:
     with reachable(source):
         names = named_files(fs, path, source)
         if not names:
-            return Choice(fs=fs, root=path, files=_files_below(fs, path, path, depth=None))
+            files = _files_below(fs, path, path, depth=None)
+            _check_ranges(fs, files, source)
+            return Choice(fs=fs, root=path, files=files)
         is_there = len(names) == 1 and fs.exists(path)  # a name that looks like a pattern, perhaps
         root = dirname(path) if is_there else _common_folder(names)
         files = _files_named(fs, names) if _is_web(fs) else _files_around(fs, root, names, is_there=is_there)
+        _check_ranges(fs, files, source)
     exact = frozenset(name for name in names if is_there or not WILD.search(name))
     lost = sorted(name for name in exact - files.keys() if not name.endswith(LANCE))
     return Choice(
@@ -153,6 +156,13 @@ def _files_around(fs: Any, root: str, names: Sequence[str], *, is_there: bool) -
     is_deep = any("**" in name or name.endswith(LANCE) for name in names)
     depth = None if is_deep else max(relpath(name, root).count("/") + 1 for name in names)
     return _files_below(fs, root, root, depth=depth)
+
+
+def _check_ranges(fs: Any, files: Mapping[str, Info], source: str) -> None:
+    """CorpusError when a web server does not give parts of files, which is what all readers ask for."""
+    small = min(files, key=lambda path: int(files[path]["size"]), default=None) if _is_web(fs) else None
+    if small is not None and len(fs.cat_file(small, start=0, end=1)) > 1:
+        raise CorpusError(f"the server of {source!r} gives files only as a whole; download them, and build from there")
 
 
 def _files_named(fs: Any, names: Sequence[str]) -> dict[str, Info]:

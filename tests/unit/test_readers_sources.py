@@ -297,6 +297,22 @@ def test_empty_objects(bucket: Any) -> None:
     assert [(s.key, getattr(s, "reason", "")) for s in shard.samples()] == [("a.png", "no caption"), ("b.png", "")]
 
 
+def test_what_a_storage_client_raises_is_a_failure_to_read_and_no_property_of_the_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import aiohttp
+
+    write_img2dataset(tmp_path, shards=1, per_shard=3)
+    (shard,) = shards_of(tmp_path)
+
+    def broken(*args: Any) -> None:
+        raise aiohttp.ServerDisconnectedError
+
+    monkeypatch.setattr("index.ingest.tar_reader.open_ahead", broken)
+    with pytest.raises(OSError, match="Server disconnected"):
+        list(shard.samples())
+
+
 def test_a_bucket_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     import s3fs
 
@@ -320,12 +336,14 @@ def test_a_bucket_that_is_not_there(bucket: Any) -> None:
 class RangeHandler(http.server.SimpleHTTPRequestHandler):
     """Python's own server, with the ranges that every other one has."""
 
+    gives_ranges = True
+
     def log_message(self, format: str, *args: Any) -> None:
         pass
 
     def do_GET(self) -> None:
         path = Path(self.translate_path(self.path))
-        if not path.is_file() or "Range" not in self.headers:
+        if not path.is_file() or "Range" not in self.headers or not self.gives_ranges:
             super().do_GET()
             return
         content = path.read_bytes()
@@ -362,3 +380,11 @@ def test_tars_on_a_web_server(tmp_path: Path, web: str) -> None:
         assert pairs[4].image.read() == local[4]
     with pytest.raises(CorpusError, match=r"cannot be listed; name the files with"):
         list(read(f"{web}/pets/*.tar"))
+
+
+def test_a_web_server_without_ranges(tmp_path: Path, web: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_img2dataset(tmp_path / "d" / "pets", shards=1, per_shard=3)
+    monkeypatch.setattr(RangeHandler, "gives_ranges", False)
+    for source in (f"{web}/pets", f"{web}/pets/00000.tar"):
+        with pytest.raises(CorpusError, match="gives files only as a whole; download them"):
+            list(read(source))

@@ -191,6 +191,16 @@ def test_tables_are_read_a_few_rows_at_a_time(tmp_path: Path, monkeypatch: pytes
     assert max(sizes) <= 32
 
 
+def test_a_small_file_of_enormous_rows_is_read_row_by_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("index.ingest.parquet_reader.BATCH_BYTES", 4 << 20)
+    image = encode(draw(1)) + np.random.default_rng(0).bytes(900_000)
+    write_parquet(tmp_path / "a.parquet", [{"png": image, "caption": "x"}] * 500)
+    assert (tmp_path / "a.parquet").stat().st_size < 2_000_000  # 450 MB when unpacked
+    before = pa.total_allocated_bytes()
+    for count, _ in enumerate(shards_of(tmp_path)[0].samples()):
+        assert pa.total_allocated_bytes() - before < 16 << 20, count
+
+
 def test_tfrecord_is_refused_with_a_way_out(tmp_path: Path) -> None:
     (tmp_path / "00000.tfrecord").write_bytes(b"x")
     write_parquet(tmp_path / "00000.parquet", [{"url": "u", "key": "0", "status": "success", "caption": "x"}])
