@@ -598,11 +598,13 @@ def test_the_commands_of_the_life_cycle(
     sha = PairStore(tmp_path / "kb").get(PairStore(tmp_path / "kb").matching_ids()[:1])[0].sha256
     code, out, err = radt("remove", "--where", f"image_sha256 = '{sha}'", "--kb", tmp_path / "kb")
     assert (code, out, err) == (0, "removed 1\n", "")
+    code, out, err = radt("remove", "--where", "metadata LIKE '%example.org/7.png%'", "--kb", tmp_path / "kb")
+    assert (code, out, err) == (0, "removed 1\n", "")
     code, out, err = radt("compact", "--kb", tmp_path / "kb", "--keep", 3)
     assert (code, err) == (0, "")
     assert "build-1" in out
     document = json.loads(radt("compact", "--kb", tmp_path / "kb", "--json")[1])
-    assert (document["pairs"], document["snapshots"], document["fragments_after"]) == (15, [], 1)
+    assert (document["pairs"], document["snapshots"], document["fragments_after"]) == (14, [], 1)
     with PairStore(tmp_path / "kb").lock():
         code, out, err = radt("compact", "--kb", tmp_path / "kb", "--wait", 0.1)
     assert (code, out) == (1, "")
