@@ -34,7 +34,7 @@ def add_build(app: typer.Typer, default_model: str | None) -> None:
 
     @app.command()
     def build(
-        sources: Annotated[list[str], typer.Argument(help="Tars, or folders of tars or of captioned images.")],
+        sources: Annotated[list[str], typer.Argument(help="Folders, files or patterns, here or in a bucket.")],
         kb: KbOption,
         model: ModelOption = None,
         dataset: DatasetOption = None,

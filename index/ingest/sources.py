@@ -33,9 +33,10 @@ class Choice:
 
     def has(self, shard: Shard | SkippedShard) -> bool:
         """Whether the shard is one of those named, or has a file that is."""
+        if not self.exact and not self.wild:
+            return True
         own = [join(self.root, FRAGMENT.sub("", shard.name)), *(shard.files if isinstance(shard, Shard) else ())]
-        is_all = not self.exact and not self.wild
-        return is_all or any(path in self.exact or any(name.match(path) for name in self.wild) for path in own)
+        return any(path in self.exact or any(name.match(path) for name in self.wild) for path in own)
 
 
 def choose(source: str) -> Choice:

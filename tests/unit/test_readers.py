@@ -69,6 +69,27 @@ def test_img2dataset_files_layout(tmp_path: Path) -> None:
     assert pairs[0].image.read() == encode(draw(1))
 
 
+def test_img2dataset_files_with_their_table(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for number, shard in enumerate(("00000", "00001")):
+        (tmp_path / shard).mkdir()
+        (tmp_path / shard / f"00000000{number}.png").write_bytes(encode(draw(number)))
+        rows = [
+            {"key": f"00000000{number}", "caption": caption_of(number), "status": "success", "url": f"u{number}"},
+            {"key": "000000009", "caption": "gone", "status": "failed_to_download", "url": "u9"},
+        ]
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"{shard}.parquet")
+    (tmp_path / "00000_stats.json").write_text("{}")
+    found = {s.name: s for s in read(str(tmp_path))}
+    assert isinstance(found["00001"], SkippedShard)
+    assert "00001_stats.json is missing" in found["00001"].reason
+    (pair,) = pairs_of(tmp_path)
+    assert (pair.shard, pair.key, pair.caption, pair.metadata["url"]) == ("00000", "000000000", caption_of(0), "u0")
+    assert len(found) == 2  # the tables are no shards of their own
+
+
 def test_metadata_comes_from_the_parquet_when_the_tar_has_none(tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
