@@ -138,13 +138,14 @@ def _read_ranges(uri: str, locations: Sequence[ImageLocation]) -> list[Outcome]:
     with open(path, "rb") as file:
         for i, location in sorted(enumerate(locations), key=lambda item: item[1].offset or 0):
             file.seek(location.offset or 0)
-            outcomes[i] = _whole(file.read(-1 if location.size is None else location.size), location)
+            size = -1 if location.offset is None or location.size is None else location.size
+            outcomes[i] = _whole(file.read(size), location)
     return [outcomes[i] for i in range(len(locations))]
 
 
 def _read_remote(fs: Any, path: str, locations: Sequence[ImageLocation]) -> list[Outcome]:
     """A bucket answers many ranges at once."""
-    ends = [None if at.size is None else (at.offset or 0) + at.size for at in locations]
+    ends = [None if at.offset is None or at.size is None else at.offset + at.size for at in locations]
     contents = fs.cat_ranges([path] * len(locations), [at.offset for at in locations], ends, on_error="return")
     return [
         _error(location, content) if isinstance(content, Exception) else _whole(bytes(content), location)
@@ -261,13 +262,15 @@ def _column_and_row(location: ImageLocation) -> tuple[str, int]:
 
 
 def _whole(content: bytes, location: ImageLocation) -> Outcome:
-    if location.size is not None and len(content) < location.size:
-        return _error(location, "the file is shorter than it was when it was read in")
+    if location.size is not None and len(content) != location.size:
+        return _error(location, "it has not the size that it had when it was read in")
     return content
 
 
 def _cell_bytes(value: Any, location: ImageLocation) -> Outcome:
-    return value if isinstance(value, bytes) and value else _error(location, "there are no bytes in this cell")
+    if not isinstance(value, bytes) or not value:
+        return _error(location, "there are no bytes in this cell")
+    return _whole(value, location)
 
 
 def _unchanged(outcome: Outcome, location: ImageLocation, digest: str | None) -> Outcome:

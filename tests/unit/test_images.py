@@ -103,6 +103,11 @@ def test_files_in_a_bucket() -> None:
     offsets = np.cumsum([0, *map(len, IMAGES)]).tolist()
     fs.pipe("/bucket/a.bin", b"".join(IMAGES))
     fs.pipe("/bucket/one.png", IMAGES[7])
+    buffer = io.BytesIO()
+    pq.write_table(pa.table({"jpg": IMAGES}), buffer, row_group_size=10)
+    fs.pipe("/bucket/t.parquet", buffer.getvalue())
+    cells = [ImageLocation(uri=f"memory://bucket/t.parquet#jpg/{row}") for row in (39, 0)]
+    assert read_images(cells) == [IMAGES[39], IMAGES[0]]
     ranges = [
         ImageLocation(uri="memory://bucket/a.bin", offset=offsets[i], size=len(content))
         for i, content in enumerate(IMAGES)
@@ -155,7 +160,17 @@ def test_one_that_is_gone_does_not_take_the_others_along(tar: list[ImageLocation
     good = [outcome for outcome in outcomes if isinstance(outcome, bytes)]
     assert good == IMAGES[: len(good)]
     assert 0 < len(good) < len(IMAGES)
-    assert all("shorter than it was" in str(outcome) for outcome in outcomes[len(good) :])
+    assert all("has not the size" in str(outcome) for outcome in outcomes[len(good) :])
+
+
+def test_a_whole_file_of_another_size_has_changed(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(IMAGES[1])
+    assert read_images([ImageLocation(uri=str(path), size=len(IMAGES[1]))]) == [IMAGES[1]]
+    for content in (IMAGES[1] + b"more", IMAGES[1][:-1]):
+        path.write_bytes(content)
+        with pytest.raises(ImageError, match="has not the size"):
+            read_images([ImageLocation(uri=str(path), size=len(IMAGES[1]))])
 
 
 def test_a_changed_tar_is_told_from_the_digests(tar: list[ImageLocation]) -> None:
