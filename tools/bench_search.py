@@ -319,6 +319,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--skip", default="", help="of tutorial, faiss_ivf, hnsw; with commas")
     options = parser.parse_args()
+    # Every library sizes its pool by the processors it sees.
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
     data = make_data(options.rows, options.dim, options.queries)
     CACHE.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=CACHE))
