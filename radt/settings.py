@@ -8,6 +8,7 @@ from index.errors import ConfigError
 
 By = Literal["clip", "bm25", "tfidf", "hybrid"]
 Fusion = Literal["rrf", "sum", "product"]
+Decompose = Literal["off", "phrases", "terms"]
 BranchOrder = Literal["low_discrepancy", "coin", "text_first", "neighbor_first"]
 ThresholdRule = Literal["static", "dynamic"]
 
@@ -26,6 +27,8 @@ class GenerateSettings:
     threshold: ThresholdRule = "static"
     by: By = "hybrid"
     fusion: Fusion = "rrf"
+    decompose: Decompose = "off"  # neighbours of every thing that the prompt names: `index.search.decompose`
+    diversity: float = 0.0  # of the neighbours: 0 is off, up to 1
     dataset: str | None = None
     where: str | None = None
     min_score: float | None = None
@@ -42,5 +45,6 @@ class GenerateSettings:
             weight = getattr(self, name)
             if not (math.isfinite(weight) and weight >= 1):
                 raise ConfigError(f"{name} must be 1 (no guidance) or more, got {weight}")
-        if not 0 <= self.text_share <= 1:
-            raise ConfigError(f"text_share must lie between 0 and 1, got {self.text_share}")
+        for name in ("text_share", "diversity"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} must lie between 0 and 1, got {getattr(self, name)}")
