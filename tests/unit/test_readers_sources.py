@@ -13,10 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from index.errors import CorpusError
+from index.ingest.build import BuildConfig, build
 from index.ingest.readers import Shard, SkippedShard, check_source, read
 from index.ingest.sources import expand_braces
+from index.knowledge_base import KnowledgeBase
 from index.records import Pair
-from tests.fakes import draw, encode, sample, write_img2dataset, write_tar
+from tests.fakes import HashEmbedder, draw, encode, sample, write_img2dataset, write_tar
 
 
 def shards_of(source: Path | str) -> list[Shard]:
@@ -259,6 +261,27 @@ def test_a_changed_object_is_noticed_by_its_etag_without_being_read(
     calls = count_requests(bucket, monkeypatch)
     assert before.digest() != after.digest()
     assert calls == []
+
+
+def test_a_build_from_a_bucket(tmp_path: Path, bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def build_from_bucket() -> tuple[int, int]:
+        kb = KnowledgeBase.create(tmp_path / "kb", HashEmbedder())
+        report = build(kb, ["s3://pets/d"], BuildConfig())
+        return report.pairs_added, report.shards_unchanged
+
+    write_img2dataset(tmp_path / "d", shards=3, per_shard=4)
+    put(bucket, tmp_path / "d", "pets/d")
+    assert build_from_bucket() == (12, 0)
+    calls = count_requests(bucket, monkeypatch)
+    assert build_from_bucket() == (0, 3)
+    assert "get_object" not in calls
+    write_tar(tmp_path / "d" / "00001.tar", sample(77))
+    bucket.pipe("pets/d/00001.tar", (tmp_path / "d" / "00001.tar").read_bytes())
+    assert build_from_bucket() == (1, 2)
+    kb = KnowledgeBase.open(tmp_path / "kb", HashEmbedder())
+    for row in kb.store.get(kb.store.matching_ids()):
+        assert row.image.uri.startswith("s3://pets/d/")
+        assert row.image.read() == encode(draw(int(row.key)))
 
 
 def test_other_layouts_in_a_bucket(tmp_path: Path, bucket: Any) -> None:

@@ -146,10 +146,11 @@ def test_a_table_without_images_or_captions_names_what_was_looked_for(tmp_path: 
 
 
 def test_what_a_parquet_row_may_hold_besides(tmp_path: Path) -> None:
-    from datetime import UTC, datetime
+    from datetime import datetime, timezone
 
+    when = datetime(2026, 1, 2, tzinfo=timezone.utc)
     row = {
-        "id": 17, "png": encode(draw(1)), "caption": "x", "when": datetime(2026, 1, 2, tzinfo=UTC), "n": float("nan"),
+        "id": 17, "png": encode(draw(1)), "caption": "x", "when": when, "n": float("nan"),
         "tags": ["a", "b"], "mask": b"\x00\xff", "clip_embedding": [0.5, 0.25],
     }  # fmt: skip
     write_parquet(tmp_path / "a.parquet", [row])
