@@ -26,6 +26,7 @@ MAX_PIXELS = 80_000_000  # a decoded image above this is taken for a decompressi
 MAX_ASPECT = 100  # of the sides: the model's resize brings the shorter one to size and would blow up the longer
 DRAFT_MARGIN = 3  # a JPEG is decoded at 1/2, 1/4 or 1/8 while it stays so many times the network's size: cos > 0.9999
 BATCH_ROWS = {"cpu": 64, "cuda": 256}  # images in one call of the network
+BATCHES_IN_FLIGHT = 4
 COMPILE_AFTER = 50  # full batches; compiling takes a minute, which a small build would not get back
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # no format whose decoder runs a program (EPS)
 CONFIG_NAME = "open_clip_config.json"
@@ -145,8 +146,8 @@ class ClipEmbedder:
         return max(size) if isinstance(size, tuple) else size
 
     def batch_rows(self) -> int:
-        """The batch size it was made with."""
-        return self.batch_size
+        """The batch size it was made with; on a GPU several of them, so that sending overlaps computing."""
+        return self.batch_size * (BATCHES_IN_FLIGHT if self._device.type == "cuda" else 1)
 
     def _pixels(self, batch: Sequence[Prepared]) -> Any:
         """Prepared images as the network takes them, [n c h w]: normalised on the device, as open_clip does it."""
@@ -165,11 +166,11 @@ class ClipEmbedder:
         if not items:
             return np.empty((0, self.dim), np.float32)
         with torch.inference_mode():
-            batches = [
-                encode(items[start : start + self.batch_size]).float().cpu().numpy()
+            batches = [  # a GPU computes one of them while the next is gathered and sent: nothing waits in between
+                encode(items[start : start + self.batch_size]).float()
                 for start in range(0, len(items), self.batch_size)
             ]
-        return unit_rows(np.concatenate(batches))
+            return unit_rows(torch.cat(batches).cpu().numpy())
 
 
 def _split(preprocess: Any, device: Any) -> tuple[Callable[[Any], Any] | None, Callable[[Any], Any]]:
