@@ -34,6 +34,9 @@ def add_views(app: typer.Typer) -> None:
         quarantine: Annotated[
             bool, typer.Option("--quarantine", help="List the samples that could not be used, and why.")
         ] = False,
+        words: Annotated[
+            bool, typer.Option("--words", help="Read all captions: words that most have, captions that say nothing.")
+        ] = False,
         where: Annotated[
             str | None,
             typer.Option(help="With --quarantine, an SQL filter over dataset, shard, key, image_offset and reason."),
@@ -48,6 +51,10 @@ def add_views(app: typer.Typer) -> None:
             raise typer.BadParameter("--where goes with --quarantine")
         base = KnowledgeBase.open(kb)
         document = _quarantine_json(base, where, limit) if quarantine else base.stats()
+        if words:
+            from index.search.words import report_captions
+
+            document["words"] = asdict(report_captions(base.store.captions()[1]))
         if as_json:
             print_json(document)
         elif quarantine:
@@ -85,11 +92,13 @@ def _print_quarantine(document: dict[str, Any]) -> None:
 
 
 def _print_stats(document: dict[str, Any]) -> None:
-    tables = ("snapshots", "searcher_manifest", "bytes_by_part", "quarantined_by_reason", "duplicates")
+    tables = ("snapshots", "searcher_manifest", "bytes_by_part", "quarantined_by_reason", "duplicates", "words")
     print_table(document["kb"], [(name, plain(value)) for name, value in document.items() if name not in tables])
     for name in ("quarantined_by_reason", "bytes_by_part"):
         if document[name]:
             print_table(name, [(part, str(number)) for part, number in document[name].items()])
+    if "words" in document:
+        print_table("words", [(name, plain(value)) for name, value in document["words"].items()])
     if document["duplicates"]:
         print_table("duplicates", [(name, plain(value)) for name, value in document["duplicates"].items()])
     if document["snapshots"]:
