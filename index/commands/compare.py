@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from index.commands.options import JsonOption, ModelOption, open_for_query, print_json, read_lines
+from index.commands.options import JsonOption, ModelOption, open_all_for_query, print_json, read_lines
 
 if TYPE_CHECKING:
     from index.search.compare import Difference
@@ -32,6 +32,8 @@ def add_compare(app: typer.Typer, default_model: str | None) -> None:
         exact_b: Annotated[
             bool, typer.Option("--exact-b/--no-exact-b", help="The second side compares every pair.")
         ] = False,
+        snapshot_a: Annotated[str | None, typer.Option(help="Ask the first as a build has left it: build-2.")] = None,
+        snapshot_b: Annotated[str | None, typer.Option(help="The same for the second.")] = None,
         where: Annotated[str | None, typer.Option(help="An SQL filter for both: width >= 256.")] = None,
         html: Annotated[Path | None, typer.Option(help="Write the pictures side by side.")] = None,
         model: ModelOption = None,
@@ -43,11 +45,18 @@ def add_compare(app: typer.Typer, default_model: str | None) -> None:
         from index.search.compare_sheet import write_compare_sheet
 
         asked_b = {"by": by_b or by, "fusion": fusion_b or fusion, "where": where, "exact": exact_b}
-        a = Side(kb=open_for_query(kb_a, model, default_model), asked={"by": by, "fusion": fusion, "where": where})
-        b = Side(kb=open_for_query(kb_b, model, default_model), asked=asked_b)
+        one = open_all_for_query([str(kb_a)], model, default_model, snapshot=snapshot_a)
+        other = open_all_for_query([str(kb_b)], model, default_model, snapshot=snapshot_b)
+        if one.manifest.fingerprint == other.manifest.fingerprint:
+            other.embedder = one.embedder  # so that the model is loaded once
+        a = Side(kb=one, asked={"by": by, "fusion": fusion, "where": where})
+        b = Side(kb=other, asked=asked_b)
         differences = compare_sides(a, b, read_lines(queries), k=k)
         summary = summarize(differences)
-        names = (_name(kb_a, by, fusion), _name(kb_b, by_b or by, fusion_b or fusion) + ", exact" * exact_b)
+        names = (
+            _name(kb_a, by, fusion, snapshot_a or ""),
+            _name(kb_b, by_b or by, fusion_b or fusion, snapshot_b or "", "exact" * exact_b),
+        )
         if html is not None:
             write_compare_sheet(html, a, b, differences, names=names, summary=summary)
         if as_json:
@@ -57,8 +66,8 @@ def add_compare(app: typer.Typer, default_model: str | None) -> None:
             _print(differences, summary, names)
 
 
-def _name(kb: Path, by: str, fusion: str) -> str:
-    return f"{kb} by {by}" + f", {fusion}" * (by == "hybrid")
+def _name(kb: Path, by: str, fusion: str, *more: str) -> str:
+    return ", ".join([f"{kb} by {by}", *(word for word in (fusion * (by == "hybrid"), *more) if word)])
 
 
 def _print(differences: "Sequence[Difference]", summary: dict[str, Any], names: tuple[str, str]) -> None:

@@ -29,9 +29,12 @@ def print_answer(answer: "Answer", head: Mapping[str, Any], facts: Mapping[str, 
         console.print("nothing found")
     if result.shortfall and result.hits:
         console.print(escape(result.shortfall), highlight=False)
-    total = sum(result.timings_ms.values())
+    load = result.timings_ms.get("load", 0.0)
+    took = f"{sum(result.timings_ms.values()) - load:.1f} ms" + f", and {load / 1e3:.1f} s to load the model" * (
+        load > 1
+    )
     kb = " + ".join(head["kb"]) if isinstance(head["kb"], list) else head["kb"]
-    console.print(f"[dim]{escape(kb)}, snapshot {head['snapshot']}, {total:.1f} ms[/dim]", highlight=False)
+    console.print(f"[dim]{escape(kb)}, snapshot {head['snapshot']}, {took}[/dim]", highlight=False)
     if facts:
         for searcher in _searchers(facts):
             console.print(f"[dim]{searcher}[/dim]", highlight=False)
@@ -52,8 +55,9 @@ def print_answers(answers: "Sequence[Answer]") -> None:
         hits = answer.result.hits
         best = (escape(hits[0].caption), f"{hits[0].score:.4f}") if hits else ("nothing found", "")
         recall = "" if answer.exact is None else f" (recall {answer.exact.recall:.2f})"
-        total = sum(answer.result.timings_ms.values())
-        table.add_row(escape(answer.question.label), *best, f"{len(hits)}{recall}", f"{total:.1f}")
+        times = answer.result.timings_ms
+        took = sum(times.values()) - times.get("load", 0.0)
+        table.add_row(escape(answer.question.label), *best, f"{len(hits)}{recall}", f"{took:.1f}")
     Console().print(table)
 
 

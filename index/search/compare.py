@@ -11,6 +11,7 @@ from index.errors import QueryError
 if TYPE_CHECKING:
     from index.knowledge_base import KnowledgeBase
     from index.records import Hit
+    from index.search.joined import JoinedKnowledgeBase
     from index.search.retriever import SearchResult
 
 PERSISTENCE = 0.9  # of rank-biased overlap: the first ten ranks weigh 0.86 (Webber et al. 2010, section 5)
@@ -20,7 +21,7 @@ PERSISTENCE = 0.9  # of rank-biased overlap: the first ten ranks weigh 0.86 (Web
 class Side:
     """One side of a comparison: a knowledge base, and how it is asked (the keywords of `Retriever.search`)."""
 
-    kb: "KnowledgeBase"
+    kb: "KnowledgeBase | JoinedKnowledgeBase"
     asked: Mapping[str, Any]
 
 

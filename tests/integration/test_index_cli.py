@@ -202,6 +202,15 @@ def test_compare_two_ways_to_ask(shell: Shell, kb: Path, tmp_path: Path) -> None
     assert "there is no query" in shell.error("compare", kb, kb, "--queries", "/dev/null")
 
 
+def test_compare_before_and_after(shell: Shell, kb: Path, tmp_path: Path) -> None:
+    (tmp_path / "z.png").write_bytes(encode(draw(500)))
+    (new,) = shell.json("add", tmp_path / "z.png", "--caption", "a zeppelin", "--kb", kb)["ids"]
+    (tmp_path / "q.txt").write_text("zeppelin")
+    words = ["compare", kb, kb, "--queries", tmp_path / "q.txt", "--snapshot-a", "build-1", "--by", "bm25"]
+    (only,) = shell.json(*words)["queries"][0]["only_b"]
+    assert only["id"] == new
+
+
 def test_add_remove_show_stats(shell: Shell, kb: Path, tmp_path: Path) -> None:
     (tmp_path / "z.png").write_bytes(encode(draw(500)))
     (new,) = shell.json("add", tmp_path / "z.png", "--caption", "a zeppelin", "--kb", kb)["ids"]
