@@ -287,21 +287,23 @@ class KnowledgeBase:
         *,
         seed: int = 0,
         may_lag: bool = False,
-        duplicates: bool = True,
+        duplicates: bool | None = None,
         recall: float | None = None,
         ram: int | None = None,
     ) -> SearcherManifest:
         """Make searcher, word index and id index fit the pairs that are there; nothing is done when they do.
 
         What `may_lag` is kept when few rows have changed since: queries compare new ones one by one.
-        `duplicates` has the groups of equal pictures found too (see `build_duplicates`), unless they lie beside it.
+        `duplicates` has the groups of equal pictures found too (see `build_duplicates`), unless they lie beside it;
+        None: if they were before, and at first.
         `recall` and `ram` (bytes) are those of `build_searcher`; not given, they are what they were the last time.
         """
         from index.search.lexical import FTS_NAME, build_fts
 
         with self.store.lock(), one_sentence(self.directory):
             self._refresh()
-            current = self.searcher_manifest()
+            current = self._readable_searcher()
+            had_groups = current is None or self._has_groups()
             if current is not None:
                 recall, ram = recall or current.target_recall, ram or current.ram
             recall = recall or DEFAULT_RECALL
@@ -309,13 +311,20 @@ class KnowledgeBase:
             is_good = current is not None and is_as_planned(current, structure, target_recall=recall)
             if current is None or not is_good or self._changed_rows(current) > (_spare(current) * may_lag):
                 current = self._replace_searcher(structure.kind, seed, recall=recall, ram=ram)
-            if duplicates:
+            if had_groups if duplicates is None else duplicates:
                 self._find_duplicates()
             spare = _spare(current) * may_lag
             if not spare or self.store.count_unindexed(FTS_NAME) > spare:
                 build_fts(self.store)
             self.store.index_ids()
         return current
+
+    def _readable_searcher(self) -> SearcherManifest | None:
+        """None also for a damaged one: to build it again is the remedy."""
+        try:
+            return self.searcher_manifest()
+        except KnowledgeBaseError:
+            return None
 
     def tag_build(self) -> None:
         """Leave the present state as a snapshot, `build-1` for the first build and so on."""
@@ -399,9 +408,12 @@ class KnowledgeBase:
                 shutil.rmtree(folder)
         return built
 
+    def _has_groups(self) -> bool:
+        return (self.directory / str(self.manifest.searcher) / DUPLICATES).exists()
+
     def _find_duplicates(self) -> None:
         folder = self.directory / str(self.manifest.searcher)
-        if not (folder / DUPLICATES).exists():
+        if not self._has_groups():
             build_duplicates(self.store, open_searcher(folder, self.store), folder)
 
     def _calibration_queries(self, seed: int) -> np.ndarray:

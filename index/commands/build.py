@@ -72,6 +72,13 @@ def add_build(app: typer.Typer, default_model: str | None) -> None:
         recall: RecallOption = None,
         ram: RamOption = None,
         seed: Annotated[int, typer.Option(help="Seed of the searcher's training.")] = 0,
+        duplicates: Annotated[
+            bool | None,
+            typer.Option(
+                "--duplicates/--no-duplicates",
+                help="Find which pictures are alike; not given: as before, at first yes.",
+            ),
+        ] = None,
         prune: Annotated[
             bool, typer.Option("--prune/--no-prune", help="Take out pairs of shards that the sources no longer have.")
         ] = False,
@@ -99,6 +106,7 @@ def add_build(app: typer.Typer, default_model: str | None) -> None:
             part=Part.parse(part) if part else None,
             keep=KeepImages(copy=copy_images, thumbnail=thumbnails),
             seed=seed,
+            duplicates=duplicates,
             prune=prune,
             wait=wait,
         )

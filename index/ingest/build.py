@@ -49,6 +49,7 @@ class BuildConfig:
     engine: Literal["local", "ray"] = "local"
     ray_address: str | None = None  # HOST:PORT; None: the cluster that Ray finds, or this machine
     workers: int | None = None  # decoding threads, or processes on Ray; None: as many as there are processors for
+    duplicates: bool | None = None  # find which pictures are alike; None: as before, at first yes
     keep: KeepImages = field(default_factory=KeepImages)  # copies and thumbnails of the images
     seed: int = 0
     part: Part | None = None  # only the shards that fall to it, and no searcher
@@ -186,7 +187,14 @@ def _finish(
     _check_quality(kb.store, ledger.met(), config, tally)
     is_changed = bool(tally.done or tally.pruned) or not has_snapshot(kb.store)
     kb.store.restamp(tally.touched)  # so that the next build need not read them to know
-    searcher = kb.build_search(config.searcher, seed=config.seed, may_lag=True, recall=config.recall, ram=config.ram)
+    searcher = kb.build_search(
+        config.searcher,
+        seed=config.seed,
+        may_lag=True,
+        duplicates=config.duplicates,
+        recall=config.recall,
+        ram=config.ram,
+    )
     if is_changed:
         kb.tag_build()
     else:

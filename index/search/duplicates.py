@@ -38,6 +38,8 @@ _NEIGHBORS = 10  # of each row that are looked at
 _BATCH = 4096  # rows
 _EXACT_LIMIT = 200_000  # rows up to which every two are compared: a minute on one core at 100,000 x 512
 _BLOCK_SCORES = 1 << 24  # products held at once
+_BLOCK_LINKS = 1 << 21  # links held at once
+_JOINED_AT_ONCE = 1 << 16
 
 OnBatch = Callable[[int, int], None]  # rows done, of how many
 
@@ -77,7 +79,7 @@ class Duplicates:
         except (OSError, ValueError, ConfigError) as error:
             raise KnowledgeBaseError(
                 f"the duplicate groups in {folder} cannot be read ({error}); delete that folder, then run "
-                "`radt index compact`"
+                "`radt index build --duplicates`"
             ) from error
         return cls(ids=ids, groups=groups, manifest=manifest)
 
@@ -126,7 +128,21 @@ class _Forest:
         self._parent = array("q", range(size))
 
     def join(self, one: Int64[ndarray, " m"], other: Int64[ndarray, " m"]) -> None:
-        """Put the two of each pair in one set."""
+        """Put the two of each pair in one set.
+
+        A picture that is there a thousand times has half a million links. All but a thousand tie what is tied already,
+        and go before the loop sees them.
+        """
+        step = max(_JOINED_AT_ONCE, len(self._parent) // 4)
+        for start in range(0, len(one), step):
+            a, b = one[start : start + step], other[start : start + step]
+            if len(one) > _JOINED_AT_ONCE:
+                roots = self.roots()
+                is_new = roots[a] != roots[b]
+                a, b = a[is_new], b[is_new]
+            self._join_each(a, b)
+
+    def _join_each(self, one: Int64[ndarray, " m"], other: Int64[ndarray, " m"]) -> None:
         for a, b in zip(one.tolist(), other.tolist(), strict=True):
             low, high = sorted((self._root(a), self._root(b)))
             self._parent[high] = low
@@ -262,9 +278,13 @@ def _all_near_pairs(
     block = max(1, _BLOCK_SCORES // max(1, total))
     for start in range(0, total, block):
         rows: Float32[ndarray, "_ d"] = searcher.vectors[start : start + block]
-        one, other = np.nonzero(rows @ searcher.vectors[start:].T >= near)
-        kept = (one < other) & (positions[one + start] >= 0) & (positions[other + start] >= 0)
-        yield positions[one[kept] + start], positions[other[kept] + start]
+        is_near = rows @ searcher.vectors[start:].T >= near
+        step = max(1, _BLOCK_LINKS // total)
+        for first in range(0, len(rows), step):
+            one, other = np.nonzero(is_near[first : first + step])
+            one += first
+            kept = (one < other) & (positions[one + start] >= 0) & (positions[other + start] >= 0)
+            yield positions[one[kept] + start], positions[other[kept] + start]
         on_batch(min(total, start + block), total)
 
 

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 
 from index.errors import ConfigError, KnowledgeBaseError
+from index.knowledge_base import KnowledgeBase
 from index.records import ImageLocation, StoredPair
 from index.search import duplicates as module
 from index.search.duplicates import FOLDER, Duplicates, build_duplicates
 from index.search.searcher import ExactSearcher, exact_searcher
 from index.store import PairStore
+from tests.fakes import HashEmbedder, draw
 
 DIM = 16
 
@@ -178,3 +180,50 @@ def test_a_cosine_out_of_range_is_one_sentence(tmp_path: Path, near: float) -> N
     store = PairStore.create(tmp_path, dim=DIM)
     with pytest.raises(ConfigError, match="cosine above 0 and up to 1"):
         build_duplicates(store, exact_searcher(store), tmp_path, near=near)
+
+
+def test_groups_come_with_the_searcher_unless_they_are_not_wanted(tmp_path: Path) -> None:
+    kb = KnowledgeBase.create(tmp_path, HashEmbedder())
+
+    def groups() -> list[str]:
+        return [path.parent.name for path in (tmp_path / "searchers").glob(f"*/{FOLDER}")]
+
+    kb.add([draw(0)], "one picture")
+    kb.add([draw(0)], "the same picture")
+    kb.build_search("exact", duplicates=False)
+    kb.build_search("exact")
+    assert groups() == [], "as before"
+    assert len(kb.search("picture", k=2)) == 1, "the bytes are told apart all the same"
+    kb.build_search("exact", duplicates=True)
+    assert kb.stats()["duplicates"]["exact_pairs"] == 2
+    kb.add([draw(1)], "another picture")
+    kb.build_search("exact")
+    assert kb.manifest.searcher is not None
+    assert Path(kb.manifest.searcher).name in groups(), "as before"
+    assert kb.retriever.view.duplicates.summary()["rows"] == 3
+
+
+def test_sets_joined_in_slices_are_the_connected_components(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Links that tie what is tied already are left out before the loop; scipy is the twin."""
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.csgraph import connected_components
+
+    chance = np.random.default_rng(0)
+    for links in (0, 3, 40, 400):
+        one, other = chance.integers(0, 60, size=(2, links))
+        monkeypatch.setattr(module, "_JOINED_AT_ONCE", 5)
+        forest = module._Forest(60)
+        forest.join(one, other)
+        graph = coo_matrix((np.ones(links), (one, other)), shape=(60, 60))
+        _, labels = connected_components(graph, directed=False)
+        smallest = np.array([np.nonzero(labels == label)[0].min() for label in labels])
+        assert np.array_equal(forest.roots(), smallest)
+
+
+def test_a_picture_that_is_there_a_thousand_times_is_linked_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_BLOCK_LINKS", 20_000)
+    ids = np.arange(1000, dtype=np.int64)
+    searcher = ExactSearcher(ids, np.tile(np.eye(1, 8, dtype=np.float32), (1000, 1)))
+    links = list(module._all_near_pairs(searcher, ids, near=0.9, on_batch=lambda done, total: None))
+    assert sum(len(one) for one, _ in links) == 1000 * 999 // 2
+    assert max(len(one) for one, _ in links) <= 20_000
