@@ -32,7 +32,9 @@ def find_lance(listing: Listing) -> Iterator[Shard | SkippedShard]:
             yield listing.skipped(table, "it is a knowledge base; search several at once with --kb A --kb B")
             continue
         try:
-            yield from _fragments(listing, table, files)
+            with _one_sentence(basename(table)):
+                fragments = list(_fragments(listing, table, files))
+            yield from fragments
         except CorpusError as error:
             yield listing.skipped(table, str(error))
 
@@ -61,8 +63,9 @@ class LanceContents:
 
     def samples(self, shard: Shard) -> Iterator[Sample]:
         """Its rows, with their vectors where there are some."""
-        dataset = _open(shard.fs, self.path, self.version)
-        columns = find_columns(dataset.schema, basename(self.path), with_vectors=True)
+        with _one_sentence(basename(self.path)):
+            dataset = _open(shard.fs, self.path, self.version)
+            columns = find_columns(dataset.schema, basename(self.path), with_vectors=True)
         first = self.first
         for batch in self._batches(dataset, columns):
             rows = as_rows(batch.select(columns.scalars))
@@ -88,8 +91,7 @@ class LanceContents:
 def _open(fs: Any, path: str, version: int | None) -> Any:
     import lance
 
-    with _one_sentence(basename(path)):
-        return lance.dataset(uri_of(fs, path), version=version)
+    return lance.dataset(uri_of(fs, path), version=version)
 
 
 @contextmanager
@@ -97,6 +99,8 @@ def _one_sentence(what: str) -> Iterator[None]:
     """Lance raises whatever its Rust code met, even a panic, which is no Exception."""
     try:
         yield
+    except CorpusError:
+        raise
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
