@@ -1,12 +1,15 @@
 """Several knowledge bases searched as one, against one that holds it all."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from index.cli import make_app
 from index.errors import KnowledgeBaseError, QueryError
 from index.knowledge_base import KnowledgeBase
 from index.records import Hit, ImageLocation, StoredPair, pair_id
@@ -228,3 +231,15 @@ def test_vectors_of_two_models_are_not_compared(tmp_path: Path) -> None:
         JoinedKnowledgeBase([parts[0], KnowledgeBase.open(parts[0].directory)])
     with pytest.raises(KnowledgeBaseError, match="at least one"):
         JoinedKnowledgeBase([])
+
+
+def test_the_command_takes_several(joined: JoinedKnowledgeBase) -> None:
+    places = [word for part in joined.parts for word in ("--kb", part.name)]
+    args = ["query", "w1 long", *places, "--by", "bm25", "--dataset", "odd", "--dataset", "even", "--json"]
+    answer = CliRunner().invoke(make_app(), args)
+    assert answer.exit_code == 0, answer.output
+    document = json.loads(answer.stdout)
+    assert document["kb"] == [part.name for part in joined.parts]
+    assert document["snapshot"] == list(joined.store.version)
+    expected = joined.search("w1 long", by="bm25")
+    assert [(hit["id"], hit["kb"]) for hit in document["hits"]] == [(str(hit.id), hit.kb) for hit in expected]
