@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from index.errors import DiskError, KnowledgeBaseError
+from index.errors import DiskError, KnowledgeBaseError, damage
 
 
 @contextmanager
@@ -64,6 +64,8 @@ def one_sentence(directory: Path) -> Iterator[None]:
         yield
     except OSError as error:
         text = str(error)
+        if damage(error):
+            raise  # not a matter of writing
         why = "no space is left on the disk" if "os error 28" in text or error.errno == 28 else text.splitlines()[0]
         raise KnowledgeBaseError(
             f"cannot write to {directory}: {why}; what was there before is unharmed, so mend that and run it again"

@@ -14,7 +14,7 @@ from index.commands.plan import add_plan
 from index.commands.query import add_query
 from index.commands.verify import add_verify
 from index.commands.views import add_views
-from index.errors import UserError
+from index.errors import UserError, damage
 
 
 def make_app(default_model: str | None = None) -> typer.Typer:
@@ -49,6 +49,11 @@ def run(app: Callable[..., Any], args: Sequence[str] | None = None) -> NoReturn:
         if is_debug:
             raise
         _fail(str(error), 1)
+    except (OSError, ValueError) as error:
+        what = damage(error)
+        if is_debug or what is None:
+            raise
+        _fail(f"{_DAMAGED}: {what}", 1)
     except KeyboardInterrupt:
         _fail(_STOPPED, 130)
     except SystemExit as exit_:
@@ -59,6 +64,12 @@ def run(app: Callable[..., Any], args: Sequence[str] | None = None) -> NoReturn:
 
 
 _STOPPED = "stopped; what was finished is kept, and the same command goes on from there"
+
+
+_DAMAGED = (
+    "a file of the knowledge base is missing or damaged; put it back from a copy, or build the knowledge base again in "
+    "another folder"
+)
 
 
 def _fail(sentence: str, code: int) -> NoReturn:

@@ -35,6 +35,16 @@ class MissingExtraError(UserError, ImportError):
     """An optional package is needed. The message carries the pip line that brings it."""
 
 
+def damage(error: BaseException) -> str | None:
+    """What is wrong with a file of the table, in a line, when that is what the error says: Lance has no type for it."""
+    line = str(error).partition("\n")[0].partition(", /")[0]
+    is_damage = "/rust" in str(error) and any(sign in line for sign in _DAMAGE)  # where in its source it was noticed
+    return line.removeprefix("External error: ").removeprefix("LanceError(IO): ") if is_damage else None
+
+
+_DAMAGE = ("Not found: ", "not appear to be a Lance file", "fill whole buffer", "Invalid range", "External error: ")
+
+
 class DiskError(UserError, OSError):
     """A file or folder could not be written. `errno` and `strerror` are those of its cause."""
 

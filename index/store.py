@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float32, Int64
 
 from index.atomic import one_sentence
-from index.errors import KnowledgeBaseError, QueryError
+from index.errors import KnowledgeBaseError, QueryError, damage
 from index.lock import writer_lock
 from index.records import BadSample, ShardRecord, StoredPair, table_schema
 from index.remote import RemoteFolder
@@ -461,7 +461,7 @@ class PairStore:
     def _rows_at_once(self) -> int:
         """So many rows that a batch of them, kept images included, is some ten megabytes."""
         rows = max(self._dataset.count_rows(), 1)
-        row_bytes = sum(file.stat().st_size for file in Path(self._uri, "data").iterdir()) // rows
+        row_bytes = sum(file.stat().st_size for file in Path(self._uri, "data").glob("*")) // rows
         return int(np.clip(BATCH_BYTES // max(row_bytes, 1), 16, 8192))
 
     def _fragments_after(self, high_water: int) -> list[Any]:
@@ -559,7 +559,7 @@ def _filter_errors(where: str | None) -> Iterator[None]:
         yield
     except (ValueError, OSError) as error:
         is_mistake = not isinstance(error, OSError) or "Invalid user input" in str(error)
-        if where is None or not is_mistake or "Not found: " in str(error):
+        if where is None or not is_mistake or damage(error):
             raise
         reason = str(error).splitlines()[0].partition(", /")[0].removeprefix("Invalid user input: ")
         raise QueryError(f"cannot filter by {where!r}: {reason}") from error

@@ -412,7 +412,10 @@ def _indexed_terms(store: "PairStore") -> int:
 def _is_fresh(store: "PairStore", tokenizer: Tokenizer) -> bool:
     if not has_fts(store):
         return False
-    stats = _fts_stats(store)
+    try:
+        stats = _fts_stats(store)
+    except OSError:  # a file of it is missing: to build it again is the remedy
+        return False
     known = sum(part["num_docs"] for part in stats["indices"])
     params = stats["indices"][0]["params"]
     same_words = all(params.get(name) == value for name, value in tokenizer.settings.items())

@@ -2,25 +2,22 @@
 
 import errno
 import os
-import random
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from index.errors import KnowledgeBaseError
-from index.ingest.build import QUARANTINE, BuildConfig, BuildReport, build
+from index.ingest.build import BuildConfig, BuildReport, build
 from index.ingest.ledger import Ledger
 from index.knowledge_base import KnowledgeBase
 from index.store import PairStore
 from tests.fakes import HashEmbedder, draw, sample, write_img2dataset, write_tar
 
 ROOT = Path(__file__).parents[2]
-LANDED_BEFORE_KILL = (0, 2, 1, 0, 1)  # and at most one more in the tenth of a second that follows: never all 12
 
 SLOW_BUILD = """
 import sys, time
@@ -88,30 +85,6 @@ def corpus(tmp_path: Path) -> Path:
         members += [(f"bad{shard}.png", b"nonsense"), (f"bad{shard}.txt", b"nothing")]
         write_tar(tmp_path / "pets" / f"{shard:05d}.tar", members)
     return tmp_path / "pets"
-
-
-@pytest.mark.slow
-def test_kills_at_random_moments_lose_nothing_and_double_nothing(corpus: Path, tmp_path: Path) -> None:
-    chance = random.Random(0)
-    landed: list[int] = []
-    for more in LANDED_BEFORE_KILL:
-        process = start(tmp_path / "kb", corpus, landed=more)
-        time.sleep(chance.uniform(0, 0.1))
-        process.kill()
-        process.communicate()
-        landed.append(PairStore(tmp_path / "kb").count() if PairStore.exists(tmp_path / "kb") else 0)
-    assert landed == sorted(landed)
-    assert all(count % 20 == 0 for count in landed), "a shard is there whole or not at all"
-    assert 0 < landed[-1] < 240, landed
-    report = build_at(tmp_path / "kb", corpus)
-    assert report.pairs_added == 240 - landed[-1]
-    assert (report.pairs_total, report.quarantined) == (240, 12)
-    build_at(tmp_path / "whole", corpus)
-    assert contents(tmp_path / "kb") == contents(tmp_path / "whole")
-    assert (tmp_path / "kb" / QUARANTINE).read_text() == (tmp_path / "whole" / QUARANTINE).read_text()
-    assert [h.id for h in KnowledgeBase.open(tmp_path / "kb", HashEmbedder()).search("a red circle", k=20)] == [
-        h.id for h in KnowledgeBase.open(tmp_path / "whole", HashEmbedder()).search("a red circle", k=20)
-    ]
 
 
 def die_at(monkeypatch: pytest.MonkeyPatch, owner: type, step: str, count: int) -> None:
