@@ -11,7 +11,9 @@ import numpy as np
 import PIL.Image
 import pyarrow as pa
 import pytest
+from typer.testing import CliRunner
 
+from index.cli import make_app
 from index.ingest.build import BuildConfig, build
 from index.knowledge_base import KnowledgeBase
 from index.search.lexical import _fts_segments
@@ -253,3 +255,19 @@ def test_what_is_said_is_json(base: KnowledgeBase) -> None:
     assert document["sound"] is False
     assert document["checks"]["embedding"] == {"checked": PAIRS, "failed": 2}
     assert {failure["id"] for failure in document["failures"]} == set(map(str, pair))
+
+
+def test_the_command_exits_1_and_says_which_row(base: KnowledgeBase, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("index.commands.verify.open_for_query", lambda *_: base)
+    run, args = CliRunner(), ["verify", "--kb", str(base.directory), "--all"]
+    whole = run.invoke(make_app(), args)
+    assert whole.exit_code == 0, whole.output
+    assert whole.stdout.rstrip().endswith("sound")
+    pair = two(base)
+    rewrite(base, pair, swap("caption"))
+    broken_ = run.invoke(make_app(), args)
+    assert broken_.exit_code == 1
+    assert f"caption: {pair[0]}" in broken_.stdout
+    told = run.invoke(make_app(), [*args, "--json"])
+    assert told.exit_code == 1
+    assert json.loads(told.stdout)["checks"]["caption"]["failed"] == 2
