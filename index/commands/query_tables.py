@@ -113,7 +113,7 @@ def _waterfall(result: "SearchResult") -> Table:
     table.add_column("")
     table.add_column("ms", justify="right")
     table.add_column("")
-    stages = [(name, None, result.timings_ms.get(name, 0.0)) for name in ("load", "embed", "decompose")]
+    stages = [(name, None, result.timings_ms.get(name, 0.0)) for name in ("embed", "decompose")]
     rows = [row for row in stages if row[2] >= 0.05] + [(one.stage, one.kept, one.ms) for one in result.stages]
     total = sum(ms for _, _, ms in rows) or 1.0
     most = math.log1p(max((kept for _, kept, _ in rows if kept), default=1))  # from millions to a handful

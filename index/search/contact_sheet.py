@@ -29,7 +29,7 @@ _SMALL = 96  # pixels of a picture that is no hit
 _LONGEST = 4000  # characters of one value of the metadata
 _SCORES = ("score", "clip", "bm25")
 _SHORTEST = 0.05  # milliseconds, below which a clock did nothing
-_PREPARING = ("load", "embed", "decompose")  # clocks of what comes before the first stage
+_PREPARING = ("embed", "decompose")  # clocks before the first stage; loading the model is not a part of a query
 
 
 def write_contact_sheet(
@@ -63,7 +63,10 @@ def write_contact_sheet(
     ]
     pairs = {str(pair.id): _about_pair(pair, around) for pair in around.pairs.values()}
     for hit, words in zip(hits, all_terms, strict=True):
-        pairs[str(hit.id)] = {**pairs.get(str(hit.id), _about_hit(hit)), **_about_score(hit, best, words, result)}
+        about = pairs.get(str(hit.id), _about_hit(hit))
+        found_in = [["found in", hit.kb]] if hit.kb is not None else []
+        scores = _about_score(hit, best, words, result)
+        pairs[str(hit.id)] = {**about, **scores, "facts": found_in + about["facts"]}
     count = f"<b>{len(hits)}</b> {'hit' if len(hits) == 1 else 'hits'}"
     page = template.substitute(
         title=html.escape(query),

@@ -15,7 +15,8 @@ import pytest
 from index.knowledge_base import KnowledgeBase
 from index.records import Hit, ImageLocation, StoredPair, pair_id
 from index.search.contact_sheet import write_contact_sheet
-from index.search.explain import exact_difference, surroundings, term_scores, why_not
+from index.search.explain import exact_difference, searcher_facts, surroundings, term_scores, why_not
+from index.search.joined import JoinedKnowledgeBase
 from index.search.lexical import build_fts
 from index.search.retriever import Retriever
 from index.search.searcher import exact_searcher
@@ -323,6 +324,21 @@ def test_the_panel_cannot_be_broken_by_what_users_wrote(base: KnowledgeBase, tmp
     assert (about["caption"], about["metadata"]["note"]) == (EVIL, EVIL)
     assert len(about["metadata"]["long"]) < 4100
     assert about["repeats"] == [{"id": str(next(hit.id for hit in base.search(caption_of(1), by="bm25", k=1)))}]
+
+
+def test_several_knowledge_bases_are_explained_as_one(base: KnowledgeBase, tmp_path: Path) -> None:
+    other = KnowledgeBase.create(tmp_path / "other", base.embedder)
+    for number in range(3, 9):
+        other.add([draw(number)], caption_of(number), dataset="others")
+    other.build_search("exact")
+    joined = JoinedKnowledgeBase([base, other])
+    result = joined.query("circle number", k=9)
+    around = surroundings(joined, result.hits)
+    assert all(hit.id in around.pairs and around.neighbors[hit.id] for hit in result.hits)
+    assert [one["pairs"] for one in searcher_facts(joined)] == [7, 6]
+    page = sheet(tmp_path, result.hits, result=result, around=around)
+    assert dict(panel_data(page)["pairs"][str(result.hits[-1].id)]["facts"])["found in"] == result.hits[-1].kb
+    assert exact_difference(joined.query, "circle number", k=9).recall == 1
 
 
 def test_the_notes_of_a_page(base: KnowledgeBase, tmp_path: Path) -> None:
