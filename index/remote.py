@@ -1,7 +1,7 @@
 """A knowledge base in a bucket, read where it lies and never written.
 
-The table is Lance's, which reads a bucket by itself. `kb.json` and the searcher that it names are copied to a cache on
-this disk, because searchers read local files; only what has changed is fetched again.
+Tables are Lance's, which reads a bucket by itself: that of the pairs, and that of a Lance searcher. `kb.json` and the
+rest of the searcher that it names are copied to a cache on this disk; only what has changed is fetched again.
 """
 
 import json
@@ -62,6 +62,10 @@ class RemoteFolder:
             for path, info in fs.find(root, detail=True).items():
                 yield tuple(path.removeprefix(root).strip("/").split("/")), int(info["size"] or 0)
 
+    def url_of(self, path: Path) -> str:
+        """Where the original of something in the copy lies."""
+        return f"{self.url}/{path.relative_to(self.folder).as_posix()}"
+
     def refuse(self) -> KnowledgeBaseError:
         """The error for whoever wants to write to it."""
         return KnowledgeBaseError(
@@ -78,7 +82,8 @@ class RemoteFolder:
 
     def _copy_folder(self, fs: Any, source: str, target: Path) -> None:
         """Copy a folder whole, unless the copy that is there was made of the same files."""
-        files = {path.removeprefix(source).lstrip("/"): info for path, info in fs.find(source, detail=True).items()}
+        found = {path.removeprefix(source).lstrip("/"): info for path, info in fs.find(source, detail=True).items()}
+        files = {name: info for name, info in found.items() if ".lance/" not in name}
         listing = json.dumps({name: [info["size"], info.get("ETag")] for name, info in sorted(files.items())}).encode()
         if (target / LISTING).is_file() and (target / LISTING).read_bytes() == listing:
             return

@@ -52,12 +52,12 @@ class LanceSearcher:
         self._dim = dim
 
     @classmethod
-    def open(cls, directory: Path, manifest: SearcherManifest) -> "LanceSearcher":
-        """Open what `build_lance` wrote. KnowledgeBaseError when it does not open."""
+    def open(cls, directory: Path, manifest: SearcherManifest, *, url: str | None = None) -> "LanceSearcher":
+        """Open what `build_lance` wrote, its table at `url` if that is elsewhere. KnowledgeBaseError if it does not."""
         import lance
 
         try:
-            dataset = lance.dataset(str(directory / _TABLE))
+            dataset = lance.dataset(f"{url or directory}/{_TABLE}")
             ids = np.load(directory / "ids.npy", allow_pickle=False)
         except (OSError, ValueError) as error:
             raise KnowledgeBaseError(

@@ -33,7 +33,7 @@ EXACT_BELOW = 20_000  # rows; ScaNN's own rule of thumb (google-research/scann, 
 RECALL_AT = 10
 DEFAULT_RECALL = 0.95
 _BLOCK_SCORES = 1 << 24  # scores held at once by exact search: 64 MiB of float32
-_STREAM_ROWS = 1 << 16  # rows read at once: 128 MiB of 512 numbers
+_STREAM_ROWS = 1 << 15  # rows read at once: 64 MiB of 512 numbers
 _RECALL_QUERIES = 200
 _FEWEST_CAPTIONS = 30  # fewer than these say little of a recall, so shifted rows stand in
 _QUERY_SHIFT = 0.5  # length of the noise added to a unit row to make a query, see `shifted_queries`
@@ -296,7 +296,8 @@ def open_searcher(directory: Path, store: "PairStore") -> Searcher:
         return ScannSearcher.open(directory, manifest)
     from index.search.lance_searcher import LanceSearcher
 
-    return LanceSearcher.open(directory, manifest)
+    url = store.remote.url_of(directory) if store.remote is not None else None
+    return LanceSearcher.open(directory, manifest, url=url)
 
 
 def exact_searcher(store: "PairStore", where: str | None = None) -> ExactSearcher:

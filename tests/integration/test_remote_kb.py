@@ -91,6 +91,7 @@ def test_it_answers_as_the_same_folder_on_this_machine(shelf: Any, tmp_path: Pat
     assert {key: stats[key] for key in ("pairs", "datasets", "searcher")} == {
         key: ours[key] for key in ("pairs", "datasets", "searcher")
     }
+    assert not list(remote.directory.rglob("*.lance")), "tables stay where they are"
     assert verify(remote, sample=3).is_sound
 
 
