@@ -30,7 +30,7 @@ from index.ingest.shards import IMAGE_SUFFIXES, Sample, beside, suffix_of
 from index.knowledge_base import CALIBRATION_CAPTIONS, SearcherChoice
 from index.records import BadSample, Pair, ShardRecord
 from index.search.searcher import DEFAULT_RECALL
-from index.search.sizes import Structure, choose_structure, default_ram
+from index.search.sizes import Structure, choose_structure, default_ram, working_bytes
 from index.stats import folder_bytes
 from index.store import INDEX_ROWS, PairStore
 
@@ -151,7 +151,7 @@ def make_plan(
 ) -> Plan:
     """Arithmetic alone: also for machines and numbers of pairs that are not at hand.
 
-    `ram` is what a searcher may take on each machine, beside the process with its model.
+    `ram` is what a searcher may take on each machine, beside the process with its model and its blocks of rows.
     """
     if pairs < 1 or machines < 1:
         raise ConfigError(f"a plan needs at least one pair and one machine, got {pairs} and {machines}")
@@ -186,7 +186,7 @@ def make_plan(
         structure=structure,
         bytes=sizes,
         memory={
-            "building": costs.process_bytes + structure.building_bytes,
+            "building": costs.process_bytes + working_bytes(costs.dim) + structure.building_bytes,
             "serving": costs.process_bytes + structure.serving_bytes,
         },
         expected_recall=1.0 if structure.kind == "exact" else recall,

@@ -36,17 +36,16 @@ from index.search.searcher import (
     merge_answers,
     padded,
 )
-from index.search.sizes import scann_block, scann_leaves, training_rows
+from index.search.sizes import code_training_rows, scann_block, scann_leaves, training_rows
 
 if TYPE_CHECKING:
     from index.search.sizes import Structure
 
 _REORDER = 100  # candidates scored exactly when nothing was calibrated; more when more is asked for
 _REORDER_FACTOR = 2
-_CODE_TRAINING_ROWS = 100_000
 _PARALLEL_FROM = 32  # queries
 _MOST_IN_A_TASK = 256  # queries; larger tasks are slower, 35,000 and 18,000 a second at 256 and 1000
-_STREAM_ROWS = 1 << 16
+_STREAM_ROWS = 1 << 15
 _VECTORS = "vectors.npy"  # the exact ones, when ScaNN itself does not keep them
 _STDERR = threading.Lock()  # there is one for the whole process
 _CHATTER = re.compile(rb"^([IW]\d{4} |WARNING: All log messages before absl)")
@@ -173,10 +172,11 @@ def build_scann(rows: VectorRows, directory: Path, structure: "Structure") -> Sc
         "vectors": structure.vectors,
         "is_resident": structure.is_resident,
     }
-    shards = []
+    folders = []
     for folder in _write_shards(rows, directory, structure.rows, per_shard):
         _build_shard(folder, settings)
-        shards.append(_open_shard(folder, is_resident=structure.is_resident))
+        folders.append(folder)
+    shards = [_open_shard(folder, is_resident=structure.is_resident) for folder in folders]
     return ScannSearcher(shards, dim=structure.dim, settings=settings, snapshot=None)
 
 
@@ -263,7 +263,7 @@ def _build_shard(folder: Path, settings: dict[str, Any]) -> None:
         builder = builder.score_ah(
             settings["dims_per_block"],
             anisotropic_quantization_threshold=settings["threshold"],
-            training_sample_size=min(sample, _CODE_TRAINING_ROWS),
+            training_sample_size=min(sample, code_training_rows(len(vectors))),
         )
         if not is_kept:
             builder = builder.reorder(_REORDER)

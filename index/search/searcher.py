@@ -285,8 +285,11 @@ def is_as_planned(manifest: SearcherManifest, structure: "Structure", *, target_
     return is_alike and manifest.target_recall == target_recall
 
 
-def open_searcher(directory: Path, store: "PairStore") -> Searcher:
-    """Open what `build_searcher` wrote. Without a built searcher, or with an exact one, every row is compared."""
+def open_searcher(directory: Path, store: "PairStore", *, url: str | None = None) -> Searcher:
+    """Open what `build_searcher` wrote. Without a built searcher, or with an exact one, every row is compared.
+
+    `url` is where the original lies of which `directory` is a copy without its tables.
+    """
     manifest = SearcherManifest.read(directory) if directory.exists() else None
     if manifest is None or manifest.kind == "exact" or not manifest.rows:
         return exact_searcher(store)
@@ -296,7 +299,6 @@ def open_searcher(directory: Path, store: "PairStore") -> Searcher:
         return ScannSearcher.open(directory, manifest)
     from index.search.lance_searcher import LanceSearcher
 
-    url = store.remote.url_of(directory) if store.remote is not None else None
     return LanceSearcher.open(directory, manifest, url=url)
 
 

@@ -20,11 +20,13 @@ _LANCE_ROW_BYTES = 16  # row address and the factors that go with a code
 _LANCE_BITS = 5  # of IVF_RQ for each number: Lance's default; measured 336 B a row of 512, as this makes it
 _LANCE_CACHE_BYTES = 1 << 30  # what Lance keeps of an index and of pages while it serves
 
-# Seconds of one processor; 2-core Intel Xeon (Sapphire Rapids class) shared with other work, 2026-11-21:
-# 200k x 512 (3 numbers a block) 34.8 s with 100k training rows and 15.1 s with 20k; 200k x 128 (2 a block) 7.0 s
-_SCANN_TRAIN_SECONDS = 1.07e-9  # for each training row, leaf and number: twelve rounds of k-means
+# Seconds of one processor; 2 cores of an Intel Xeon (Sapphire Rapids) shared with other work, 2026-11-21. Measured and
+# by these: 200k x 512 with 100k training rows 35 and 35, with 20k 15 and 15; 200k x 128 7.0 and 7.2; 200k x 256 in 3
+# shards 32 and 34, in 8 shards 30 and 32
+_SCANN_LEAF_SECONDS = 3.7e-10  # for each training row, leaf and number: twelve rounds of k-means
+_SCANN_CODE_SECONDS = 9.4e-7  # for each training row of the codes and each block
 _SCANN_ASSIGN_SECONDS = 1.0e-10  # for each row, leaf and number: a matrix product
-_SCANN_ENCODE_SECONDS = 5.5e-8  # for each row and number: anisotropic codes
+_SCANN_ENCODE_SECONDS = 1.6e-7  # for each row and block: anisotropic codes
 # 100k x 512 in 316 lists 9.3 s
 _LANCE_SECONDS = 1.8e-7  # for each row and number
 
@@ -32,7 +34,11 @@ _LANCE_SECONDS = 1.8e-7  # for each row and number
 _TRAINING_ROWS_PER_LEAF = 200
 _FEWEST_TRAINING_ROWS = 100_000
 _MOST_TRAINING_ROWS = 400_000  # they take gigabytes
+_CODE_TRAINING_ROWS = 100_000
 _TRAINING_FACTOR = 9  # bytes held while training, for each number of the training rows: two float32 copies and a bit
+
+WORKING_BYTES = 128 << 20  # blocks of scores while rows are compared, and of rows: see `working_bytes`
+_WORKING_ROWS = 3 << 15
 
 _UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 
@@ -49,7 +55,7 @@ class Structure:
     vectors: Literal["memory", "disk"] = "memory"  # where the exact scores of the candidates come from
     is_resident: bool = True  # False: shards do not fit together and are loaded one at a time
     serving_bytes: int
-    building_bytes: int  # the most held while it is built, the exact answers to calibrate with included
+    building_bytes: int  # the most held while it is built, `working_bytes` left out
     disk_bytes: int
     build_seconds: float  # of one processor; two take half as long
 
@@ -91,9 +97,14 @@ def scann_block(dim: int) -> int:
 
 
 def training_rows(rows: int) -> int:
-    """How many rows the leaves and the codes are learned from."""
+    """How many rows the leaves are learned from."""
     wanted = max(_FEWEST_TRAINING_ROWS, _TRAINING_ROWS_PER_LEAF * scann_leaves(rows))
     return min(rows, wanted, _MOST_TRAINING_ROWS)
+
+
+def code_training_rows(rows: int) -> int:
+    """How many of those the codes are learned from: sixteen centres for each block need no more."""
+    return min(training_rows(rows), _CODE_TRAINING_ROWS)
 
 
 def scann_serving_bytes(rows: int, dim: int, *, vectors: Literal["memory", "disk"]) -> int:
@@ -112,9 +123,17 @@ def scann_building_bytes(rows: int, dim: int) -> int:
 
 def scann_build_seconds(rows: int, dim: int) -> float:
     """Seconds of one processor to build one shard."""
-    leaves = scann_leaves(rows)
-    training = _SCANN_TRAIN_SECONDS * training_rows(rows) * leaves * dim
-    return training + rows * dim * (_SCANN_ASSIGN_SECONDS * leaves + _SCANN_ENCODE_SECONDS)
+    leaves, blocks = scann_leaves(rows), math.ceil(dim / scann_block(dim))
+    if not leaves:
+        return 0.0
+    training = _SCANN_LEAF_SECONDS * training_rows(rows) * leaves * dim
+    training += _SCANN_CODE_SECONDS * code_training_rows(rows) * blocks
+    return training + rows * (_SCANN_ASSIGN_SECONDS * leaves * dim + _SCANN_ENCODE_SECONDS * blocks)
+
+
+def working_bytes(dim: int) -> int:
+    """Blocks of rows on their way, whatever the structure: belongs to the process, as its model does."""
+    return WORKING_BYTES + 4 * dim * _WORKING_ROWS
 
 
 def default_ram() -> int:
