@@ -189,7 +189,7 @@ class KnowledgeBase:
         self._refresh()
         if self._retriever is None or self._searcher is None or self._searcher[0] != self.manifest.searcher:
             folder = self.directory / (self.manifest.searcher or "searchers/none")
-            self._searcher = (self.manifest.searcher, open_searcher(folder, self.store))
+            self._searcher = (self.manifest.searcher, self.open_searcher())
             groups = Duplicates.open(folder)
             self._retriever = Retriever(self.store, self._searcher[1], self.embedder, duplicates=groups)
         searcher, covers = self._searcher[1], self.manifest.covers
@@ -225,6 +225,11 @@ class KnowledgeBase:
         name = self.manifest.searcher
         folder = self.directory / name if name else None
         return SearcherManifest.read(folder) if folder is not None and folder.exists() else None
+
+    def open_searcher(self) -> Searcher:
+        """The searcher that `kb.json` names, as it was built; every row is compared where it names none."""
+        folder = self.directory / (self.manifest.searcher or "searchers/none")
+        return open_searcher(folder, self.store, url=self.remote.url_of(folder) if self.remote else None)
 
     # Changing
 
@@ -414,7 +419,7 @@ class KnowledgeBase:
     def _find_duplicates(self) -> None:
         folder = self.directory / str(self.manifest.searcher)
         if not self._has_groups():
-            build_duplicates(self.store, open_searcher(folder, self.store), folder)
+            build_duplicates(self.store, self.open_searcher(), folder)
 
     def _calibration_queries(self, seed: int) -> np.ndarray:
         """Captions as queries: text vectors lie elsewhere than image vectors, and those flatter the recall."""

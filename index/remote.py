@@ -63,7 +63,7 @@ class RemoteFolder:
                 yield tuple(path.removeprefix(root).strip("/").split("/")), int(info["size"] or 0)
 
     def url_of(self, path: Path) -> str:
-        """Where the original of something in the copy lies."""
+        """Where that lies of which `path`, in the folder, is a copy."""
         return f"{self.url}/{path.relative_to(self.folder).as_posix()}"
 
     def refuse(self) -> KnowledgeBaseError:

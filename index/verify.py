@@ -20,7 +20,7 @@ from index.images import try_read_images
 from index.knowledge_base import ADDED_SHARD
 from index.records import Pair, ShardRecord, StoredPair, pair_id
 from index.search.lexical import LanceBM25, has_fts
-from index.search.searcher import Searcher, open_searcher
+from index.search.searcher import Searcher
 from index.search.words import Tokenizer
 
 if TYPE_CHECKING:
@@ -286,7 +286,7 @@ class _SearcherCheck:
         if manifest is None or manifest.kind == "exact":  # compares the rows of the table themselves
             return
         try:
-            self._searcher = open_searcher(kb.directory / str(kb.manifest.searcher), kb.store)
+            self._searcher = kb.open_searcher()
         except KnowledgeBaseError as error:
             report.check("searcher", None, str(error))
             return
