@@ -1,6 +1,8 @@
 """`radt index compare`."""
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -51,7 +53,9 @@ def add_compare(app: typer.Typer, default_model: str | None) -> None:
             other.embedder = one.embedder  # so that the model is loaded once
         a = Side(kb=one, asked={"by": by, "fusion": fusion, "where": where})
         b = Side(kb=other, asked=asked_b)
-        differences = compare_sides(a, b, read_lines(queries), k=k)
+        lines = read_lines(queries)
+        with _progress(as_json, total=len(lines)) as on_query:
+            differences = compare_sides(a, b, lines, k=k, on_query=on_query)
         summary = summarize(differences)
         names = (
             _name(kb_a, by, fusion, snapshot_a or ""),
@@ -64,6 +68,20 @@ def add_compare(app: typer.Typer, default_model: str | None) -> None:
             print_json({**document, "queries": [one.to_json() for one in differences]})
         else:
             _print(differences, summary, names)
+
+
+@contextmanager
+def _progress(is_silent: bool, *, total: int) -> Iterator[Callable[[str], None]]:
+    """A bar on stderr while it runs, on a terminal only: what to call with each query."""
+    if is_silent or not sys.stderr.isatty():
+        yield lambda query: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("queries", total=total)
+        yield lambda query: progress.update(task, advance=1)
 
 
 def _name(kb: Path, by: str, fusion: str, *more: str) -> str:

@@ -31,7 +31,7 @@ class Question:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answer:
-    """A question, what was found, which words earned each hit's bm25, and what was asked about that."""
+    """A question, what was found, which words earned each hit's bm25 if told, and what was asked about that."""
 
     question: Question
     result: "SearchResult"
@@ -131,7 +131,9 @@ def add_query(app: typer.Typer, default_model: str | None) -> None:
             questions = [_like_a_pair(base, pair, text=text, seed=seed)]
         else:
             questions = [_question(base, text, image=image, vector=vector)]
-        answers = [_answer(base, question, asked, exact=exact, why_not=why_not) for question in questions]
+        needs_terms = explain or html is not None or not (as_json or queries is not None)
+        more: dict[str, Any] = {"exact": exact, "why_not": why_not, "needs_terms": needs_terms}
+        answers = [_answer(base, question, asked, **more) for question in questions]
         head = {"kb": kbs[0] if len(kbs) == 1 else kbs, "snapshot": base.store.version}
         facts = _facts(base) if explain else {}
         if html is not None:
@@ -172,7 +174,9 @@ def _like_a_pair(base: "Base", pair: int | None, *, text: str | None, seed: int 
     )
 
 
-def _answer(base: "Base", question: Question, asked: dict[str, Any], *, exact: bool, why_not: int | None) -> Answer:
+def _answer(
+    base: "Base", question: Question, asked: dict[str, Any], *, exact: bool, why_not: int | None, needs_terms: bool
+) -> Answer:
     from index.search.explain import exact_difference, term_scores
     from index.search.explain import why_not as follow
 
@@ -182,7 +186,7 @@ def _answer(base: "Base", question: Question, asked: dict[str, Any], *, exact: b
     lost = None
     if why_not is not None:
         lost = follow(base.retriever, why_not, question.text, result=result, **asked, exact=exact)
-    terms = term_scores(base.retriever, question.text, result.hits)
+    terms = term_scores(base.retriever, question.text, result.hits) if needs_terms else []
     return Answer(question=question, result=result, terms=terms, exact=difference, why_not=lost)
 
 

@@ -162,7 +162,9 @@ def why_not(
     """
     stored = retriever.store.get([pair_id])
     if not stored:
-        sentence = f"{pair_id} is not in the knowledge base: it was removed, or never added."
+        stores = getattr(retriever.store, "parts", [retriever.store])
+        fate = "was taken down" if any(pair_id in store.removed_ids() for store in stores) else "was never added"
+        sentence = f"{pair_id} is not in the knowledge base: it {fate}."
         return WhyNot(id=pair_id, stage="store", sentence=sentence)
     if pair_id in _excluded(retriever, asked):
         return WhyNot(id=pair_id, stage="excluded", sentence=f"{pair_id} is excluded by the query itself.")

@@ -156,7 +156,7 @@ class _Finder:
             row = stored.get(pair.id)
             if row is not None and row.vector is not None and _digest(pair) in (None, row.sha256):
                 vectors[position] = row.vector
-            elif pair.vector is not None:
+            elif pair.vector is not None and len(pair.vector) == self._embedder.dim:
                 vectors[position] = pair.vector
             elif pair.encoded is not None:
                 with contextlib.suppress(CorpusError):

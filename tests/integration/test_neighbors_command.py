@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -194,6 +195,25 @@ def test_pictures_that_cannot_be_read_are_counted(kb: KnowledgeBase, tmp_path: P
     assert (by_caption.pairs, by_caption.bad) == (2, 1)  # no picture is needed to ask by a caption
 
 
+def test_pairs_that_bring_their_vectors_are_not_embedded(kb: KnowledgeBase, tmp_path: Path) -> None:
+    """What clip-retrieval left: vectors and captions, no images. Its own record is known by its id alone."""
+    stored = kb.store.get(kb.store.matching_ids()[:4], vectors=True)
+    folder = tmp_path / "laion"
+    for name in ("img_emb", "metadata"):
+        (folder / name).mkdir(parents=True)
+    np.save(folder / "img_emb" / "img_emb_0.npy", np.stack([pair.vector for pair in stored if pair.vector is not None]))
+    table = pa.table({"caption": [pair.caption for pair in stored], "image_path": [f"{n}" for n in range(4)]})
+    pq.write_table(table, folder / "metadata" / "metadata_0.parquet")
+    write_neighbors(kb, str(folder), tmp_path / "n.parquet", NeighborsConfig(k=2, by="clip", query="image"))
+    rows = rows_of(tmp_path / "n.parquet")
+    assert [row["neighbor_ids"][0] for row in rows] == [pair.id for pair in stored]
+    assert all(row["scores"][0] == pytest.approx(1, abs=1e-5) for row in rows)
+    build(kb, [str(folder)], BuildConfig(searcher="exact"))
+    write_neighbors(kb, str(folder), tmp_path / "n.parquet", NeighborsConfig(k=2, by="clip", query="image"))
+    for row in rows_of(tmp_path / "n.parquet"):
+        assert row["id"] not in row["neighbor_ids"]
+
+
 def test_mistakes(kb: KnowledgeBase, source: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="lies inside the source"):
         write_neighbors(kb, str(source), source / "n.parquet", NeighborsConfig())
@@ -203,14 +223,15 @@ def test_mistakes(kb: KnowledgeBase, source: Path, tmp_path: Path) -> None:
         NeighborsConfig(k=0)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_img2dataset(tmp_path / "kb-source", shards=1, per_shard=5)
     kb = KnowledgeBase.create(tmp_path / "kb", HashEmbedder(dim=8))
     build(kb, [str(tmp_path / "kb-source")], BuildConfig(searcher="exact"))
-    monkeypatch.setattr(module, "BATCH", 16)
-    monkeypatch.setattr(module, "GROUP_ROWS", 32)
+    monkeypatch.setattr(module, "BATCH", 8)
+    monkeypatch.setattr(module, "GROUP_ROWS", 16)
     picture, config, peaks = encode(draw(1)), NeighborsConfig(k=1, by="bm25"), {}
-    for rows in (64, 64, 640):  # the first time warms up
+    for rows in (32, 32, 320):  # the first time warms up
         captioned = [
             (f"{i}.{suffix}", picture if suffix == "png" else b"a dog") for i in range(rows) for suffix in KINDS
         ]
@@ -219,7 +240,7 @@ def test_memory_does_not_grow_with_the_source(tmp_path: Path, monkeypatch: pytes
         write_neighbors(kb, str(tmp_path / f"train{rows}"), tmp_path / "n.parquet", config)
         peaks[rows] = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-    assert peaks[640] < 1.5 * peaks[64], peaks
+    assert peaks[320] < 1.5 * peaks[32], peaks
 
 
 def test_the_command(shell: Shell, source: Path, tmp_path: Path) -> None:  # noqa: F811

@@ -171,7 +171,7 @@ def name(key: str) -> int:
 @pytest.mark.parametrize(
     ("key", "asked", "stage", "reason"),
     [
-        ("nobody", {}, "store", "is not in the knowledge base"),
+        ("nobody", {}, "store", "is not in the knowledge base: it was never added"),
         ("best", {"exclude": [name("best")]}, "excluded", "is excluded by the query itself"),
         ("twin", {"exclude_group_of": [name("best")]}, "excluded", "is excluded by the query itself"),
         ("second", {"dataset": "toys"}, "filter", "does not pass the filter .* dataset 'birds'"),
@@ -189,6 +189,12 @@ def test_the_stage_that_lost_it(retriever: Retriever, key: str, asked: dict[str,
     assert re.search(reason, told.sentence)
     document = json.loads(json.dumps(told.to_json()))
     assert (document["id"], document["stage"], document["sentence"]) == (str(name(key)), stage, told.sentence)
+
+
+def test_what_was_taken_down_is_not_what_was_never_there(retriever: Retriever) -> None:
+    retriever.store.remove([name("third")])
+    told = why_not(retriever, name("third"), "red dog", **ASKED)
+    assert (told.stage, told.sentence.rpartition("it ")[2]) == ("store", "was taken down.")
 
 
 def test_the_standing_is_told_in_full(retriever: Retriever) -> None:
