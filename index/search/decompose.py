@@ -4,7 +4,14 @@
 and takes hits so that together their captions have all the prompt's rare words. Both leave out what only says where
 things are and on which ground: "a dove on a pink background" asks for a dove, and not for pink hearts.
 
-Measured by `tools/bench_decompose.py`, where the figures are.
+Both things that a prompt names among the first two hits, and the one thing of a prompt that names one, on 300 prompts
+of each kind about emoji that no model was trained on (`tools/bench_decompose.py`, 2026-11-21, 7,480 pairs):
+
+    by bm25     off 0.000, 0.873    phrases 0.963, 0.987    terms 0.953, 0.987
+    by hybrid   off 0.037, 0.563    phrases 0.227, 0.597    terms 0.923, 0.967
+
+The shipped model's vectors hardly know an emoji that it was not trained on; `phrases` leaves the ranking to the fused
+score all the same, while `terms` overrules it by what the captions say.
 """
 
 import re

@@ -10,6 +10,7 @@ import time
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,7 +60,7 @@ class DuplicatesManifest:
     seconds: float
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Duplicates:
     """The groups of two or more, each named by its smallest id. A pair that is in none is a group by itself."""
 
@@ -92,8 +93,17 @@ class Duplicates:
 
     def members(self, ids: Int64[ndarray, " n"]) -> Int64[ndarray, " m"]:
         """These pairs and all that are in a group with one of them, ascending."""
-        together = self.ids[np.isin(self.groups, self.group_of(ids))]
-        return np.union1d(together, ids)
+        order, ordered = self._by_group
+        wanted = np.unique(self.group_of(ids))
+        first, last = (np.searchsorted(ordered, wanted, side=side) for side in ("left", "right"))
+        together = [self.ids[order[start:stop]] for start, stop in zip(first, last, strict=True)]
+        return np.unique(np.concatenate([ids, *together]))
+
+    @cached_property
+    def _by_group(self) -> tuple[Int64[ndarray, " members"], Int64[ndarray, " members"]]:
+        """Positions in the order of the groups, and the groups in that order."""
+        order = np.argsort(self.groups, kind="stable")
+        return order, self.groups[order]
 
     def without(self, ids: Int64[ndarray, " n"]) -> "Duplicates":
         """The same groups less these pairs."""

@@ -195,6 +195,8 @@ class StoreView:
     def repeats_of(self, ids: Int64[ndarray, " n"]) -> Int64[ndarray, " m"]:
         """As `View.repeats_of`: by group, and for rows that no group was looked for, by the bytes of the image."""
         members = self.duplicates.members(ids)
+        if not len(members):
+            return members
         if self.duplicates.manifest is not None and self._tail is None:
             return members
         digests = {pair.sha256 for pair in self._store.get(members)} - {None}
