@@ -95,6 +95,17 @@ def test_k_may_pass_what_there_is(pipeline):
     assert len(pipeline(PROMPT, k=50)[0].neighbors) == NUM_PAIRS
 
 
+def test_decomposition_and_diversity_reach_the_retriever(pipeline):
+    asked = pipeline.settings(k=4, by="bm25", decompose="phrases", diversity=0.3)
+    prompt = "a red circle left of a blue square"
+    found = pipeline.retrieve(prompt, settings=asked)
+    expected = pipeline.kb.search(prompt, k=4, by="bm25", decompose="phrases", diversity=0.3)
+    assert [neighbor.id for neighbor in found] == [str(hit.id) for hit in expected]
+    assert {hit.part for hit in expected} == {"a red circle", "a blue square"}
+    with pytest.raises(ConfigError, match="diversity must lie between 0 and 1, got 2"):
+        pipeline.settings(diversity=2.0)
+
+
 def test_references_come_first_and_the_knowledge_base_fills_up(pipeline):
     given = [Reference(image=draw(20), caption="mine", name="mine.png")]
     ids = [neighbor.id for neighbor in pipeline(PROMPT, k=3, references=given)[0].neighbors]
