@@ -82,13 +82,11 @@ class LanceBM25:
     def search(self, query: str, *, top_k: int, within: Subset | None = None) -> Ranking:
         """As `Lexical.search`, unless more than `8 top_k` captions tie for the last place: then Lance chooses."""
         where = within.where if within else None
-        limit = top_k + _SPARE_TIES
-        while True:
+        for limit in (top_k + _SPARE_TIES, 8 * top_k + _SPARE_TIES):
             ids, scores = self._match(query, where=where, limit=limit)
             level = coarse(scores)
-            if len(ids) < limit or level[-1] < level[top_k - 1] or limit > 8 * top_k:
+            if len(ids) < limit or level[-1] < level[top_k - 1]:
                 break
-            limit *= 2
         return _best_of([(ids, scores), self._search_tail(query, within)], top_k)
 
     def search_many(self, queries: Sequence[str], *, top_k: int, within: Subset | None = None) -> list[Ranking]:
