@@ -28,7 +28,7 @@ from index.ingest.meter import STAGES, Stage
 from index.ingest.readers import Shard, SkippedShard, read
 from index.ingest.shards import IMAGE_SUFFIXES, Sample, beside, suffix_of
 from index.knowledge_base import CALIBRATION_CAPTIONS, SearcherChoice
-from index.records import BadSample, Pair, ShardRecord
+from index.records import BadSample, Pair, ShardRecord, StoredPair
 from index.search.searcher import DEFAULT_RECALL
 from index.search.sizes import Structure, choose_structure, default_ram, working_bytes
 from index.stats import folder_bytes
@@ -44,6 +44,7 @@ TRUTH_SECONDS = 5.4e-11  # for each query, row and number: the exact answers tha
 PROBE_PAIRS = 320
 PROBE_SECONDS = 2.5  # for each stage, at most
 _PROBE_SHARDS = 4
+_MORE_ROWS = 7  # times the rows of the probe, to tell what a row takes from what a commit takes
 _COUNTED_SHARDS = 200  # with more, so many are counted and the rest goes by its bytes
 
 Bound = Stage | Literal["processors"]
@@ -292,7 +293,7 @@ def probe(shards: Sequence[Shard], embedder: Embedder, *, keep: KeepImages) -> U
     if not good:
         reason = next((o.reason for o in outcomes if isinstance(o, BadSample)), "they are empty")
         raise CorpusError(f"none of the first samples of {shards[0].source} could be used: {reason}")
-    good, vectors, embed_cost = _embed(good, embedder)
+    vectors, embed_cost = _embed(good, embedder)
     write_cost, row_bytes = _write(good, vectors, shards[0])
     pairs = [sample for sample in samples if isinstance(sample, Pair)]
     return UnitCosts(
@@ -328,12 +329,12 @@ def _for_a_while(work: Any, items: Iterable[Any]) -> Iterator[Any]:
             return
 
 
-def _embed(items: list[Decoded], embedder: Embedder) -> tuple[list[Decoded], np.ndarray, StageCost]:
-    """Vectors in batches as a build has them, the first one outside the time: a network warms up."""
+def _embed(items: list[Decoded], embedder: Embedder) -> tuple[np.ndarray, StageCost]:
+    """Vectors of as many as there is time for, in batches as a build has them; a network may warm up before."""
     prepared = [item for item in items if item.prepared is not None]
     if not prepared:  # they brought their vectors
         cost = StageCost(seconds=0.0, processor_seconds=0.0)
-        return items, np.stack([item.vector for item in items if item.vector is not None]), cost
+        return np.stack([item.vector for item in items if item.vector is not None]), cost
     rows = min(embedder.batch_rows(), max(1, len(prepared) // 2))
     batches = [prepared[start : start + rows] for start in range(0, len(prepared), rows)]
 
@@ -343,23 +344,38 @@ def _embed(items: list[Decoded], embedder: Embedder) -> tuple[list[Decoded], np.
     embed(batches[0][: max(1, rows // 4)])
     watch = _Watch()
     vectors = np.concatenate(list(_for_a_while(embed, batches)))
-    return prepared[: len(vectors)], vectors, watch.cost(len(vectors))
+    return vectors, watch.cost(len(vectors))
 
 
 def _write(items: Sequence[Decoded], vectors: np.ndarray, shard: Shard) -> tuple[StageCost, float]:
-    """Store the rows in a table that is thrown away: the time and the bytes of each."""
+    """Store the rows in a table that is thrown away: the time and the bytes of each; vectors serve in turn.
+
+    A build commits many more rows at once, so what a commit takes by itself is left out of the time.
+    """
+    rows = [
+        stored_pair(item, vectors[i % len(vectors)], source=shard.source, digest="0" * 32)
+        for i, item in enumerate(items)
+    ]
+    record = _record(shard, len(rows))
     with tempfile.TemporaryDirectory(prefix="radt-plan-") as folder:
         store = PairStore.create(Path(folder), dim=vectors.shape[1])
-        before = folder_bytes(Path(folder))
-        rows = [
-            stored_pair(item, vector, source=shard.source, digest="0" * 32)
-            for item, vector in zip(items, vectors, strict=True)
-        ]
-        watch = _Watch()
+
+        def commit(pairs: Sequence[StoredPair]) -> StageCost:
+            watch = _Watch()
+            store.commit_shards([(record, store.stage(pairs, record=record))], replaced=())
+            return watch.cost(1)
+
         with store.lock():
-            record = _record(shard, len(rows))
-            store.commit_shards([(record, store.stage(rows, record=record))], replaced=())
-        return watch.cost(len(rows)), (folder_bytes(Path(folder)) - before) / len(rows)
+            before = folder_bytes(Path(folder))
+            few = commit(rows)
+            size = (folder_bytes(Path(folder)) - before) / len(rows)
+            many = commit(rows * (1 + _MORE_ROWS))
+    more = _MORE_ROWS * len(rows)
+    cost = StageCost(
+        seconds=max(0.0, many.seconds - few.seconds) / more,
+        processor_seconds=max(0.0, many.processor_seconds - few.processor_seconds) / more,
+    )
+    return cost, size
 
 
 def _record(shard: Shard, pairs: int) -> ShardRecord:

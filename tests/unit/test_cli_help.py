@@ -17,7 +17,15 @@ except SystemExit as end:
 
 
 @pytest.mark.parametrize(
-    "words", [["--help"], ["--version"], ["generate", "--help"], ["index", "build", "--help"], ["train", "--help"]]
+    "words",
+    [
+        ["--help"],
+        ["--version"],
+        ["generate", "--help"],
+        ["index", "build", "--help"],
+        ["index", "plan", "--help"],
+        ["train", "--help"],
+    ],
 )
 def test_help_imports_nothing_heavy(words):
     done = subprocess.run([sys.executable, "-c", PROGRAM, *words], capture_output=True, text=True, check=True)
