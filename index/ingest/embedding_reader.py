@@ -64,7 +64,7 @@ class EmbeddingContents:
                     f"{table.metadata.num_rows} rows: they do not belong together; make both again"
                 )
             columns = replace(find_columns(table.schema_arrow, basename(self.table), needs_image=False), key=None)
-            for rows in table_rows(table, columns.scalars):
+            for rows in table_rows(table, columns):
                 if isinstance(rows, DamagedTableError):
                     yield shard.bad("", None, str(rows))
                 else:

@@ -1,18 +1,18 @@
 """Parquet files with images in them, as img2dataset and Hugging Face write them, or with the paths of images."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from posixpath import basename
 from typing import Any
 
 from index.errors import CorpusError
-from index.ingest.columns import Rows, find_columns, row_samples
+from index.ingest.columns import Columns, Rows, find_columns, row_samples
 from index.ingest.shards import Layout, Listing, Sample, Shard, SkippedShard, beside, open_anywhere
 
-BATCH_ROWS = 32
-BATCH_BYTES = 64 << 20  # of rows in memory at once, as far as their sizes are known
+BATCH_ROWS = 64
+BATCH_BYTES = 256 << 20  # of rows in memory at once
 LOOKED_AT = 64  # files of a folder whose columns are looked at; the others are taken to be like the first
 IMG2DATASET_NAME = re.compile(r"^\d+\.parquet$")
 
@@ -56,7 +56,7 @@ class ParquetContents:
         """Its rows in their order, a few at a time; a row group that is damaged is one BadSample."""
         with open_table(shard.fs, self.path) as table:
             columns = find_columns(table.schema_arrow, basename(self.path))
-            for rows in table_rows(table, columns.scalars):
+            for rows in table_rows(table, columns):
                 if isinstance(rows, DamagedTableError):
                     yield shard.bad("", None, str(rows))
                 else:
@@ -83,14 +83,16 @@ def open_table(fs: Any, path: str) -> Iterator[Any]:
         yield table
 
 
-def table_rows(table: Any, names: Sequence[str]) -> Iterator[Rows | DamagedTableError]:
+def table_rows(table: Any, columns: Columns) -> Iterator[Rows | DamagedTableError]:
     """These columns of a ParquetFile, a few rows at a time; after a damaged row group comes the next."""
     first = 0
     for group in range(table.num_row_groups):
         about = table.metadata.row_group(group)
         at = first
         try:
-            batches = table.iter_batches(_batch_rows(about), row_groups=[group], columns=list(names), use_threads=False)
+            batches = table.iter_batches(
+                _batch_rows(about, columns), row_groups=[group], columns=columns.scalars, use_threads=False
+            )
             for batch in batches:
                 yield Rows(rows=as_rows(batch), first=at, vectors=[None] * batch.num_rows)
                 at += batch.num_rows
@@ -101,14 +103,14 @@ def table_rows(table: Any, names: Sequence[str]) -> Iterator[Rows | DamagedTable
         yield DamagedTableError(f"the file should have {table.metadata.num_rows} rows, and its row groups have {first}")
 
 
-def _batch_rows(group: Any) -> int:
-    """How many rows of a group to hold at once. Any row may have the largest value of a column's dictionary."""
-    largest = group.total_byte_size // max(group.num_rows, 1)
-    for column in map(group.column, range(group.num_columns)):
-        if column.has_dictionary_page:
-            stored = column.data_page_offset - (column.dictionary_page_offset or 0)
-            largest += stored * column.total_uncompressed_size // max(column.total_compressed_size, 1)
-    return max(1, min(BATCH_ROWS, BATCH_BYTES // max(largest, 1)))
+def _batch_rows(group: Any, columns: Columns) -> int:
+    """How many rows of a group to hold at once: each may have the same value, as large as all that is stored.
+
+    Nothing may be asked of the group's columns: where they are damaged, pyarrow aborts the process.
+    """
+    if columns.image is None:
+        return BATCH_ROWS
+    return max(1, min(BATCH_ROWS, BATCH_BYTES // max(group.total_byte_size, 1)))
 
 
 def as_rows(batch: Any) -> list[Mapping[str, Any] | None]:
