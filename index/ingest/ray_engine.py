@@ -7,6 +7,7 @@ given to another one, and what it had written is garbage for `radt index compact
 
 import os
 import socket
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -177,8 +178,6 @@ class _Worker:
 
     def be_ready(self) -> None:
         """Load the model and see that the knowledge base is there. UserError when one of them cannot be had."""
-        import warnings
-
         import PIL.Image
 
         warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)  # a bad sample, as in a local build
@@ -262,7 +261,9 @@ def _connected(address: str | None) -> Iterator[None]:
     if address is not None and ":" in address:
         _check_reachable(address)
     try:
-        ray.init(address=address, log_to_driver=False, logging_level="CRITICAL")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "lance is not fork-safe")  # a fork of Ray's is another program at once
+            ray.init(address=address, log_to_driver=False, logging_level="CRITICAL", include_dashboard=False)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise KnowledgeBaseError(f"cannot use the Ray cluster {address or ''}: {_first_line(error)}") from error
     try:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from index.embedder import ClipEmbedder
 from index.ingest.build import BuildConfig, build
 from index.knowledge_base import KnowledgeBase
 from index.store import PairStore
@@ -259,8 +260,9 @@ def test_what_a_worker_refuses_is_one_sentence(machines: Machines, corpus: Path,
 def test_the_command_prints_one_document_and_the_model_travels_by_its_name(
     machines: Machines, corpus: Path, tiny_clip: Path, tmp_path: Path
 ) -> None:
+    KnowledgeBase.create(tmp_path / "kb", ClipEmbedder.load(str(tiny_clip)))
     command = [sys.executable, "-m", "radt.cli", "index", "build", str(corpus), "--kb", str(tmp_path / "kb"), "--json"]
-    command += ["--model", str(tiny_clip), "--engine", "ray", "--ray-address", machines.address, "--workers", "1"]
+    command += ["--engine", "ray", "--ray-address", machines.address, "--workers", "1"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=PATIENCE, check=False)
     assert (done.stderr, done.returncode) == ("", 0)
