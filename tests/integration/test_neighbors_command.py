@@ -228,10 +228,10 @@ def test_memory_does_not_grow_with_the_source(tmp_path: Path, monkeypatch: pytes
     write_img2dataset(tmp_path / "kb-source", shards=1, per_shard=5)
     kb = KnowledgeBase.create(tmp_path / "kb", HashEmbedder(dim=8))
     build(kb, [str(tmp_path / "kb-source")], BuildConfig(searcher="exact"))
-    monkeypatch.setattr(module, "BATCH", 8)
-    monkeypatch.setattr(module, "GROUP_ROWS", 16)
+    monkeypatch.setattr(module, "BATCH", 16)
+    monkeypatch.setattr(module, "GROUP_ROWS", 32)
     picture, config, peaks = encode(draw(1)), NeighborsConfig(k=1, by="bm25"), {}
-    for rows in (32, 32, 320):  # the first time warms up
+    for rows in (64, 64, 640):  # the first time warms up
         captioned = [
             (f"{i}.{suffix}", picture if suffix == "png" else b"a dog") for i in range(rows) for suffix in KINDS
         ]
@@ -240,7 +240,7 @@ def test_memory_does_not_grow_with_the_source(tmp_path: Path, monkeypatch: pytes
         write_neighbors(kb, str(tmp_path / f"train{rows}"), tmp_path / "n.parquet", config)
         peaks[rows] = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-    assert peaks[320] < 1.5 * peaks[32], peaks
+    assert peaks[640] < 1.5 * peaks[64], peaks
 
 
 def test_the_command(shell: Shell, source: Path, tmp_path: Path) -> None:  # noqa: F811
