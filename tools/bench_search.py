@@ -28,7 +28,7 @@ import numpy as np
 
 from index.search.retriever import Retriever
 from index.search.scann_searcher import ScannSearcher, import_scann
-from index.search.searcher import ArrayRows, ExactStream, SearcherManifest, build_searcher, recall_of
+from index.search.searcher import ArrayRows, ExactStream, SearcherManifest, build_searcher
 from index.search.view import StoreView
 from index.store import PairStore
 
@@ -82,6 +82,10 @@ def _write_data(folder: Path, rows: int, dim: int, num_queries: int) -> None:
     truth, _ = ExactStream(ArrayRows(np.arange(rows), vectors)).search(queries, top_k=TOP_K)
     for name, array in (("vectors", vectors), ("queries", queries), ("truth", truth)):
         np.save(folder / f"{name}.npy", array)
+
+
+def recall_of(found: np.ndarray, truth: np.ndarray) -> float:
+    return float(np.mean([np.isin(t, f).mean() for t, f in zip(truth, found, strict=True)]))
 
 
 class Bench:

@@ -10,10 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
-from jaxtyping import Int64
-from numpy import ndarray
-
-from index.search.searcher import RECALL_AT, CurvePoint, Queries, Searcher, recall_of
+from index.search.searcher import CurvePoint, Queries, Scores, Searcher, recall_of
 
 _MARGIN = 0.01  # above the target, for half of the queries choose and tomorrow's are others
 _REORDERS = (400, 200, 100, 50)  # candidates scored exactly, deepest first
@@ -53,8 +50,8 @@ class Calibration:
     warning: str
 
 
-def calibrate(searcher: Any, queries: Queries, truth: Int64[ndarray, "q t"], *, target: float) -> Calibration:
-    """The fastest effort that finds the share `target` of the `truth`, chosen with every other query.
+def calibrate(searcher: Any, queries: Queries, truth: Scores, *, target: float) -> Calibration:
+    """The fastest effort that finds the share `target` of what scores as `truth` does, chosen with half the queries.
 
     The remaining queries measure it, and the curve around it: what is reported was not chosen for looking well.
     """
@@ -77,7 +74,7 @@ def calibrate(searcher: Any, queries: Queries, truth: Int64[ndarray, "q t"], *, 
 class _Trial:
     """A searcher with queries whose answers are known; with `may_cut`, fewer of them when they take long."""
 
-    def __init__(self, searcher: Tunable, queries: Queries, truth: Int64[ndarray, "q t"], *, may_cut: bool = False):
+    def __init__(self, searcher: Tunable, queries: Queries, truth: Scores, *, may_cut: bool = False):
         self._searcher, self._queries, self._truth, self._may_cut = searcher, queries, truth, may_cut
 
     def run(self, leaves_to_search: int, reorder: int) -> CurvePoint:
@@ -85,7 +82,7 @@ class _Trial:
         fastest = math.inf
         for _ in range(3):
             started = time.perf_counter()
-            found, _ = searcher.search(self._queries, top_k=RECALL_AT)
+            _, found = searcher.search(self._queries, top_k=self._truth.shape[1])
             fastest = min(fastest, time.perf_counter() - started)
             if fastest > _TIMED_SECONDS:
                 break

@@ -65,7 +65,7 @@ class Half:
 
     def search(self, queries: Queries, *, top_k: int) -> tuple[Ids, Scores]:
         ids, scores = self.exact.search(queries, top_k=top_k)
-        ids[queries[:, 0] < 0] = -1
+        ids[queries[:, 0] < 0], scores[queries[:, 0] < 0] = -1, -np.inf
         return ids, scores
 
 
@@ -75,7 +75,7 @@ def test_one_half_of_the_queries_chooses_and_the_other_measures() -> None:
     exact = ExactSearcher(np.arange(400), vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
     queries = shifted_queries(exact.vectors, seed=1, num=80)
     queries[::2, 0], queries[1::2, 0] = abs(queries[::2, 0]), -abs(queries[1::2, 0])
-    truth, _ = exact.search(queries, top_k=10)
+    _, truth = exact.search(queries, top_k=10)
     found = calibrate(Half(exact), queries, truth, target=0.95)
     assert found.settings["leaves_to_search"] == 1  # every query of the first half found all with one leaf
     assert found.recall_at_10 == 0.0  # and none of the second half does: what is reported is theirs
@@ -88,14 +88,14 @@ def test_a_searcher_without_leaves_has_nothing_to_set() -> None:
     whole = Half(exact)
     whole.leaves = 0
     queries = abs(shifted_queries(exact.vectors, seed=1, num=20))
-    truth, _ = exact.search(queries, top_k=10)
+    _, truth = exact.search(queries, top_k=10)
     found = calibrate(whole, queries, truth, target=0.95)
     assert (found.settings, found.recall_at_10, found.curve, found.warning) == ({}, 1.0, (), "")
 
 
 def test_the_fastest_is_found_although_the_machine_slows_down_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
     exact = ExactSearcher(np.arange(9), np.eye(9, dtype=np.float32))
-    trial = module._Trial(Half(exact), exact.vectors, exact.ids[:, None])
+    trial = module._Trial(Half(exact), exact.vectors, np.ones((9, 1), dtype=np.float32))
     speeds = iter([30.0, 20.0, 15.0, 10.0, *[3.0, 2.0] * 3])  # of the slow and the quick setting in turns
 
     def run(leaves_to_search: int, reorder: int) -> CurvePoint:
@@ -110,7 +110,7 @@ def test_the_fastest_is_found_although_the_machine_slows_down_meanwhile(monkeypa
 def test_a_slow_searcher_is_asked_fewer_queries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_SLOW_SECONDS", 0.0)
     exact = ExactSearcher(np.arange(300), np.random.default_rng(0).standard_normal((300, 4)).astype(np.float32))
-    truth, _ = exact.search(exact.vectors, top_k=10)
+    _, truth = exact.search(exact.vectors, top_k=10)
     trial = module._Trial(Half(exact), exact.vectors, truth, may_cut=True)
     trial.run(1, 50)
     assert len(trial._queries) == len(trial._truth) == module._FEWEST_QUERIES

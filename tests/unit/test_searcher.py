@@ -277,3 +277,11 @@ def test_what_was_built_before_is_kept_while_it_is_what_is_wanted() -> None:
 def test_an_impossible_recall_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"recall is a share of 1, got 95"):
         build_searcher("auto", ArrayRows(*rows(3)), tmp_path / "s", target_recall=95.0)
+
+
+def test_of_equal_pictures_any_are_the_true_ones() -> None:
+    vectors = np.tile(np.array([[1.0, 0.0], [0.6, 0.8]], dtype=np.float32), (20, 1))
+    exact = ExactSearcher(np.arange(40), vectors)
+    others = ExactSearcher(np.arange(20, 40), vectors[20:])  # knows ten copies of each, and not those of lowest id
+    assert recall(others, exact, vectors[:2], top_k=10) == 1.0
+    assert recall(others, exact, vectors[:1], top_k=20) == 0.5
