@@ -18,6 +18,7 @@ class Candidates:
     words: Float64[ndarray, " n"] | None
     labels: tuple[str, ...] = ()  # parts of the prompt
     part: Int64[ndarray, " n"] | None = None
+    is_final: bool = False  # a deeper search would bring none that may become a hit
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -31,6 +32,7 @@ class Candidates:
             words=None if self.words is None else self.words[positions],
             labels=self.labels,
             part=None if self.part is None else self.part[positions],
+            is_final=self.is_final,
         )
 
     def label(self, position: int) -> str | None:
@@ -58,6 +60,7 @@ def interleave(lists: Sequence[Candidates], labels: Sequence[str]) -> Candidates
         words=_joined([each.words for each in lists]),
         labels=tuple(labels),
         part=np.repeat(np.arange(len(lists)), [len(each) for each in lists]),
+        is_final=all(each.is_final for each in lists),
     )
     assert everything.part is not None
     rank = np.concatenate([np.arange(len(each)) for each in lists])

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import numpy as np
-from jaxtyping import Float32, Int64
+from jaxtyping import Float32, Float64, Int64
 from numpy import ndarray
 
 from index.errors import QueryError
@@ -36,6 +36,15 @@ class Bounds:
     def names(self) -> str:
         """Those that are set, as a user calls them."""
         return " and ".join(f"min_{name}" for name in ("score", "clip", "bm25") if getattr(self, name) is not None)
+
+    def end(self, clips: Float64[ndarray, " n"], words: Float64[ndarray, " m"]) -> bool:
+        """Whether what lies below the lowest scores of these two lists is below a bound.
+
+        A fused score is not known of what was not found; it is taken to fall as both lists do.
+        """
+        below_clip = self.clip is not None and len(clips) > 0 and clips[-1] < self.clip
+        below_bm25 = self.bm25 is not None and len(words) > 0 and words[-1] < self.bm25
+        return self.score is not None or bool(below_clip) or bool(below_bm25)
 
     def keep(self, candidates: Candidates) -> Candidates:
         """The candidates that reach every bound."""

@@ -33,7 +33,7 @@ from index.search.request import (
     id_array,
     unit_rows,
 )
-from index.search.scoring import complete_words, fused, without_excluded, words_within
+from index.search.scoring import complete_words, fused, is_final, without_excluded, words_within
 from index.search.searcher import Queries, Searcher
 from index.search.trace import Stage, Trace
 from index.search.view import RankedList, StoreView, View
@@ -395,9 +395,11 @@ class Retriever:
                 answers[position] = hits
             if depth >= rows:
                 break
-            # Many captions of few images can use up the candidates before there are k images. A threshold has cut
-            # the list for good, so then there is nothing more to find further down.
-            pending = [p for p in pending if len(answers[p]) < request.k and not request.bounds]
+            # Many captions of few images can use up the candidates before there are k images, and so can a bound.
+            is_short = {p for p in pending if len(answers[p]) < request.k}
+            pending = [
+                p for p, candidates in zip(pending, arranged, strict=True) if p in is_short and not candidates.is_final
+            ]
             depth *= 4
         return answers
 
@@ -430,7 +432,11 @@ class Retriever:
                 ]
         with trace("fuse"):
             ranked = [
-                fused(i, clips[n] if clips else None, words[n] if words else None, request) for n, i in enumerate(ids)
+                replace(
+                    fused(i, clips[n] if clips else None, words[n] if words else None, request),
+                    is_final=is_final(by_vector[n], by_words[n], request, depth=depth),
+                )
+                for n, i in enumerate(ids)
             ]
             trace.kept["union"] = sum(map(len, ranked))
             trace.lists["union"] = [candidates.ids for candidates in ranked]

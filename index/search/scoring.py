@@ -55,6 +55,13 @@ def without_excluded(
     return kept
 
 
+def is_final(by_vector: RankedList, by_words: RankedList, request: Request, *, depth: int) -> bool:
+    """Whether a deeper search would bring no more hits: the lists have ended, or fallen below a bound."""
+    has_ended = not (request.uses_clip and len(by_vector.ids) >= depth)
+    has_ended &= not (request.uses_words and len(by_words.ids) >= depth)
+    return has_ended or request.bounds.end(by_vector.scores, by_words.scores)
+
+
 def complete_words(
     lexical: Lexical, query: Query, ids: Int64[ndarray, " n"], known: RankedList, *, exhausted: bool
 ) -> Float64[ndarray, " n"]:

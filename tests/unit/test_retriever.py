@@ -630,3 +630,33 @@ def test_scores_of_the_words_candidates_need_not_the_store(store: PairStore, tmp
     for hit in retriever.search("red dog", k=60).hits:
         vector = store.get([hit.id], vectors=True)[0].vector
         assert hit.clip == pytest.approx(float(vector @ unit("red dog")), abs=1e-6)
+
+
+def test_bounds_are_met_from_as_deep_as_it_takes(tmp_path: Path) -> None:
+    """The few that reach both bounds are the best by neither: beyond the first hundred of both lists."""
+    target = unit("here")
+    away = unit("away")
+    near, wordy = [stored(f"near{n}", "tree") for n in range(300)], [stored(f"w{n}", "red dog red") for n in range(300)]
+    both = [stored(f"both{n}", "a red dog in a house") for n in range(4)]
+    for pairs, vector in ((near, target), (wordy, away), (both, 0.8 * target + 0.1 * away)):
+        for pair in pairs:
+            object.__setattr__(pair, "vector", (vector / np.linalg.norm(vector)).astype(np.float32))
+    store = make(tmp_path, [*near, *wordy, *both])
+    retriever = exact_retriever(store)
+    hits = retriever.search("red dog", vector=target, k=4, min_clip=0.5, min_bm25=0.1).hits
+    assert {hit.caption for hit in hits} == {"a red dog in a house"}
+    assert len(hits) == 4
+
+
+def test_a_list_that_has_ended_is_not_searched_again(frozen: PairStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    retriever = exact_retriever(frozen)
+    lexical, rounds = retriever.view.lexical("bm25"), []
+    search_many = lexical.search_many
+
+    def watched(queries: Any, **asked: Any) -> Any:
+        rounds.append(asked["top_k"])
+        return search_many(queries, **asked)
+
+    monkeypatch.setattr(lexical, "search_many", watched)
+    assert retriever.search("zebra", by="bm25").hits == []
+    assert rounds == [100]
