@@ -21,6 +21,7 @@ from index.knowledge_base import ADDED_SHARD
 from index.records import Pair, ShardRecord, StoredPair, pair_id
 from index.search.lexical import LanceBM25, has_fts
 from index.search.searcher import Searcher
+from index.search.view import contains
 from index.search.words import Tokenizer
 
 if TYPE_CHECKING:
@@ -297,7 +298,9 @@ class _SearcherCheck:
         """Search for each of them that the searcher should know."""
         if self._searcher is None:
             return
-        known = [row for row in rows if row.id in self._searcher.ids and row.id not in self._newer]
+        ids = np.array([row.id for row in rows], dtype=np.int64)
+        is_known = contains(self._searcher.ids, ids) & ~contains(self._newer, ids)
+        known = [row for row, here in zip(rows, is_known, strict=True) if here]
         if not known:
             return
         queries = np.stack([np.asarray(row.vector) for row in known])
@@ -352,7 +355,8 @@ class _WordsCheck:
     def _check_row(self, row: StoredPair, query: str) -> None:
         assert self._lexical is not None
         score = float(self._lexical.scores(query, np.array([row.id]))[0])
-        deserved = sum(self._lexical.contributions(query, row.id).values())
+        corpus = self._lexical.statistics(query)
+        deserved = sum(corpus.contributions(self._tokenizer(query), self._tokenizer(row.caption)).values())
         is_right = score > 0 and abs(score - deserved) <= _SCORE_ERROR * deserved
         wrong = f"searched by {query!r}, its own words, it scores {score:.4f} and should have {deserved:.4f}"
         self._report.check("words", row.id, None if is_right else wrong)

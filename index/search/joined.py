@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Bool, Float32, Float64, Int64
+from jaxtyping import Float32, Float64, Int64
 from numpy import ndarray
 
 from index.embedder import Embedder
@@ -26,7 +26,7 @@ from index.search.fusion import best_first
 from index.search.lexical import LanceBM25, Lexical, RankBM25, Ranking, Subset, TfIdf, coarse, has_fts
 from index.search.retriever import Retriever, SearchResult
 from index.search.searcher import Queries
-from index.search.view import Found, RankedList, View, lexical_kind, merge
+from index.search.view import Found, RankedList, View, contains, lexical_kind, merge
 from index.search.words import Statistics
 
 if TYPE_CHECKING:
@@ -182,7 +182,7 @@ class JoinedView:
         """As `View.vectors`."""
         rows = np.empty((len(ids), self._stores[0].dim), dtype=np.float32)
         for view, own in zip(self._views, self._own, strict=True):
-            mask = _is_in(own, ids)
+            mask = contains(own, ids)
             if mask.any():
                 rows[mask] = view.vectors(ids[mask])
         return rows
@@ -211,7 +211,7 @@ class JoinedView:
         """As `View.complete_clip`: every part completes those of its own."""
         completed = [np.zeros(len(i)) for i in ids]
         for view, own in zip(self._views, self._own, strict=True):
-            masks = [_is_in(own, i) for i in ids]
+            masks = [contains(own, i) for i in ids]
             theirs = [_only(listed, own) for listed in known]
             answers = view.complete_clip(vectors, [i[m] for i, m in zip(ids, masks, strict=True)], theirs)
             for scores, mask, answer in zip(completed, masks, answers, strict=True):
@@ -259,7 +259,7 @@ class JoinedBM25:
         """As `Lexical.scores`."""
         corpus, scores = self.statistics(query), np.zeros(len(ids))
         for part, own in zip(self._parts, self._own, strict=True):
-            mask = _is_in(own, ids)
+            mask = contains(own, ids)
             scores[mask] = part.scores(query, ids[mask], corpus=corpus)
         return scores
 
@@ -267,7 +267,7 @@ class JoinedBM25:
         """As `Lexical.contributions`."""
         one = np.array([pair_id], dtype=np.int64)
         for part, own in zip(self._parts, self._own, strict=True):
-            if _is_in(own, one)[0]:
+            if contains(own, one)[0]:
                 return part.contributions(query, pair_id, corpus=self.statistics(query))
         return {}
 
@@ -285,7 +285,7 @@ def _search_own(
     asked = top_k
     while True:
         ids, scores, examined = view.search(queries, top_k=asked, subset=subset, exact=exact)
-        is_own = _is_in(own, ids)
+        is_own = contains(own, ids)
         if asked >= len(view.ids) or (is_own.sum(axis=1) >= min(top_k, len(own))).all():
             return Found(np.where(is_own, ids, -1), np.where(is_own, scores, np.float32(-np.inf)), examined)
         asked *= 2
@@ -304,7 +304,7 @@ def _search_own_words(
     asked = top_k
     while True:
         ids, scores = part.search_among(corpus, query, top_k=asked, within=within)
-        is_own = _is_in(own, ids)
+        is_own = contains(own, ids)
         if len(ids) < asked or is_own.sum() >= top_k:
             return ids[is_own][:top_k], scores[is_own][:top_k]
         asked *= 2
@@ -332,13 +332,6 @@ def _part_of(subset: Subset | None, own: Int64[ndarray, " own"]) -> Subset | Non
     return None if subset is None else replace(subset, ids=np.intersect1d(subset.ids, own, assume_unique=True))
 
 
-def _is_in(own: Int64[ndarray, " own"], ids: Int64[ndarray, "*n"]) -> Bool[ndarray, "*n"]:
-    """Which of `ids` are in ascending `own`."""
-    if not len(own):
-        return np.zeros(ids.shape, dtype=bool)
-    return own[np.minimum(np.searchsorted(own, ids), len(own) - 1)] == ids
-
-
 def _only(listed: RankedList, own: Int64[ndarray, " own"]) -> RankedList:
-    kept = _is_in(own, listed.ids)
+    kept = contains(own, listed.ids)
     return RankedList(ids=listed.ids[kept], scores=listed.scores[kept])

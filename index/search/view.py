@@ -125,7 +125,7 @@ class StoreView:
         # A row that was replaced keeps its id: the searcher's copy of it is out of date, so it counts as gone there.
         self._valid: Int64[ndarray, " valid"] = searcher.ids
         if self.ids is not searcher.ids:
-            known = _contains(self.ids, searcher.ids) & ~_contains(tail_ids, searcher.ids)
+            known = contains(self.ids, searcher.ids) & ~contains(tail_ids, searcher.ids)
             self._valid = searcher.ids[known]
         self._duplicates = (duplicates or Duplicates()).without(tail_ids)
         self._exact: ExactSearcher | None = None
@@ -228,7 +228,7 @@ class StoreView:
         if kept.split is None:
             is_known = np.ones(len(subset.ids), dtype=bool)
             if self._valid is not self.ids:
-                is_known = _contains(self._valid, subset.ids)
+                is_known = contains(self._valid, subset.ids)
             kept.split = subset.ids[is_known], subset.ids[~is_known]
         return kept.split
 
@@ -251,7 +251,7 @@ class StoreView:
         """One that has these rows, and perhaps others."""
         if self._exact is not None or isinstance(self._searcher, ExactSearcher):
             return self.exact_searcher()
-        known = ids[_contains(self._valid, ids)]
+        known = ids[contains(self._valid, ids)]
         vectors = self._searcher.vectors(known) if isinstance(self._searcher, HoldsVectors) else None
         if vectors is None:
             return exact_searcher(self._store, f"id IN ({', '.join(map(str, ids.tolist()))})")
@@ -278,7 +278,7 @@ def _newer_rows(store: "PairStore", searcher: Searcher) -> tuple[Int64[ndarray, 
     return store.ids_and_vectors(f"id IN ({', '.join(map(str, unknown.tolist()))})")
 
 
-def _contains(ids: Int64[ndarray, " rows"], wanted: Int64[ndarray, "*n"]) -> Bool[ndarray, "*n"]:
+def contains(ids: Int64[ndarray, " rows"], wanted: Int64[ndarray, "*n"]) -> Bool[ndarray, "*n"]:
     """Whether each wanted id is among ascending `ids`."""
     if not len(ids):
         return np.zeros(wanted.shape, dtype=bool)
@@ -296,7 +296,7 @@ def _search_valid(searcher: Searcher, queries: Queries, top_k: int, valid: Int64
     asked = min(rows, max(wanted + 10, 2 * wanted * rows // len(valid)))
     while True:
         ids, scores = searcher.search(queries, top_k=asked)
-        is_valid = _contains(valid, ids)
+        is_valid = contains(valid, ids)
         if asked == rows or (is_valid.sum(axis=1) >= wanted).all():
             ids, scores = np.where(is_valid, ids, -1), np.where(is_valid, scores, np.float32(-np.inf))
             order = np.argsort(~is_valid, axis=1, kind="stable")[:, :wanted]
