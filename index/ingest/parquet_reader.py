@@ -9,7 +9,7 @@ from typing import Any
 
 from index.errors import CorpusError
 from index.ingest.columns import Columns, Rows, find_columns, row_samples
-from index.ingest.shards import Layout, Listing, Sample, Shard, SkippedShard, beside, open_anywhere
+from index.ingest.shards import Layout, Listing, Sample, Shard, SkippedShard, beside, is_storage_error, open_anywhere
 
 BATCH_ROWS = 64
 BATCH_BYTES = 256 << 20  # of rows in memory at once
@@ -96,6 +96,8 @@ def table_rows(table: Any, columns: Columns) -> Iterator[Rows | DamagedTableErro
             for batch in batches:
                 yield Rows(rows=as_rows(batch), first=at, vectors=[None] * batch.num_rows)
                 at += batch.num_rows
+            if at != first + about.num_rows:
+                raise ValueError("they are not there")
         except Exception as error:
             yield damaged(f"row group {group} is damaged: rows {at} to {first + about.num_rows - 1} are lost", error)
         first += about.num_rows
@@ -134,7 +136,7 @@ def damaged(what: str, error: Exception) -> DamagedTableError:
 
     A decoder of a hostile file may raise anything else, and it is always the file's fault.
     """
-    if isinstance(error, OSError) and error.errno is not None:
+    if is_storage_error(error):
         raise error
     reason = " ".join(str(error).split())[:200] or type(error).__name__
     return DamagedTableError(f"{what} ({reason})")

@@ -211,9 +211,15 @@ def storage_errors() -> Iterator[None]:
     except (OSError, CorpusError):
         raise
     except Exception as error:
-        if type(error).__module__.partition(".")[0] not in STORAGE_CLIENTS:
+        if not is_storage_error(error):
             raise
         raise OSError(" ".join(str(error).split()) or type(error).__name__) from error
+
+
+def is_storage_error(error: Exception) -> bool:
+    """Whether the disk, the network or a bucket failed; pyarrow's own OSErrors, of damaged files, have no errno."""
+    is_system = isinstance(error, OSError) and error.errno is not None
+    return is_system or type(error).__module__.partition(".")[0] in STORAGE_CLIENTS
 
 
 def open_ahead(fs: Any, path: str) -> Any:

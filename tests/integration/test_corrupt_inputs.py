@@ -1,7 +1,8 @@
 """A thousand corrupted inputs: nothing crashes, every loss is told, and what was not touched is all there.
 
 Each input is a small valid one, damaged at random by a seeded generator. What was not touched is known exactly for
-tars (byte ranges), tables (row groups) and files of vectors (rows).
+tars (byte ranges), tables (row groups) and files of vectors (rows). One loss cannot be told: a tar whose last samples
+have become zeros ends early, and properly.
 """
 
 import io
@@ -221,7 +222,7 @@ def test_metadata_files(place: Path, name: str) -> None:
         assert {f"{i}.png" for i in range(6)} <= {getattr(item, "key", "") for item in found}, seed
         for i, line in enumerate(lines):
             end = start + len(line) + 1
-            is_kept = mutant.head >= end if name.endswith("csv") else mutant.kept(start, end, len(content))
+            is_kept = mutant.head >= end if name.endswith("csv") else mutant.kept(max(start - 1, 0), end, len(content))
             if is_kept and line[0] != "f":  # a quote that is lost or won swallows what follows in a csv
                 key = f"{i - name.endswith('csv')}.png"
                 assert key in pairs or len(pairs) == 0, (seed, key)
