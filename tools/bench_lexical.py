@@ -60,7 +60,7 @@ def make_captions(number: int, seed: int = 0) -> list[str]:
 
 
 def _block(seed: int, start: int, stop: int) -> list[str]:
-    from tools.make_pairs import scene
+    from make_pairs import scene  # beside this file
 
     return [scene(seed, number).caption for number in range(start, stop)]
 
