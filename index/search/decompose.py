@@ -134,7 +134,11 @@ class Corpus:
         if not terms or any(not found.frequencies.get(term, 0) for term in terms):
             return False
         ids, _ = self._lexical.search(text, top_k=_COVERING)
-        return bool(self.having(terms, ids).all(axis=0).any())
+        for term in sorted(terms, key=lambda term: found.frequencies[term]):  # the rarest leaves the fewest to look at
+            ids = ids[self._lexical.scores(term, ids) > 0]
+            if not len(ids):
+                return False
+        return True
 
     def having(self, terms: Sequence[str], ids: Int64[ndarray, " n"]) -> Bool[ndarray, "terms n"]:
         """Which captions have which term."""
