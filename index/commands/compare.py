@@ -23,8 +23,8 @@ def add_compare(app: typer.Typer, default_model: str | None) -> None:
 
     @app.command()
     def compare(
-        kb_a: Annotated[Path, typer.Argument(help="Folder of a knowledge base.")],
-        kb_b: Annotated[Path, typer.Argument(help="Another, or the same one asked otherwise.")],
+        kb_a: Annotated[str, typer.Argument(help="Folder or URL of a knowledge base.")],
+        kb_b: Annotated[str, typer.Argument(help="Another, or the same one asked otherwise.")],
         queries: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="A file of queries, one a line.")],
         k: Annotated[int, typer.Option("-k", min=1, help="How many hits.")] = 10,
         by: Annotated[_By, typer.Option(help="What to compare by.")] = "hybrid",
@@ -47,8 +47,8 @@ def add_compare(app: typer.Typer, default_model: str | None) -> None:
         from index.search.compare_sheet import write_compare_sheet
 
         asked_b = {"by": by_b or by, "fusion": fusion_b or fusion, "where": where, "exact": exact_b}
-        one = open_all_for_query([str(kb_a)], model, default_model, snapshot=snapshot_a)
-        other = open_all_for_query([str(kb_b)], model, default_model, snapshot=snapshot_b)
+        one = open_all_for_query([kb_a], model, default_model, snapshot=snapshot_a)
+        other = open_all_for_query([kb_b], model, default_model, snapshot=snapshot_b)
         if one.manifest.fingerprint == other.manifest.fingerprint:
             other.embedder = one.embedder  # so that the model is loaded once
         a = Side(kb=one, asked={"by": by, "fusion": fusion, "where": where})
@@ -64,7 +64,7 @@ def add_compare(app: typer.Typer, default_model: str | None) -> None:
         if html is not None:
             write_compare_sheet(html, a, b, differences, names=names, summary=summary)
         if as_json:
-            document = {"kb_a": str(kb_a), "kb_b": str(kb_b), "k": k, "summary": summary}
+            document = {"kb_a": kb_a, "kb_b": kb_b, "k": k, "summary": summary}
             print_json({**document, "queries": [one.to_json() for one in differences]})
         else:
             _print(differences, summary, names)
@@ -84,7 +84,7 @@ def _progress(is_silent: bool, *, total: int) -> Iterator[Callable[[str], None]]
         yield lambda query: progress.update(task, advance=1)
 
 
-def _name(kb: Path, by: str, fusion: str, *more: str) -> str:
+def _name(kb: str, by: str, fusion: str, *more: str) -> str:
     return ", ".join([f"{kb} by {by}", *(word for word in (fusion * (by == "hybrid"), *more) if word)])
 
 

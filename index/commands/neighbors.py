@@ -11,7 +11,6 @@ import typer
 from index.commands.options import (
     DatasetOption,
     JsonOption,
-    KbOption,
     ModelOption,
     open_for_query,
     print_json,
@@ -28,7 +27,7 @@ def add_neighbors(app: typer.Typer, default_model: str | None) -> None:
     @app.command()
     def neighbors(
         source: Annotated[str, typer.Argument(help="Training pairs, in any layout that `build` reads.")],
-        kb: KbOption,
+        kb: Annotated[str, typer.Option("--kb", help="Folder or URL of the knowledge base.")],
         out: Annotated[Path, typer.Option(dir_okay=False, help="The Parquet file to write.")],
         k: Annotated[int, typer.Option("-k", min=1, help="How many neighbours of each pair.")] = 8,
         by: Annotated[Literal["hybrid", "clip", "bm25"], typer.Option(help="What to compare by.")] = "hybrid",
@@ -54,7 +53,7 @@ def add_neighbors(app: typer.Typer, default_model: str | None) -> None:
         base = open_for_query(kb, model, default_model)
         with _progress(as_json) as hooks:
             report = write_neighbors(base, source, out, config, dataset=dataset, allow_partial=allow_partial, **hooks)
-        print_json({"kb": str(kb), **report.to_json()}) if as_json else _print_report(report, config)
+        print_json({"kb": kb, **report.to_json()}) if as_json else _print_report(report, config)
 
 
 @contextmanager
