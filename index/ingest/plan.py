@@ -8,7 +8,7 @@ which the build chooses too; the word index from the unit costs below.
 import json
 import math
 import os
-import resource
+import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -305,10 +305,17 @@ def probe(shards: Sequence[Shard], embedder: Embedder, *, keep: KeepImages) -> U
         row_bytes=row_bytes,
         caption_bytes=float(np.mean([len(item.pair.caption.encode()) for item in good])),
         source_bytes=_source_bytes(pairs),
-        process_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0,
+        process_bytes=_most_memory(),
         bad_share=1 - sum(isinstance(outcome, Decoded) for outcome in outcomes) / len(outcomes),
         measured_on=f"{len(good)} pairs of {len(shards)} shards on {os.cpu_count()} processors",
     )
+
+
+def _most_memory() -> float:
+    """The most bytes this process has held."""
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1.0 if sys.platform == "darwin" else 1024.0)
 
 
 def _first_samples(shards: Sequence[Shard]) -> Iterator[Sample]:

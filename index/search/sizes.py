@@ -137,8 +137,8 @@ def working_bytes(dim: int) -> int:
 
 
 def default_ram() -> int:
-    """Four fifths of the memory this process may have."""
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    """Four fifths of the memory this process may have; of 8 GB where the system does not say."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 8 * 10**9
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         limit = Path(path).read_text(encoding="ascii").strip() if Path(path).is_file() else "max"
         if limit.isdigit():
