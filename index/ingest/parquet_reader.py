@@ -136,6 +136,8 @@ def damaged(what: str, error: Exception) -> DamagedTableError:
 
     A decoder of a hostile file may raise anything else, and it is always the file's fault.
     """
+    if isinstance(error, DamagedTableError):
+        return error
     if is_storage_error(error):
         raise error
     reason = " ".join(str(error).split())[:200] or type(error).__name__

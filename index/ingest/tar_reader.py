@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from posixpath import basename
 from typing import Any
 
+from index.ingest.parquet_reader import damaged, open_table
 from index.ingest.samples import MAX_TEXT_BYTES, as_json, make_sample, parse_metadata
 from index.ingest.shards import (
     IMAGE_SUFFIXES,
@@ -17,7 +18,6 @@ from index.ingest.shards import (
     SkippedShard,
     beside,
     open_ahead,
-    open_anywhere,
     uri_of,
 )
 from index.ingest.tar_headers import REASON, Damage, Member, tar_members
@@ -129,14 +129,12 @@ class ShardTable:
         return self._rows.get(key, {})
 
     def _read(self) -> dict[str, dict[str, Any]]:
-        import pyarrow.parquet
-
         if self._path is None:
             return {}
-        with open_anywhere(self._shard.fs, self._path) as file:
-            try:
-                rows = pyarrow.parquet.read_table(file).to_pylist()
-            except (ValueError, OSError, MemoryError) as error:
-                self.complaint = f"{basename(self._path)} cannot be read: {type(error).__name__}"
-                return {}
+        try:
+            with open_table(self._shard.fs, self._path) as table:
+                rows = table.read(use_threads=False).to_pylist()
+        except Exception as error:
+            self.complaint = str(damaged(f"{basename(self._path)} cannot be read", error))
+            return {}
         return {str(row["key"]): as_json(row) for row in rows if "key" in row}

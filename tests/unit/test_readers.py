@@ -104,6 +104,17 @@ def test_metadata_comes_from_the_parquet_when_the_tar_has_none(tmp_path: Path) -
     assert pair.metadata["url"] == "u"
 
 
+def test_a_damaged_table_beside_a_tar_is_told_once(tmp_path: Path) -> None:
+    members = {name: content for i in range(3) for name, content in sample(i).items() if not name.endswith("json")}
+    write_tar(tmp_path / "00000.tar", members)
+    (tmp_path / "00000.parquet").write_bytes(b"nonsense")
+    (tmp_path / "00000_stats.json").write_text("{}")
+    assert [p.caption for p in pairs_of(tmp_path)] == [caption_of(i) for i in range(3)]
+    ((key, reason),) = reasons_of(tmp_path)
+    assert key == ""
+    assert reason.startswith("00000.parquet is damaged or not a Parquet file")
+
+
 def test_webdataset_tar_without_stats_is_complete_when_it_ends_well(tmp_path: Path) -> None:
     members = {"a/x.cat.jpg": encode(draw(1), "JPEG"), "a/x.txt": b"one", "b.webp": encode(draw(2), "WEBP")}
     write_tar(tmp_path / "train-0.tar", members | {"b.json": b'{"caption": "two", "n": NaN}'})
