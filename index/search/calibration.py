@@ -12,7 +12,9 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from index.search.searcher import CurvePoint, Queries, Scores, Searcher, recall_of
 
-_MARGIN = 0.01  # above the target, for half of the queries choose and tomorrow's are others
+# Above the target, over sqrt(queries): they are a sample, and the recall of one varies by about 0.1, so that 1.6 standard
+# errors are 0.01 for 256 of them
+_MARGIN = 0.16
 _REORDERS = (400, 200, 100, 50)  # candidates scored exactly, deepest first
 _DEEPEST_REORDER = 1600  # when 400 do not do
 _LADDER = 1.5  # from one number of leaves to the next
@@ -59,7 +61,7 @@ def calibrate(searcher: Any, queries: Queries, truth: Scores, *, target: float) 
     control = _Trial(searcher, queries[1::2], truth[1::2]) if len(queries) > 1 else trial
     if not searcher.leaves:
         return Calibration(settings={}, recall_at_10=control.run(0, 0).recall_at_10, curve=(), warning="")
-    goal = target + min(_MARGIN, (1 - target) / 2)
+    goal = goal_for(target, len(queries[::2]))
     best = trial.fastest(finalists(trial.run, searcher.leaves, goal))
     curve = tuple(control.run(leaves, best.reorder) for leaves in _around(best.leaves_to_search, searcher.leaves))
     measured = next(point for point in curve if point.leaves_to_search == best.leaves_to_search)
@@ -69,6 +71,11 @@ def calibrate(searcher: Any, queries: Queries, truth: Scores, *, target: float) 
         curve=curve,
         warning=_warning(measured, searcher.leaves, target),
     )
+
+
+def goal_for(target: float, queries: int) -> float:
+    """What so many queries must find so that others may be trusted to find `target`."""
+    return target + min(_MARGIN / math.sqrt(queries), (1 - target) / 2)
 
 
 class _Trial:

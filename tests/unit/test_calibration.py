@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from index.search import calibration as module
-from index.search.calibration import calibrate, finalists
+from index.search.calibration import calibrate, finalists, goal_for
 from index.search.searcher import CurvePoint, ExactSearcher, Ids, Queries, Scores, shifted_queries
 
 
@@ -114,3 +114,10 @@ def test_a_slow_searcher_is_asked_fewer_queries(monkeypatch: pytest.MonkeyPatch)
     trial = module._Trial(Half(exact), exact.vectors, truth, may_cut=True)
     trial.run(1, 50)
     assert len(trial._queries) == len(trial._truth) == module._FEWEST_QUERIES
+
+
+def test_few_queries_are_asked_for_more_than_many() -> None:
+    assert goal_for(0.95, 256) == pytest.approx(0.96)
+    assert goal_for(0.95, 64) == pytest.approx(0.97)
+    assert goal_for(0.95, 1) == pytest.approx(0.975)
+    assert goal_for(1.0, 1) == 1.0
