@@ -83,7 +83,8 @@ def _find(listing: Listing) -> Iterator[Shard | SkippedShard]:
 def _refuse(source: str, found: Sequence[Shard | SkippedShard]) -> None:
     first = next((shard for shard in found if isinstance(shard, SkippedShard)), None)
     if first is not None:
-        raise CorpusError(f"nothing in {source!r} can be read ({first.name}: {first.reason})")
+        where = "" if basename(first.name) in first.reason else f"{first.name}: "
+        raise CorpusError(f"nothing in {source!r} can be read ({where}{first.reason})")
     raise CorpusError(f"no image-text pairs in {source!r}: expected {LAYOUTS}")
 
 
