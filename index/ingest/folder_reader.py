@@ -79,7 +79,8 @@ class FolderContents:
             for image in some:
                 key = basename(splitext(image)[0] if shard.is_img2dataset else image)
                 files = {path: contents[path] for path in _own_files(image, shard.files)}
-                yield _sample(shard, key, files, rows.row(image) or table.row(key))
+                has_json = splitext(image)[0] + ".json" in files
+                yield _sample(shard, key, files, rows.row(image) or ({} if has_json else table.row(key)))
         if table.complaint:
             yield shard.bad("", None, table.complaint)
 
