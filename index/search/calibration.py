@@ -12,8 +12,8 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from index.search.searcher import CurvePoint, Queries, Scores, Searcher, recall_of
 
-# Above the target, over sqrt(queries): they are a sample, and the recall of one varies by about 0.1, so that 1.6 standard
-# errors are 0.01 for 256 of them
+# Above the target, over sqrt(queries): they are a sample, and the recall of one varies by about 0.1. So it is 1.6
+# standard errors, 0.01 for 256 of them
 _MARGIN = 0.16
 _REORDERS = (400, 200, 100, 50)  # candidates scored exactly, deepest first
 _DEEPEST_REORDER = 1600  # when 400 do not do

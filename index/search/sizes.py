@@ -246,7 +246,7 @@ def _lance(rows: int, dim: int, ram: int, *, reason: str) -> Structure:
         reason=reason + ("" if serving <= ram else f"; even its ids and cache exceed {gigabytes(ram)}"),
         vectors="disk",
         serving_bytes=serving,
-        building_bytes=max(serving, 256 * 4 * dim * max(1, round(math.sqrt(rows)))),
+        building_bytes=max(serving, 2 * 256 * 4 * dim * max(1, round(math.sqrt(rows)))),  # k-means: 256 rows a list
         disk_bytes=rows * (4 * dim + 8 + 8) + lance_index_bytes(rows, dim),
         build_seconds=_LANCE_SECONDS * rows * dim,
     )
