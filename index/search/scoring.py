@@ -11,7 +11,7 @@ from index.search.fusion import best_first, fuse
 from index.search.lexical import Lexical, Ranking, Subset, coarse
 from index.search.request import Query, Request
 from index.search.trace import Trace
-from index.search.view import RankedList
+from index.search.view import RankedList, contains
 
 # Lance reads the filtered columns of all rows for every query: 2 ms of one core for 100,000 numbers. Above so many rows
 # a filter that leaves this share of them is not given to the word index, but applied to a list as much longer.
@@ -36,7 +36,7 @@ def words_within(
         rankings = lexical.search_many([texts[p] for p in pending], top_k=asked)
         enough = []
         for position, (ids, scores) in zip(pending, rankings, strict=True):
-            kept = np.isin(ids, subset.ids)
+            kept = contains(subset.ids, ids)
             answers[position] = ids[kept][:top_k], scores[kept][:top_k]
             enough.append(kept.sum() >= top_k or len(ids) < asked or asked == rows)
         pending = [position for position, is_enough in zip(pending, enough, strict=True) if not is_enough]
