@@ -17,6 +17,7 @@ from torch import Tensor
 
 from index.embedder import IMAGE_FORMATS, MAX_PIXELS
 from index.errors import CorpusError, QueryError
+from index.images import read_images
 from radt.conditioning import NeighborBatch, TextCondition
 
 if TYPE_CHECKING:
@@ -76,7 +77,10 @@ class Neighbor:
 
 def neighbors_of(hits: Iterable["Hit"], references: Iterable[Reference], size: int) -> list[Neighbor]:
     """The user's references first, then the hits by rank, each resized to `size` x `size`."""
-    return [_from_reference(reference, size) for reference in references] + [_from_hit(hit, size) for hit in hits]
+    hits = list(hits)
+    encoded = read_images([hit.image for hit in hits])
+    own = [_from_reference(reference, size) for reference in references]
+    return own + [_from_hit(hit, content, size) for hit, content in zip(hits, encoded, strict=True)]
 
 
 def _from_reference(reference: Reference, size: int) -> Neighbor:
@@ -88,9 +92,9 @@ def _from_reference(reference: Reference, size: int) -> Neighbor:
     )
 
 
-def _from_hit(hit: "Hit", size: int) -> Neighbor:
+def _from_hit(hit: "Hit", encoded: bytes, size: int) -> Neighbor:
     license = hit.metadata.get("license")
-    image = decode_image(hit.image.read(), f"the image of pair {hit.id}")
+    image = decode_image(encoded, f"the image of pair {hit.id}")
     return Neighbor(
         id=str(hit.id),
         caption=hit.caption,

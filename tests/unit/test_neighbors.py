@@ -3,6 +3,8 @@ import torch
 from PIL import Image
 
 from index.errors import CorpusError, QueryError
+from index.images import read_images
+from index.records import Hit, ImageLocation
 from radt.conditioning import TextCondition
 from radt.neighbors import (
     Neighbor,
@@ -81,6 +83,32 @@ def test_a_reference_comes_first_and_is_named():
     assert found.score is None
     assert found.pixels.shape == (8, 8, 3)
     assert found.original is not None
+
+
+def test_the_images_of_hits_are_read_together(tmp_path, monkeypatch):
+    path = tmp_path / "pictures"
+    pictures = [encode(draw(number)) for number in range(3)]
+    path.write_bytes(b"".join(pictures))
+    starts = [0, len(pictures[0]), len(pictures[0]) + len(pictures[1])]
+    hits = [
+        Hit(
+            id=rank,
+            rank=rank,
+            score=1 / rank,
+            clip=None,
+            bm25=None,
+            caption=f"picture {rank}",
+            dataset="d",
+            image=ImageLocation(uri=str(path), offset=start, size=len(content)),
+        )
+        for rank, (start, content) in enumerate(zip(starts, pictures, strict=True), 1)
+    ]
+    calls = []
+    monkeypatch.setattr("radt.neighbors.read_images", lambda places: calls.append(places) or read_images(places))
+    found = neighbors_of(hits, [Reference(image=draw(3), caption="a shape")], 32)
+    assert [len(places) for places in calls] == [3]
+    assert [one.id for one in found] == ["reference:reference", "1", "2", "3"]
+    assert all(torch.equal(one.pixels, to_rgb8(draw(number), 32)) for number, one in enumerate(found[1:]))
 
 
 def test_copy_similarity_knows_a_copy_an_inverse_and_a_blank():
