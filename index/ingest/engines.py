@@ -1,6 +1,7 @@
 """Engines: who turns shards into staged rows. The local one overlaps reading, decoding, embedding and writing.
 
-An engine yields shards in the order given and makes nothing visible; the build commits what it yields.
+An engine makes nothing visible; the build commits what it yields. The local one keeps the order of the shards, that on
+Ray (`ray_engine.py`) yields them as they end.
 """
 
 import os

@@ -264,8 +264,9 @@ def _connected(address: str | None) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "lance is not fork-safe")  # a fork of Ray's is another program at once
             ray.init(address=address, log_to_driver=False, logging_level="CRITICAL", include_dashboard=False)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise KnowledgeBaseError(f"cannot use the Ray cluster {address or ''}: {_first_line(error)}") from error
+    except Exception as error:  # where a node does not start, Ray raises no more than that
+        where = address or "of this machine"
+        raise KnowledgeBaseError(f"cannot use the Ray cluster {where}: {_first_line(error)}") from error
     try:
         yield
     finally:

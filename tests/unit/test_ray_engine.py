@@ -66,6 +66,17 @@ def test_an_address_that_is_none(tmp_path: Path) -> None:
         build_on_ray(tmp_path, address="here:there")
 
 
+def test_a_node_that_does_not_start_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = pytest.importorskip("ray")
+
+    def init(**_: object) -> None:
+        raise Exception("The current node timed out during startup.\nSee the logs.")  # as Ray does
+
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(KnowledgeBaseError, match=r"Ray cluster of this machine: The current node timed out[^\n]*$"):
+        build_on_ray(tmp_path)
+
+
 def travel(embedder: DeferredEmbedder) -> DeferredEmbedder:
     sent = pickle.dumps(embedder)
     assert len(sent) < 2000, "its name, not its weights"
