@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from index.atomic import one_sentence, write_bytes
-from index.errors import ConfigError, CorpusError
+from index.errors import ConfigError, CorpusError, damage
 from index.ingest.decode import KeepImages
 from index.ingest.engines import StagedShard, run_local
 from index.ingest.ledger import Ledger
@@ -352,10 +352,12 @@ def check_sources(sources: Sequence[str], directory: Path) -> None:
 
 @contextmanager
 def _readable_sources() -> Iterator[None]:
-    """What the store cannot write is a UserError already; any other OSError comes from a source."""
+    """What the store cannot write is a UserError already; any other OSError but of a damaged table is a source's."""
     try:
         yield
     except OSError as error:
+        if damage(error):
+            raise
         raise CorpusError(f"a source cannot be read ({error}); mend that and run the command again") from error
 
 

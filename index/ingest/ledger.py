@@ -82,9 +82,14 @@ class Ledger:
         return [self._records[name] for name in self._met if name in self._records]
 
     def unmet(self, sources: Iterable[str]) -> list[ShardRecord]:
-        """The entries of these sources that this build did not come upon. A single shard is no source here."""
+        """The entries of these sources that this build did not come upon, under the name of any dataset.
+
+        A single shard is no source here.
+        """
         whole = {_path(source) for source in sources}
-        return [r for name, r in self._records.items() if name not in self._met and _path(r.source) in whole]
+        there = {(source, shard) for (_, shard), source in self._met.items()}
+        others = [r for name, r in self._records.items() if name not in self._met and (r.source, r.shard) not in there]
+        return [record for record in others if _path(record.source) in whole]
 
     def claim(self, pairs: Sequence[StoredPair | PairName]) -> None:
         """Take the ids of pairs about to be stored. CorpusError when one belongs to another pair."""

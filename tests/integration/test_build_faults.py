@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from index.errors import KnowledgeBaseError
+from index.errors import KnowledgeBaseError, damage
 from index.ingest.build import BuildConfig, BuildReport, build
 from index.ingest.ledger import Ledger
 from index.knowledge_base import KnowledgeBase
@@ -230,3 +230,15 @@ def test_a_source_that_cannot_be_read_is_one_sentence(
         with pytest.raises(CorpusError, match=r"cannot be read .*00000\.tar"):
             build_at(tmp_path / "kb", corpus)
     assert build_at(tmp_path / "kb", corpus).pairs_total == 240
+
+
+def test_damage_of_the_table_is_not_put_down_to_a_source(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(self: PairStore) -> None:
+        raise OSError("External error: Not found: kb/pairs.lance/data/1.lance, /root/rust/lance-io/src/lib.rs:1")
+
+    monkeypatch.setattr(PairStore, "shards", lost)
+    with pytest.raises(OSError, match=r"pairs\.lance") as told:
+        build_at(tmp_path / "kb", corpus)
+    assert damage(told.value)

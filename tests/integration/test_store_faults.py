@@ -141,9 +141,10 @@ def test_a_lost_or_damaged_file_of_the_table_is_one_sentence(
     assert "missing or damaged" in err or f"the table of {kb} cannot be read" in err
 
 
-def test_a_build_on_a_damaged_table_writes_nothing(whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("harm", [lose, cut_short, overwrite_the_end, empty])
+def test_a_build_on_a_damaged_table_writes_nothing(whole: Path, tmp_path: Path, harm: Callable[[Path], None]) -> None:
     kb = copy_of(whole, tmp_path / "kb")
-    lose(first_file(kb, "data"))
+    harm(first_file(kb, "data"))
     before = sorted(path.name for path in (kb / "pairs.lance").rglob("*"))
     with pytest.raises((OSError, ValueError)) as told:
         build(KnowledgeBase.open(kb, HashEmbedder()), [str(whole / "pets")], BuildConfig())

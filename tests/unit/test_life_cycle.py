@@ -190,6 +190,14 @@ def test_pairs_of_shards_that_vanished_stay_until_they_are_pruned(corpus: Path, 
     assert build_at(tmp_path / "kb", corpus).pairs_total == 17  # nothing was taken down: it may come back
 
 
+def test_pruning_spares_the_shards_that_another_dataset_has_of_the_same_source(corpus: Path, tmp_path: Path) -> None:
+    build_at(tmp_path / "kb", corpus, dataset="first")
+    (corpus / "00001.tar").unlink()
+    report = build_at(tmp_path / "kb", corpus, dataset="second", prune=True)
+    assert (report.pairs_total, report.shards_pruned) == (10 + 10, 1)
+    assert reopen(tmp_path / "kb").store.datasets() == {"first": 10, "second": 10}
+
+
 # Two writers, and readers meanwhile
 
 
