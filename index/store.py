@@ -517,9 +517,10 @@ class PairStore:
         return emptied, trimmed
 
     def _removed_among(self, ids: list[int]) -> set[int]:
-        if self._removed is None or self._lock_file is None:  # only who holds the lock knows that none is added
-            self._removed = self.removed_ids()
-        return self._removed.intersection(ids)
+        removed = self._removed  # another thread may take the lock, and forget them, at any moment
+        if removed is None or self._lock_file is None:  # only who holds the lock knows that none is added
+            removed = self._removed = self.removed_ids()
+        return removed.intersection(ids)
 
     def _scan_vectors(self, scanner: Any) -> tuple[Int64[np.ndarray, " n"], Float32[np.ndarray, "n d"]]:
         ids, vectors = [np.empty(0, np.int64)], [np.empty((0, self.dim), np.float32)]
@@ -534,7 +535,8 @@ def _bad_where(where: str | None) -> str:
 
 
 def _id_in(ids: Sequence[int]) -> str:
-    return f"id IN ({', '.join(map(str, ids))})" if ids else "false"
+    possible = [str(i) for i in ids if -(2**63) <= i < 2**63]  # of another Lance could not even be asked
+    return f"id IN ({', '.join(possible)})" if possible else "false"
 
 
 def _quote(text: str) -> str:

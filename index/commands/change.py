@@ -13,6 +13,7 @@ from index.commands.options import (
     names,
     print_json,
     print_table,
+    read_lines,
     say,
 )
 from index.errors import QueryError
@@ -145,8 +146,8 @@ def _add_source(base: "KnowledgeBase", source: str, dataset: str | None) -> tupl
 
 
 def _read_ids(path: Path) -> list[int]:
-    words = path.read_text(encoding="utf-8").split()
+    words = " ".join(read_lines(path)).split()
     for word in words:
-        if not word.isdigit():
+        if not (word.isascii() and word.isdigit()):
             raise QueryError(f"{path} has {word!r} where an id should be; put one id on each line")
     return [int(word) for word in words]

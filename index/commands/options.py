@@ -73,7 +73,7 @@ def read_lines(path: Path) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise QueryError(f"{path} cannot be read ({error}); it should be text in UTF-8, one query a line") from error
+        raise QueryError(f"{path} cannot be read ({error}); it should be text in UTF-8") from error
     return [line.strip() for line in lines if line.strip()]
 
 
@@ -88,7 +88,7 @@ def print_table(title: str, rows: Sequence[tuple[str, str]]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=title, show_header=False)
+    table = Table(title=escape(title), show_header=False)
     for name, value in rows:
         table.add_row(name, escape(value))
     Console().print(table)

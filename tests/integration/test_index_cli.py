@@ -267,6 +267,12 @@ def test_mistakes_are_one_sentence(shell: Shell, kb: Path, corpus: Path, tmp_pat
     assert "does not decode" in shell.error("query", "--image", tmp_path / "x.png", "--kb", kb)
     (tmp_path / "ids").write_text("one two")
     assert "where an id should be" in shell.error("remove", "--ids-file", tmp_path / "ids", "--kb", kb)
+    (tmp_path / "ids").write_text("12\u00b2")
+    assert "where an id should be" in shell.error("remove", "--ids-file", tmp_path / "ids", "--kb", kb)
+    (tmp_path / "ids").write_bytes(b"\xff\xfe")
+    assert "should be text in UTF-8" in shell.error("remove", "--ids-file", tmp_path / "ids", "--kb", kb)
+    assert "there is no pair" in shell.error("show", 10**20, "--kb", kb)
+    assert shell.json("remove", "--id", 10**20, "--kb", kb)["removed"] == 0
 
 
 def test_bad_samples_pass_up_to_the_share_that_is_allowed(shell: Shell, tmp_path: Path) -> None:
