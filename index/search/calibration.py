@@ -23,6 +23,7 @@ _FINAL_ROUNDS = 5
 _SLOW_SECONDS = 0.5  # a batch that takes longer is cut, down to:
 _FEWEST_QUERIES = 100
 _SLOWER = 0.7  # of the best rate so far, beyond noise: not worth going on
+_STEPS_UP = ((1.25, 1), (1.6, 1), (2, 2), (3, 4), (4, 8))  # times as many leaves, and as many exact scores
 
 
 Run: TypeAlias = Callable[[int, int], CurvePoint]  # leaves to search and reorder depth -> what comes of them
@@ -55,14 +56,18 @@ class Calibration:
 def calibrate(searcher: Any, queries: Queries, truth: Scores, *, target: float) -> Calibration:
     """The fastest effort that finds the share `target` of what scores as `truth` does, chosen with half the queries.
 
-    The remaining queries measure it, and the curve around it: what is reported was not chosen for looking well.
+    The remaining queries measure it, and the curve around it. When they find less than the target, the next effort up
+    is measured in its place, up to four times the leaves. What is reported stays fair: how hard a half is, it is at
+    every effort, so a half that happens to be hard is answered with more leaves than were needed, and none is ever
+    given fewer because it looks easy.
     """
     trial = _Trial(searcher, queries[::2], truth[::2], may_cut=True)
     control = _Trial(searcher, queries[1::2], truth[1::2]) if len(queries) > 1 else trial
     if not searcher.leaves:
         return Calibration(settings={}, recall_at_10=control.run(0, 0).recall_at_10, curve=(), warning="")
     goal = goal_for(target, len(queries[::2]))
-    best = trial.fastest(finalists(trial.run, searcher.leaves, goal))
+    chosen = trial.fastest(finalists(trial.run, searcher.leaves, goal))
+    best = enough(control.run, chosen, searcher.leaves, target)
     curve = tuple(control.run(leaves, best.reorder) for leaves in _around(best.leaves_to_search, searcher.leaves))
     measured = next(point for point in curve if point.leaves_to_search == best.leaves_to_search)
     return Calibration(
@@ -76,6 +81,20 @@ def calibrate(searcher: Any, queries: Queries, truth: Scores, *, target: float) 
 def goal_for(target: float, queries: int) -> float:
     """What so many queries must find so that others may be trusted to find `target`."""
     return target + min(_MARGIN / math.sqrt(queries), (1 - target) / 2)
+
+
+def enough(run: Run, chosen: CurvePoint, leaves: int, target: float) -> CurvePoint:
+    """The chosen effort as `run` measures it, or the next one up that reaches the target; if none does, the best."""
+    efforts = [(chosen.leaves_to_search, chosen.reorder)]
+    for more_leaves, more_reorder in _STEPS_UP:
+        reorder = max(chosen.reorder, min(_DEEPEST_REORDER, more_reorder * chosen.reorder))
+        efforts.append((min(leaves, math.ceil(more_leaves * chosen.leaves_to_search)), reorder))
+    measured: list[CurvePoint] = []
+    for leaves_to_search, reorder in dict.fromkeys(efforts):
+        measured.append(run(leaves_to_search, reorder))
+        if measured[-1].recall_at_10 >= target:
+            break
+    return max(measured, key=lambda point: point.recall_at_10)
 
 
 class _Trial:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from index.search import calibration as module
-from index.search.calibration import calibrate, finalists, goal_for
+from index.search.calibration import calibrate, enough, finalists, goal_for
 from index.search.searcher import CurvePoint, ExactSearcher, Ids, Queries, Scores, shifted_queries
 
 
@@ -48,6 +48,34 @@ def test_out_of_reach_is_the_best_there_is() -> None:
     (chosen,) = finalists(trial.run, 100, 0.96)
     assert chosen.recall_at_10 == max(point.recall_at_10 for point in trial.points)
     assert chosen.reorder == module._DEEPEST_REORDER
+
+
+def test_more_effort_is_taken_when_the_other_half_finds_too_little() -> None:
+    other = MadeUp(leaves_needed=30.0)  # harder than the half that chose
+    chosen = CurvePoint(leaves_to_search=20, reorder=100, recall_at_10=0.95, qps=1.0)
+    taken = enough(other.run, chosen, 1000, 0.9)
+    assert taken.recall_at_10 >= 0.9 > other.points[-2].recall_at_10
+    assert (taken.leaves_to_search, taken.reorder) == (25, 100)
+
+
+def test_more_exact_scores_are_taken_when_leaves_are_not_what_is_missing() -> None:
+    chosen = CurvePoint(leaves_to_search=40, reorder=50, recall_at_10=0.95, qps=1.0)
+    taken = enough(MadeUp().run, chosen, 1000, 0.95)
+    assert (taken.leaves_to_search, taken.reorder) == (80, 100)
+
+
+def test_what_suffices_is_measured_once_and_kept() -> None:
+    other = MadeUp()
+    chosen = CurvePoint(leaves_to_search=30, reorder=400, recall_at_10=0.95, qps=1.0)
+    assert enough(other.run, chosen, 1000, 0.95) in other.points
+    assert [(point.leaves_to_search, point.reorder) for point in other.points] == [(30, 400)]
+
+
+def test_no_effort_beyond_all_leaves_and_the_deepest_reorder_is_tried() -> None:
+    other = MadeUp(cap=0.7)
+    chosen = CurvePoint(leaves_to_search=10, reorder=module._DEEPEST_REORDER, recall_at_10=0.7, qps=1.0)
+    enough(other.run, chosen, 10, 0.95)
+    assert len(other.points) == 1
 
 
 class Half:
