@@ -19,9 +19,9 @@ from index.errors import CorpusError, ImageError, KnowledgeBaseError
 from index.images import try_read_images
 from index.knowledge_base import ADDED_SHARD
 from index.records import Pair, ShardRecord, StoredPair, pair_id
+from index.search.ids import contains
 from index.search.lexical import LanceBM25, has_fts
 from index.search.searcher import Searcher
-from index.search.view import contains
 from index.search.words import Tokenizer
 
 if TYPE_CHECKING:

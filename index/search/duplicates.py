@@ -22,6 +22,7 @@ from numpy import ndarray
 from index.atomic import new_folder
 from index.config import from_dict, to_dict
 from index.errors import ConfigError, KnowledgeBaseError
+from index.search.ids import contains
 from index.search.searcher import ExactSearcher, Searcher
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ class Duplicates:
 
     def without(self, ids: Int64[ndarray, " n"]) -> "Duplicates":
         """The same groups less these pairs."""
-        kept = ~np.isin(self.ids, ids)
+        kept = ~contains(np.sort(ids), self.ids)
         return self if kept.all() else replace(self, ids=self.ids[kept], groups=self.groups[kept])
 
     def summary(self) -> dict[str, Any]:
@@ -205,7 +206,7 @@ def build_duplicates(
             forest.join(one[kept], other[kept])
     roots = forest.roots()
     sizes = _sizes(roots)
-    members = np.isin(roots, np.nonzero(sizes > 1)[0])
+    members = sizes[roots] > 1
     manifest = DuplicatesManifest(
         rows=len(rows.ids),
         near=near,

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float64, Int64
 from numpy import ndarray
 
 from index.errors import ConfigError, QueryError
+from index.search.ids import distinct
 
 FusionRule = Literal["rrf", "sum", "product"]
 
@@ -101,7 +102,7 @@ def best_first(ids: Int64[ndarray, " n"], scores: Float64[ndarray, " n"]) -> Int
 
 def _check_candidates(ids: Int64[ndarray, " n"], clip: Float64[ndarray, " n"], bm25: Float64[ndarray, " n"]) -> None:
     assert len(ids) == len(clip) == len(bm25), (len(ids), len(clip), len(bm25))
-    assert len(np.unique(ids)) == len(ids), "a candidate appears twice"
+    assert len(distinct(ids)) == len(ids), "a candidate appears twice"
     if not (np.isfinite(clip).all() and np.isfinite(bm25).all()):
         raise QueryError(
             "a candidate's score is not a finite number; check the knowledge base with `radt index verify`"

@@ -23,10 +23,11 @@ from index.errors import KnowledgeBaseError, QueryError
 from index.records import Hit, StoredPair
 from index.search.duplicates import Duplicates
 from index.search.fusion import best_first
+from index.search.ids import contains, distinct
 from index.search.lexical import LanceBM25, Lexical, RankBM25, Ranking, Subset, TfIdf, coarse, has_fts
 from index.search.retriever import Retriever, SearchResult
 from index.search.searcher import Queries
-from index.search.view import Found, RankedList, View, contains, lexical_kind, merge
+from index.search.view import Found, RankedList, View, lexical_kind, merge
 from index.search.words import Statistics
 
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ class JoinedStore:
 
     def matching_ids(self, where: str | None = None) -> Int64[ndarray, " n"]:
         """Ids of the pairs that the SQL filter lets through, ascending."""
-        return np.unique(np.concatenate([part.matching_ids(where) for part in self.parts]))
+        return distinct(*(part.matching_ids(where) for part in self.parts))
 
     def captions(self, where: str | None = None) -> tuple[Int64[ndarray, " n"], list[str]]:
         """Ids, ascending, and captions."""
@@ -158,15 +159,15 @@ class JoinedView:
         self._own: list[Int64[ndarray, " _"]] = []  # the ids of each view that no earlier one has, ascending
         self.ids: Int64[ndarray, " rows"] = np.empty(0, dtype=np.int64)
         for view in views:
-            self._own.append(np.setdiff1d(view.ids, self.ids, assume_unique=True))
-            self.ids = np.union1d(self.ids, view.ids)
+            self._own.append(view.ids[~contains(self.ids, view.ids)])
+            self.ids = np.sort(np.concatenate([self.ids, self._own[-1]]))
         self._words: dict[str, Lexical] = {}
 
     @cached_property
     def duplicates(self) -> Duplicates:
         """The groups of every part; a pair that several parts have is in the first one's group."""
         found = [
-            view.duplicates.without(np.setdiff1d(view.ids, own, assume_unique=True))
+            view.duplicates.without(view.ids[~contains(own, view.ids)])
             for view, own in zip(self._views, self._own, strict=True)
         ]
         ids = np.concatenate([each.ids for each in found])
@@ -175,7 +176,8 @@ class JoinedView:
 
     def subset(self, condition: str) -> Subset:
         """As `View.subset`."""
-        ids = [np.intersect1d(v.subset(condition).ids, own) for v, own in zip(self._views, self._own, strict=True)]
+        whole = [view.subset(condition) for view in self._views]
+        ids = [subset.ids[contains(own, subset.ids)] for subset, own in zip(whole, self._own, strict=True)]
         return Subset(where=condition, ids=np.sort(np.concatenate(ids)))
 
     def vectors(self, ids: Int64[ndarray, " n"]) -> Float32[ndarray, "n d"]:
@@ -194,7 +196,7 @@ class JoinedView:
         if not digests:
             return members
         quoted = ", ".join(f"'{digest}'" for digest in sorted(map(str, digests)))
-        return np.union1d(members, self._joined.matching_ids(f"image_sha256 IN ({quoted})"))
+        return distinct(members, self._joined.matching_ids(f"image_sha256 IN ({quoted})"))
 
     def search(self, queries: Queries, *, top_k: int, subset: Subset | None, exact: bool) -> Found:
         """As `View.search`: every part's best, merged."""
@@ -279,12 +281,12 @@ class JoinedBM25:
 def _search_own(
     view: View, own: Int64[ndarray, " own"], queries: Queries, *, top_k: int, subset: Subset | None, exact: bool
 ) -> Found:
-    """The best of one part, without the pairs that count as another's."""
-    if len(own) == len(view.ids):
+    """The best of one part, without the pairs that count as another's; a subset has none of those."""
+    if subset is not None or len(own) == len(view.ids):
         return view.search(queries, top_k=top_k, subset=subset, exact=exact)
     asked = top_k
     while True:
-        ids, scores, examined = view.search(queries, top_k=asked, subset=subset, exact=exact)
+        ids, scores, examined = view.search(queries, top_k=asked, subset=None, exact=exact)
         is_own = contains(own, ids)
         if asked >= len(view.ids) or (is_own.sum(axis=1) >= min(top_k, len(own))).all():
             return Found(np.where(is_own, ids, -1), np.where(is_own, scores, np.float32(-np.inf)), examined)
@@ -329,7 +331,7 @@ def _check_parts(parts: "Sequence[KnowledgeBase]") -> None:
 
 
 def _part_of(subset: Subset | None, own: Int64[ndarray, " own"]) -> Subset | None:
-    return None if subset is None else replace(subset, ids=np.intersect1d(subset.ids, own, assume_unique=True))
+    return None if subset is None else replace(subset, ids=subset.ids[contains(own, subset.ids)])
 
 
 def _only(listed: RankedList, own: Int64[ndarray, " own"]) -> RankedList:

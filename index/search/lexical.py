@@ -21,6 +21,7 @@ from numpy import ndarray
 
 from index.errors import KnowledgeBaseError, QueryError
 from index.search.fusion import best_first
+from index.search.ids import contains
 from index.search.words import K1, B, Postings, Statistics, Tokenizer
 
 if TYPE_CHECKING:
@@ -444,10 +445,9 @@ def _best_of(rankings: Sequence[tuple[Int64[ndarray, " _"], Float64[ndarray, " _
 
 
 def _listed(ids: Int64[ndarray, " n"], scores: Float64[ndarray, " n"], *, top_k: int, within: Subset | None) -> Ranking:
-    listed = scores > 0
+    (positions,) = np.nonzero(scores > 0)
     if within is not None:
-        listed &= np.isin(ids, within.ids, assume_unique=True)
-    (positions,) = np.nonzero(listed)
+        positions = positions[contains(within.ids, ids[positions])]
     level = coarse(scores[positions])
     if len(positions) > top_k:
         # Every score equal to the last one wanted stays in, so that ties are broken by id and not by chance.

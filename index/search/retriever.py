@@ -20,6 +20,7 @@ from index.search.candidates import Candidates
 from index.search.decompose import Corpus, CountedWords, Decompose, phrases, subject
 from index.search.duplicates import Duplicates
 from index.search.fusion import FusionRule
+from index.search.ids import distinct
 from index.search.lexical import Lexical
 from index.search.request import (
     Asked,
@@ -157,7 +158,7 @@ class Retriever:
             decompose=decompose,
         )
         view = self._current()
-        excluded = np.union1d(id_array(exclude), view.repeats_of(id_array(exclude_group_of)))
+        excluded = distinct(id_array(exclude), view.repeats_of(id_array(exclude_group_of)))
         if has_vector or text is None:
             row = self._query_vector(image, vector, trace) if request.uses_clip else None
             asked = Asked(queries=[Query(text=text, vector=row, exclude=excluded)])
@@ -335,7 +336,7 @@ class Retriever:
     ) -> list[Int64[ndarray, " _"]]:
         repeats_of = self._current().repeats_of
         return [
-            np.union1d(
+            distinct(
                 id_array(exclude[i] if exclude is not None else ()),
                 repeats_of(id_array(exclude_group_of[i] if exclude_group_of is not None else ())),
             )
@@ -418,7 +419,7 @@ class Retriever:
         if request.uses_words:
             with trace("lexical"):
                 by_words = self._search_words(queries, lexical, request, trace, depth=depth)
-        ids = [np.union1d(one.ids, other.ids) for one, other in zip(by_vector, by_words, strict=True)]
+        ids = [distinct(one.ids, other.ids) for one, other in zip(by_vector, by_words, strict=True)]
         clips: list[Float64[ndarray, " n"]] | None = None
         words: list[Float64[ndarray, " n"]] | None = None
         if vectors is not None:

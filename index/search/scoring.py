@@ -8,10 +8,11 @@ from numpy import ndarray
 
 from index.search.candidates import Candidates
 from index.search.fusion import best_first, fuse
+from index.search.ids import contains
 from index.search.lexical import Lexical, Ranking, Subset, coarse
 from index.search.request import Query, Request
 from index.search.trace import Trace
-from index.search.view import RankedList, contains
+from index.search.view import RankedList
 
 # Lance reads the filtered columns of all rows for every query: 2 ms of one core for 100,000 numbers. Above so many rows
 # a filter that leaves this share of them is not given to the word index, but applied to a list as much longer.

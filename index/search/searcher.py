@@ -17,6 +17,7 @@ from numpy import ndarray
 from index.atomic import new_folder
 from index.config import from_dict, to_dict
 from index.errors import ConfigError, KnowledgeBaseError
+from index.search.ids import contains
 
 if TYPE_CHECKING:
     from index.search.sizes import Structure
@@ -107,7 +108,8 @@ class CurvePoint:
 class SearcherManifest:
     """What was built, from which rows, and how well it finds what exact search finds.
 
-    One half of the held-out queries chose the settings; `recall_at_10` and `curve` are measured with the other half.
+    One half of the held-out queries chose the settings; `recall_at_10` and `curve` are measured with the other half,
+    for which more effort was taken where the chosen one found too little.
     """
 
     kind: SearcherKind
@@ -178,7 +180,7 @@ class ExactSearcher:
 
     def subset(self, ids: Int64[ndarray, " k"]) -> "ExactSearcher":
         """A searcher over those of its rows that are named."""
-        kept = np.isin(self.ids, ids, assume_unique=True)
+        kept = np.searchsorted(self.ids, ids[contains(self.ids, ids)])
         return ExactSearcher(self.ids[kept], self.vectors[kept], snapshot=self.snapshot)
 
     def _best(
@@ -246,10 +248,10 @@ def build_searcher(
 
     The rows are streamed: `ram` bytes, by default most of what this machine has, bound what building and serving hold
     (see `sizes.choose_structure`, which also says what `auto` is). Of the held-out `queries` one half chooses the
-    fastest settings that find `target_recall` of the true ten, the other half measures them. They should be text
-    vectors, because those lie elsewhere than image vectors do; with fewer than 30, shifted rows stand in. A target that
-    cannot be reached is said in `warning`. `snapshot` is the store's `high_water` when the rows were read: the
-    retriever compares every row that is newer.
+    fastest settings that find `target_recall` of the true ten, the other half measures them (see `calibrate`). They
+    should be text vectors, because those lie elsewhere than image vectors do; with fewer than 30, shifted rows stand
+    in. A target that cannot be reached is said in `warning`. `snapshot` is the store's `high_water` when the rows were
+    read: the retriever compares every row that is newer.
     """
     from index.search.sizes import choose_structure
 
@@ -353,8 +355,7 @@ def check_rows(ids: Int64[ndarray, " rows"], vectors: Vectors) -> None:
     assert vectors.dtype == np.float32, vectors.dtype
     assert vectors.ndim == 2, vectors.shape
     assert len(ids) == len(vectors), (len(ids), len(vectors))
-    if len(np.unique(ids)) != len(ids):
-        raise KnowledgeBaseError(f"{len(ids) - len(np.unique(ids))} ids appear twice; check with `radt index verify`")
+    ascending_ids([ids])
     finite = np.isfinite(vectors).all(axis=1)
     if not finite.all():
         raise KnowledgeBaseError(

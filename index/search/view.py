@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float32, Float64, Int64
 from numpy import ndarray
 
 from index.search.duplicates import Duplicates
+from index.search.ids import contains, distinct
 from index.search.lexical import LanceBM25, Lexical, RankBM25, Subset, TfIdf, has_fts
 from index.search.searcher import ExactSearcher, Ids, Queries, Scores, Searcher, exact_searcher, padded
 
@@ -31,8 +32,8 @@ class RankedList:
     scores: Float64[ndarray, " n"] = field(default_factory=lambda: np.empty(0))
 
     def without(self, exclude: Int64[ndarray, " x"], *, limit: int) -> "RankedList":
-        """The first `limit` of those that are not excluded."""
-        kept = ~np.isin(self.ids, exclude)
+        """The first `limit` of those that are not among the ascending `exclude`."""
+        kept = ~contains(exclude, self.ids)
         return RankedList(ids=self.ids[kept][:limit], scores=self.scores[kept][:limit])
 
     def scatter(self, ids: Int64[ndarray, " n"]) -> tuple[Float64[ndarray, " n"], Bool[ndarray, " n"]]:
@@ -101,9 +102,9 @@ class HoldsVectors(Protocol):
 
 @dataclass(kw_only=True, slots=True)
 class _Filtered:
-    """The rows of a filter, and what was made of them."""
+    """Some rows of a filter, and what was made of them."""
 
-    subset: Subset
+    ids: Int64[ndarray, " n"]
     split: tuple[Int64[ndarray, " valid"], Int64[ndarray, " newer"]] | None = None
     searcher: ExactSearcher | None = None
 
@@ -129,7 +130,8 @@ class StoreView:
             self._valid = searcher.ids[known]
         self._duplicates = (duplicates or Duplicates()).without(tail_ids)
         self._exact: ExactSearcher | None = None
-        self._filters: dict[str, _Filtered] = {}
+        self._subsets: dict[str, Subset] = {}
+        self._filtered: dict[str, _Filtered] = {}
         self._words: dict[str, Lexical] = {}
 
     @property
@@ -139,9 +141,11 @@ class StoreView:
 
     def subset(self, condition: str) -> Subset:
         """As `View.subset`."""
-        if condition in self._filters:
-            return self._filters[condition].subset
-        return self._kept(Subset(where=condition, ids=np.sort(self._store.matching_ids(condition)))).subset
+        subset = self._subsets.get(condition)
+        if subset is None:
+            subset = Subset(where=condition, ids=np.sort(self._store.matching_ids(condition)))
+            _remember(self._subsets, condition, subset)
+        return subset
 
     def search(self, queries: Queries, *, top_k: int, subset: Subset | None, exact: bool) -> Found:
         """As `View.search`: a small subset exactly, a large one by asking the searcher for more than is wanted."""
@@ -173,7 +177,7 @@ class StoreView:
         """As `View.complete_clip`."""
         scattered = [listed.scatter(i) for i, listed in zip(ids, known, strict=True)]
         missing = [i[~have] for i, (_, have) in zip(ids, scattered, strict=True)]
-        wanted = np.unique(np.concatenate(missing))
+        wanted = distinct(*missing)
         if len(wanted):
             source = self._searcher_of(wanted)
             for vector, gaps, (scores, have) in zip(vectors, missing, scattered, strict=True):
@@ -182,7 +186,7 @@ class StoreView:
 
     def vectors(self, ids: Int64[ndarray, " n"]) -> Float32[ndarray, "n d"]:
         """As `View.vectors`."""
-        source = self._searcher_of(np.unique(ids))
+        source = self._searcher_of(distinct(ids))
         return source.vectors[np.searchsorted(source.ids, ids)]
 
     def lexical(self, by: str, *, many: bool = False) -> Lexical:
@@ -203,7 +207,7 @@ class StoreView:
         if not digests:
             return members
         quoted = ", ".join(f"'{digest}'" for digest in sorted(map(str, digests)))
-        return np.union1d(members, self._store.matching_ids(f"image_sha256 IN ({quoted})"))
+        return distinct(members, self._store.matching_ids(f"image_sha256 IN ({quoted})"))
 
     def _make_lexical(self, kind: str) -> Lexical:
         if kind == "lance":
@@ -213,11 +217,10 @@ class StoreView:
 
     def _kept(self, subset: Subset) -> _Filtered:
         """What was made of these rows before. One of several stores is asked for fewer than the filter leaves."""
-        known = self._filters.get(subset.where)
-        if known is None or len(known.subset.ids) != len(subset.ids):
-            known = self._filters[subset.where] = _Filtered(subset=subset)
-            while len(self._filters) > _KEPT_FILTERS:
-                del self._filters[next(iter(self._filters))]
+        known = self._filtered.get(subset.where)
+        if known is None or not np.array_equal(known.ids, subset.ids):
+            known = _Filtered(ids=subset.ids)
+            _remember(self._filtered, subset.where, known)
         return known
 
     def _split(self, subset: Subset | None) -> tuple[Int64[ndarray, " valid"], Int64[ndarray, " newer"]]:
@@ -261,6 +264,13 @@ class StoreView:
         return ExactSearcher(np.concatenate([known, newer.ids]), np.concatenate([vectors, newer.vectors]))
 
 
+def _remember(cache: dict[str, Any], condition: str, made: Any) -> None:
+    """Keep it, in place of the oldest if need be."""
+    cache[condition] = made
+    for oldest in list(cache)[:-_KEPT_FILTERS]:
+        cache.pop(oldest, None)
+
+
 def lexical_kind(by: str, *, rows: int, many: bool, indexed: bool) -> Literal["lance", "memory", "tfidf"]:
     """Who scores words: Lance; for a batch, and where Lance has no word index, the captions in memory."""
     if by == "tfidf":
@@ -272,17 +282,11 @@ def _newer_rows(store: "PairStore", searcher: Searcher) -> tuple[Int64[ndarray, 
     """The rows written since the searcher was built."""
     if searcher.snapshot is not None:
         return store.rows_after(searcher.snapshot)
-    unknown = np.setdiff1d(store.matching_ids(), searcher.ids, assume_unique=True)
+    ids = store.matching_ids()
+    unknown = ids[~contains(searcher.ids, ids)]
     if not len(unknown):
         return np.empty(0, dtype=np.int64), np.empty((0, store.dim), dtype=np.float32)
     return store.ids_and_vectors(f"id IN ({', '.join(map(str, unknown.tolist()))})")
-
-
-def contains(ids: Int64[ndarray, " rows"], wanted: Int64[ndarray, "*n"]) -> Bool[ndarray, "*n"]:
-    """Whether each wanted id is among ascending `ids`."""
-    if not len(ids):
-        return np.zeros(wanted.shape, dtype=bool)
-    return ids[np.minimum(np.searchsorted(ids, wanted), len(ids) - 1)] == wanted
 
 
 def _search_valid(searcher: Searcher, queries: Queries, top_k: int, valid: Int64[ndarray, " valid"]) -> Found:

@@ -203,6 +203,16 @@ def test_changes_in_a_part_are_seen(tmp_path: Path) -> None:
     assert both.search("zebra", k=1, by="bm25")[0].id == stored(50).id
 
 
+def test_what_a_filter_leaves_of_a_part_follows_what_the_others_have(tmp_path: Path) -> None:
+    first, second = fill(tmp_path / "a", range(20)), fill(tmp_path / "b", range(10, 30))
+    both = JoinedKnowledgeBase([first, second])
+    asked: dict[str, Any] = {"k": 60, "by": "clip", "where": "dataset = 'even'"}
+    assert {hit.id for hit in both.search("w1", **asked)} == {stored(n).id for n in range(0, 30, 2)}
+    assert {hit.id for hit in second.search("w1", **asked)} == {stored(n).id for n in range(10, 30, 2)}
+    first.remove([stored(12).id])  # the second has it still, and its own rows have not changed
+    assert {hit.id for hit in both.search("w1", **asked)} == {stored(n).id for n in range(0, 30, 2)}
+
+
 def test_a_part_without_a_word_index_is_searched_all_the_same(tmp_path: Path, whole: KnowledgeBase) -> None:
     fill(tmp_path / "a", range(0, PAIRS, 2))
     fill(tmp_path / "b", range(1, PAIRS, 2), indexed=False)
