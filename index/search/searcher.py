@@ -200,19 +200,34 @@ class ExactSearcher:
 
 
 class ExactStream:
-    """Exact search over rows that need not fit in memory: block by block, the answers of `ExactSearcher` to the bit."""
+    """Exact search over rows that need not fit in memory: block by block, the answers of `ExactSearcher` to the bit.
 
-    def __init__(self, rows: VectorRows, where: str | None = None, *, rows_at_once: int = _STREAM_ROWS):
-        self._rows, self._where, self._rows_at_once = rows, where, rows_at_once
+    `where` is an SQL filter; of what it leaves, only rows with one of the ascending ids `within` count, if given.
+    """
+
+    def __init__(
+        self,
+        rows: VectorRows,
+        where: str | None = None,
+        *,
+        within: Int64[ndarray, " n"] | None = None,
+        rows_at_once: int = _STREAM_ROWS,
+    ):
+        self._rows, self._where, self._within, self._rows_at_once = rows, where, within, rows_at_once
 
     def search(self, queries: Queries, *, top_k: int) -> tuple[Ids, Scores]:
         """As `Searcher.search`; every call reads all rows, so ask for many queries at once."""
         check_queries(queries, dim=self._rows.dim)
-        best = padded(len(queries), top_k)
+        held = [padded(len(queries), top_k)]
         for ids, vectors in self._rows.vector_batches(self._rows_at_once, self._where):
-            block = ExactSearcher(ids, vectors).search(queries, top_k=top_k, above=best[1][:, -1])
-            best = merge_answers([best, block], top_k=top_k)
-        return best
+            if self._within is not None:
+                kept = contains(self._within, ids)
+                ids, vectors = ids[kept], vectors[kept]
+            wanted = max(1, min(top_k, len(ids)))
+            held.append(ExactSearcher(ids, vectors).search(queries, top_k=wanted, above=held[0][1][:, -1]))
+            if sum(found.shape[1] for found, _ in held) >= 2 * top_k:  # a long list is not sorted for every block
+                held = [merge_answers(held, top_k=top_k)]
+        return merge_answers(held, top_k=top_k)
 
 
 def exact_search(store: "PairStore", queries: Queries, *, top_k: int, where: str | None = None) -> tuple[Ids, Scores]:

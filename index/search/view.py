@@ -11,7 +11,17 @@ from numpy import ndarray
 from index.search.duplicates import Duplicates
 from index.search.ids import contains, distinct
 from index.search.lexical import LanceBM25, Lexical, RankBM25, Subset, TfIdf, has_fts
-from index.search.searcher import ExactSearcher, Ids, Queries, Scores, Searcher, exact_searcher, padded
+from index.search.searcher import (
+    ExactSearcher,
+    ExactStream,
+    Ids,
+    Queries,
+    Scores,
+    Searcher,
+    exact_searcher,
+    padded,
+)
+from index.search.sizes import default_ram
 
 if TYPE_CHECKING:
     from index.store import PairStore
@@ -20,6 +30,7 @@ _IN_MEMORY_WORDS = 200_000  # captions up to which a batch of queries is scored 
 _SMALL_SUBSET = 20_000  # rows left by a filter up to which they are simply compared one by one,
 _SMALL_SHARE = 0.02  # if they are no more of all rows than this, or few: else asking the searcher for more is faster
 _FEW_ROWS = 2_000
+_RESIDENT_SHARE = 0.1  # of the memory; vectors that take more (thrice as much to load) are read for each exact search
 _KEPT_FILTERS = 8  # whose ids are remembered: sessions and batches ask for the same ones again
 _NO_IDS: Int64[ndarray, " 0"] = np.empty(0, dtype=np.int64)
 
@@ -151,10 +162,8 @@ class StoreView:
         """As `View.search`: a small subset exactly, a large one by asking the searcher for more than is wanted."""
         rows = len(self.ids) if subset is None else len(subset.ids)
         top_k = max(1, min(top_k, rows))
-        if subset is not None and (exact or self._is_small(rows)):
-            return Found(*self._subset_searcher(subset).search(queries, top_k=top_k), examined=rows)
-        if exact:
-            return Found(*self.exact_searcher().search(queries, top_k=top_k), examined=rows)
+        if exact or (subset is not None and self._is_small(rows)):
+            return Found(*self._comparing(subset).search(queries, top_k=top_k), examined=rows)
         valid, newer = self._split(subset)
         answers = [_search_valid(self._searcher, queries, top_k, valid)]
         if self._tail is not None and len(newer):
@@ -239,6 +248,16 @@ class StoreView:
         """Whether a filter leaves so few rows that they are compared one by one."""
         is_exact = isinstance(self._searcher, ExactSearcher)
         return rows <= _SMALL_SUBSET and (is_exact or rows <= max(_FEW_ROWS, _SMALL_SHARE * len(self.ids)))
+
+    def _comparing(self, subset: Subset | None) -> ExactSearcher | ExactStream:
+        """Who compares every row, or every one that a filter leaves: in memory, unless that takes much of it."""
+        rows = len(self.ids) if subset is None else len(subset.ids)
+        is_loaded = self._exact is not None or isinstance(self._searcher, ExactSearcher)
+        if not is_loaded and 4 * self._store.dim * rows > _RESIDENT_SHARE * default_ram():
+            if subset is None:
+                return ExactStream(self._store)
+            return ExactStream(self._store, subset.where, within=subset.ids)
+        return self.exact_searcher() if subset is None else self._subset_searcher(subset)
 
     def _subset_searcher(self, subset: Subset) -> ExactSearcher:
         """The rows that a filter leaves, in memory."""

@@ -277,6 +277,22 @@ def test_an_old_searcher_still_answers_for_the_store_of_today(
     assert [hit.id for hit in retriever.search("red dog", k=60, by="clip").hits] == [hit.id for hit in fresh]
 
 
+@pytest.mark.parametrize("asked", [{}, {"by": "clip"}, {"where": "width = 1 OR width = 2"}, {"dataset": "birds"}])
+def test_exact_search_does_not_load_vectors_that_take_much_memory(
+    frozen: PairStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: dict[str, Any]
+) -> None:
+    build_searcher("lance", ArrayRows(*frozen.ids_and_vectors()), tmp_path / "old", snapshot=frozen.high_water)
+    in_memory = exact_retriever(frozen)
+    expected = in_memory.search("red dog", k=9, exact=True, **asked)
+    place = in_memory.standing(expected.hits[4].id, "red dog", **asked)
+    monkeypatch.setattr(module, "_RESIDENT_SHARE", 0.0)
+    monkeypatch.setattr(module, "exact_searcher", lambda *_: pytest.fail("the vectors are loaded"))
+    streamed = Retriever(frozen, open_searcher(tmp_path / "old", frozen), HashEmbedder())
+    found = streamed.search("red dog", k=9, exact=True, **asked)
+    assert (found.hits, found.examined) == (expected.hits, expected.examined)
+    assert streamed.standing(expected.hits[4].id, "red dog", **asked) == place
+
+
 def test_a_replaced_row_is_searched_by_its_new_vector(store: PairStore) -> None:
     retriever = exact_retriever(store)
     old = store.get([pair_id("toys", "s", "5")], vectors=True)[0]

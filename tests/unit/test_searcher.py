@@ -211,6 +211,14 @@ def test_a_stream_breaks_ties_by_id_across_blocks_and_pads() -> None:
     twin(ids[ascending], vectors[ascending], vectors[:2], block=8, top_k=5)
 
 
+def test_a_stream_keeps_to_the_ids_it_is_given() -> None:
+    ids, vectors = rows(300)
+    some = np.sort(ids[::3])
+    streamed = ExactStream(ArrayRows(ids, vectors), within=some, rows_at_once=64).search(vectors[:5], top_k=150)
+    expected = ExactSearcher(ids, vectors).subset(some).search(vectors[:5], top_k=150)
+    assert all(map(np.array_equal, streamed, expected))
+
+
 def test_exact_search_streams_a_store_and_its_filter(tmp_path: Path) -> None:
     store = filled_store(tmp_path, 50)
     ids, vectors = store.ids_and_vectors()
