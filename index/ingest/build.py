@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from index.atomic import one_sentence, write_bytes
-from index.errors import ConfigError, CorpusError, damage
+from index.errors import ConfigError, CorpusError
 from index.ingest.decode import KeepImages
 from index.ingest.engines import StagedShard, run_local
 from index.ingest.ledger import Ledger
 from index.ingest.meter import Meter, Stage
 from index.ingest.parts import TURN_SECONDS, DeferredClaims, Part, admitted
 from index.ingest.readers import Layout, Shard, SkippedShard, check_source, read
+from index.ingest.sources import sources_blamed
 from index.knowledge_base import KnowledgeBase, SearcherChoice
 from index.records import ShardRecord
 from index.search.searcher import SearcherManifest
@@ -130,7 +131,7 @@ def build(
     meter = meter or Meter()
     check_sources(sources, kb.directory)
     tally = _Tally()
-    with admitted(kb.store, config.part, wait=config.wait, on_wait=on_wait), _strict_images(), _readable_sources():
+    with admitted(kb.store, config.part, wait=config.wait, on_wait=on_wait), _strict_images(), sources_blamed():
         ledger = Ledger(kb.store)
         claims = DeferredClaims(kb.store, ledger) if config.part else None
         todo = _changed_shards(sources, config, ledger, tally, meter=meter)
@@ -348,17 +349,6 @@ def check_sources(sources: Sequence[str], directory: Path) -> None:
         path = Path(source)
         if path.is_dir() and directory.resolve().is_relative_to(path.resolve()):
             raise ConfigError(f"the knowledge base {directory} lies inside the source {source}; put it elsewhere")
-
-
-@contextmanager
-def _readable_sources() -> Iterator[None]:
-    """What the store cannot write is a UserError already; any other OSError but of a damaged table is a source's."""
-    try:
-        yield
-    except OSError as error:
-        if damage(error):
-            raise
-        raise CorpusError(f"a source cannot be read ({error}); mend that and run the command again") from error
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -25,8 +26,10 @@ from index.errors import ConfigError, CorpusError
 from index.ingest.decode import Decoded, KeepImages, decode_chunk
 from index.ingest.engines import stored_pair
 from index.ingest.meter import STAGES, Stage
+from index.ingest.parquet_reader import DamagedTableError, open_table
 from index.ingest.readers import Shard, SkippedShard, read
 from index.ingest.shards import IMAGE_SUFFIXES, Sample, beside, suffix_of
+from index.ingest.sources import sources_blamed
 from index.knowledge_base import CALIBRATION_CAPTIONS, SearcherChoice
 from index.records import BadSample, Pair, ShardRecord, StoredPair
 from index.search.searcher import DEFAULT_RECALL
@@ -132,8 +135,9 @@ def plan_sources(
     **wanted: Any,
 ) -> tuple[Count, UnitCosts, Plan]:
     """Count, probe and plan. `pairs` extrapolates to another number of them; `wanted` goes to `make_plan`."""
-    shards, count = count_sources(sources, allow_partial=allow_partial)
-    costs = probe(_spread(shards, _PROBE_SHARDS), embedder, keep=keep or KeepImages())
+    with sources_blamed():
+        shards, count = count_sources(sources, allow_partial=allow_partial)
+        costs = probe(_spread(shards, _PROBE_SHARDS), embedder, keep=keep or KeepImages())
     good = count.pairs if count.pairs is not None else round(count.bytes / max(costs.source_bytes, 1.0))
     total = pairs if pairs is not None else max(1, round(good * (1 - costs.bad_share)))
     return count, costs, make_plan(total, costs, **wanted)
@@ -242,10 +246,9 @@ def _pairs_in(shard: Shard) -> int | None:
         return _successes(shard)
     parquet = [path for path in shard.files if path.endswith(".parquet")]
     if parquet:
-        import pyarrow.parquet
-
-        with shard.fs.open(parquet[0], "rb") as file:
-            return int(pyarrow.parquet.read_metadata(file).num_rows)
+        with suppress(DamagedTableError), open_table(shard.fs, parquet[0]) as table:
+            return int(table.metadata.num_rows)
+        return None
     images = sum(suffix_of(path) in IMAGE_SUFFIXES for path in shard.files)
     return images or None
 

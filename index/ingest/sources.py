@@ -8,7 +8,7 @@ from itertools import takewhile
 from posixpath import dirname, join, relpath
 from typing import Any
 
-from index.errors import CorpusError, MissingExtraError
+from index.errors import CorpusError, MissingExtraError, UserError, damage
 from index.ingest.shards import Info, Shard, SkippedShard, beside, suffix_of
 
 MAX_PATTERN_FILES = 1_000_000
@@ -92,6 +92,17 @@ def reachable(source: str) -> Iterator[None]:
     except Exception as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise CorpusError(f"{source!r} cannot be reached ({reason}); check the address and your credentials") from error
+
+
+@contextmanager
+def sources_blamed() -> Iterator[None]:
+    """CorpusError for any OSError but those that the store puts into words itself, or that a damaged table causes."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, UserError) or damage(error):
+            raise
+        raise CorpusError(f"a source cannot be read ({error}); mend that and run the command again") from error
 
 
 def named_files(fs: Any, path: str, source: str) -> list[str]:

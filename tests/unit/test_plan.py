@@ -1,6 +1,7 @@
 """The plan beside what a build really took, its arithmetic by hand, and the sizes that structures are chosen by."""
 
 import dataclasses
+import errno
 import json
 import math
 from pathlib import Path
@@ -197,6 +198,25 @@ def test_a_source_without_shards_cannot_be_planned(tmp_path: Path) -> None:
 def test_a_source_of_bad_samples_cannot_be_planned(tmp_path: Path) -> None:
     write_tar(tmp_path / "x.tar", {"1.png": b"no image", "1.txt": b"a caption"})
     with pytest.raises(CorpusError, match="none of the first samples"):
+        plan_sources([str(tmp_path)], HashEmbedder())
+
+
+@pytest.mark.parametrize("footer", [b"\xff" * 40, b""])
+def test_a_damaged_table_says_nothing_of_its_rows(tmp_path: Path, footer: bytes) -> None:
+    write_tar(tmp_path / "x.tar", sample(1))
+    (tmp_path / "y.parquet").write_bytes(b"PAR1" + footer + b"\xff\xff\0\0PAR1")
+    shards, count = count_sources([str(tmp_path)])
+    assert (len(shards), count.pairs) == (2, None)
+
+
+def test_a_source_that_fails_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tar(tmp_path / "x.tar", sample(1))
+
+    def broken(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("index.ingest.tar_reader.open_ahead", broken)
+    with pytest.raises(CorpusError, match=r"a source cannot be read .*Input/output error"):
         plan_sources([str(tmp_path)], HashEmbedder())
 
 
