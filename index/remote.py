@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import blake2b
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from index.atomic import new_folder, write_bytes
@@ -46,7 +46,7 @@ class RemoteFolder:
             fs, root = self._open()
             content = bytes(fs.cat_file(f"{root}/{MANIFEST}"))
             if content != self._seen:
-                searcher = json.loads(content).get("searcher")
+                searcher = _inside(json.loads(content).get("searcher") or "")
                 if searcher:
                     self._copy_folder(fs, f"{root}/{searcher}", self.folder / searcher)
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -83,7 +83,7 @@ class RemoteFolder:
     def _copy_folder(self, fs: Any, source: str, target: Path) -> None:
         """Copy a folder whole, unless the copy that is there was made of the same files."""
         found = {path.removeprefix(source).lstrip("/"): info for path, info in fs.find(source, detail=True).items()}
-        files = {name: info for name, info in found.items() if ".lance/" not in name}
+        files = {_inside(name): info for name, info in found.items() if ".lance/" not in name}
         listing = json.dumps({name: [info["size"], info.get("ETag")] for name, info in sorted(files.items())}).encode()
         if (target / LISTING).is_file() and (target / LISTING).read_bytes() == listing:
             return
@@ -93,7 +93,7 @@ class RemoteFolder:
             fs.get([f"{source}/{name}" for name in files], [str(folder / name) for name in files])
             write_bytes(folder / LISTING, listing)
 
-    def _drop_others(self, searcher: str | None) -> None:
+    def _drop_others(self, searcher: str) -> None:
         """Searchers that `kb.json` names no more."""
         if (self.folder / "searchers").is_dir():
             for folder in (self.folder / "searchers").iterdir():
@@ -113,3 +113,10 @@ class RemoteFolder:
         except Exception as error:  # every storage client has errors of its own
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise KnowledgeBaseError(f"{self.url} cannot be read ({reason}); check URL and credentials") from error
+
+
+def _inside(name: str) -> str:
+    """A path in a folder of ours. KnowledgeBaseError for one that leads out of it: a bucket may be anybody's."""
+    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+        raise KnowledgeBaseError(f"a knowledge base cannot name a file {name!r}, outside its folder; do not trust it")
+    return name

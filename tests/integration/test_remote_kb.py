@@ -203,6 +203,20 @@ def test_urls_and_folders(directory: str | Path, url: str | None) -> None:
     assert remote_url(directory) == url
 
 
+@pytest.mark.parametrize("searcher", ["../../else", "/else", "searchers/../../../else"])
+def test_a_bucket_names_nothing_outside_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, searcher: str
+) -> None:
+    import fsspec
+
+    monkeypatch.setenv("RADT_CACHE", str(tmp_path / "cache"))
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/stranger/kb.json", json.dumps({"searcher": searcher}).encode())
+    with pytest.raises(KnowledgeBaseError, match="outside its folder"):
+        RemoteFolder("memory://stranger").refresh()
+    assert not list(tmp_path.rglob("*"))
+
+
 def test_a_cache_for_every_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RADT_CACHE", str(tmp_path))
     assert RemoteFolder("s3://a/kb").folder != RemoteFolder("s3://b/kb").folder
