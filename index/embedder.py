@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float32, UInt8
+from jaxtyping import Float, Float32, UInt8
 
 from index.errors import CorpusError, KnowledgeBaseError, ModelError
 
@@ -279,9 +279,6 @@ class DeferredEmbedder:
         again = partial(DeferredEmbedder, dim=self.dim, fingerprint=self.fingerprint, load=self._load)
         return again, (list(self._names),)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_loaded": None}  # it travels by its name
-
     def _embedder(self) -> Embedder:
         with _LOADING:
             if self._loaded is None:
@@ -311,12 +308,12 @@ def check_fingerprint(embedder: Embedder, fingerprint: str) -> None:
         )
 
 
-def unit_rows(vectors: Float32[np.ndarray, "n d"]) -> Float32[np.ndarray, "n d"]:
+def unit_rows(vectors: Float[np.ndarray, "n d"]) -> Float32[np.ndarray, "n d"]:
     """Rows at length one; a row that has none (zero, infinite, NaN) is all NaN."""
-    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-        rows = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
-    rows[~np.isfinite(rows).all(axis=1)] = np.nan
-    return rows
+    with np.errstate(all="ignore"):
+        norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+        units = np.where(np.isfinite(norms) & (norms > 0), vectors / norms, np.nan)
+    return units.astype(np.float32)
 
 
 def decode_image(encoded: bytes, *, max_pixels: int = MAX_PIXELS) -> "PIL.Image.Image":

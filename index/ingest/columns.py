@@ -6,7 +6,6 @@ from posixpath import dirname
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Float32
 
 from index.errors import CorpusError
 from index.ingest.samples import CAPTION_NAMES, as_json, make_sample
@@ -129,15 +128,6 @@ def row_samples(shard: Shard, table: str, columns: Columns, some: Rows) -> Itera
         metadata = as_json({name: row[name] for name in columns.others} | {"caption": row[columns.caption]})
         location = ImageLocation(uri=image.uri if image.encoded else "", size=image.size)
         yield make_sample(shard, key, metadata=metadata, image=location, encoded=image.encoded, vector=vector)
-
-
-def unit_rows(rows: np.ndarray) -> Float32[np.ndarray, "n d"]:
-    """Rows of numbers as unit vectors; a row that is zero or not finite becomes NaN."""
-    exact = np.asarray(rows, np.float64)
-    with np.errstate(all="ignore"):
-        norms = np.linalg.norm(exact, axis=1, keepdims=True)
-        units = np.where(np.isfinite(norms) & (norms > 0), exact / norms, np.nan)
-    return units.astype(np.float32)
 
 
 def _vector_problem(vector: np.ndarray) -> str:

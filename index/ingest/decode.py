@@ -9,12 +9,11 @@ import numpy as np
 from index.embedder import Embedder, Prepared, decode_scaled, image_size
 from index.errors import ConfigError, CorpusError
 from index.images import difference_hash, thumbnail_of
+from index.ingest.shards import Sample
 from index.records import BadSample, Pair
 
 CHUNK_SAMPLES = 16  # decoded by one thread at a time: handing over a single small image costs more than to decode it
 CHUNK_BYTES = 4 << 20
-
-Sample = Pair | BadSample
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32
 
+from index.embedder import unit_rows
 from index.errors import CorpusError
-from index.ingest.columns import find_columns, row_samples, unit_rows
+from index.ingest.columns import find_columns, row_samples
 from index.ingest.parquet_reader import DamagedTableError, open_table, table_rows
 from index.ingest.shards import Listing, Sample, Shard, SkippedShard, open_anywhere
 
@@ -96,4 +97,4 @@ class _VectorFile:
         row_bytes = self._width * self._dtype.itemsize
         self._file.seek(self._start + first * row_bytes)
         rows = np.frombuffer(self._file.read(count * row_bytes), self._dtype)
-        return unit_rows(rows.reshape(count, self._width))
+        return unit_rows(rows.reshape(count, self._width).astype(np.float64))

@@ -18,9 +18,9 @@ import numpy as np
 from jaxtyping import Float32
 
 from index.embedder import Embedder
-from index.ingest.decode import Decoded, KeepImages, Sample, bad, chunks, decode_chunk
+from index.ingest.decode import Decoded, KeepImages, bad, chunks, decode_chunk
 from index.ingest.meter import Meter, Stage
-from index.ingest.readers import Shard
+from index.ingest.readers import Sample, Shard
 from index.records import BadSample, ShardRecord, StoredPair
 from index.store import PairStore
 

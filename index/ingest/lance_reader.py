@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from index.embedder import unit_rows
 from index.errors import CorpusError
-from index.ingest.columns import Columns, Rows, find_columns, row_samples, unit_rows
+from index.ingest.columns import Columns, Rows, find_columns, row_samples
 from index.ingest.parquet_reader import as_rows
 from index.ingest.shards import Info, Listing, Sample, Shard, SkippedShard, uri_of
 

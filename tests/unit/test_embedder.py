@@ -271,8 +271,16 @@ def test_folders_that_are_no_model(tiny_clip: Path, tmp_path: Path) -> None:
         ClipEmbedder.load(str(broken))
 
 
+def test_unit_rows_of_extreme_numbers() -> None:
+    rows = np.array([[1e300, 1e300], [1e-300, 0], [np.inf, 1], [3, 4]])
+    units = unit_rows(rows)
+    np.testing.assert_allclose(units[3], [0.6, 0.8], atol=1e-7)
+    lengths = np.linalg.norm(units, axis=1)
+    assert all(np.isnan(length) or abs(length - 1) < 1e-6 for length in lengths)
+
+
 def test_rows_without_a_direction_are_nan() -> None:
-    rows = unit_rows(np.array([[3, 4], [0, 0], [np.inf, 1], [np.nan, 1]], np.float32))
+    rows = unit_rows(np.array([[3, 4], [0, 0], [np.inf, 1], [np.nan, 1], [1e30, 1]], np.float32))
     assert np.allclose(rows[0], [0.6, 0.8])
     assert np.isnan(rows[1:]).all()
 

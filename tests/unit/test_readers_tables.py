@@ -12,7 +12,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from index.errors import CorpusError
-from index.ingest.columns import unit_rows
 from index.ingest.readers import Shard, SkippedShard, read
 from index.records import BadSample, Pair
 from tests.fakes import caption_of, draw, encode
@@ -300,14 +299,6 @@ def test_pickled_arrays_are_not_loaded(tmp_path: Path) -> None:
     np.save(tmp_path / "img_emb" / "img_emb_0.npy", np.array([[{}], [{}]], object), allow_pickle=True)
     ((_, reason),) = bad_of(tmp_path)
     assert "holds object" in reason
-
-
-def test_unit_rows_of_extreme_numbers() -> None:
-    rows = np.array([[1e300, 1e300], [1e-300, 0], [np.inf, 1], [3, 4]])
-    units = unit_rows(rows)
-    np.testing.assert_allclose(units[3], [0.6, 0.8], atol=1e-7)
-    lengths = np.linalg.norm(units, axis=1)
-    assert all(np.isnan(length) or abs(length - 1) < 1e-6 for length in lengths)
 
 
 # Lance
