@@ -62,7 +62,7 @@ def compact(
         raise ConfigError(f"keep is a number of snapshots, 0 or more, got {keep}")
     with without_parts(kb.store, wait=wait, on_wait=on_wait), one_sentence(kb.directory):
         before, fragments_before = folder_bytes(kb.directory), kb.store.count_fragments()
-        built = kb.build_search(searcher or _present_kind(kb), seed=seed)
+        built = kb.build_search(searcher or kb.searcher_choice(), seed=seed)
         is_tagged = has_snapshot(kb.store)
         _merge_files(kb)
         if is_tagged:
@@ -88,12 +88,6 @@ def compact(
             searcher=built.kind,
             recall_at_10=built.recall_at_10,
         )
-
-
-def _present_kind(kb: "KnowledgeBase") -> "SearcherChoice":
-    """The kind of the searcher; one that compares every row may have been outgrown."""
-    manifest = kb.searcher_manifest()
-    return "auto" if manifest is None or manifest.kind == "exact" else manifest.kind
 
 
 def _merge_files(kb: "KnowledgeBase") -> None:

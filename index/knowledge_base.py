@@ -17,8 +17,10 @@ import numpy as np
 
 from index.atomic import one_sentence, write_bytes
 from index.config import from_dict, to_dict
-from index.embedder import DeferredEmbedder, Embedder, check_fingerprint, decode_image
+from index.embedder import DeferredEmbedder, Embedder, Prepared, check_fingerprint, decode_image
 from index.errors import ConfigError, CorpusError, DiskError, KnowledgeBaseError, QueryError
+from index.images import difference_hash
+from index.lock import writer_lock
 from index.records import BadSample, Hit, ImageLocation, StoredPair, pair_id
 from index.remote import RemoteFolder, remote_url
 from index.search.duplicates import FOLDER as DUPLICATES
@@ -35,7 +37,7 @@ from index.search.searcher import (
 )
 from index.search.sizes import choose_structure
 from index.snapshots import Snapshot, snapshots, tag_build
-from index.store import PairStore
+from index.store import CREATE_SECONDS, PairStore
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -128,8 +130,10 @@ class KnowledgeBase:
         )
         with one_sentence(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            manifest.write(folder)
-        return cls(folder, manifest, embedder)
+            with writer_lock(folder, wait=CREATE_SECONDS):
+                if not (folder / MANIFEST).exists():  # another process may have begun at the same moment
+                    manifest.write(folder)
+        return cls.open(folder, embedder)
 
     @classmethod
     def open(
@@ -226,6 +230,11 @@ class KnowledgeBase:
         folder = self.directory / name if name else None
         return SearcherManifest.read(folder) if folder is not None and folder.exists() else None
 
+    def searcher_choice(self) -> SearcherChoice:
+        """What to ask for to keep the kind of the searcher; one that compares every row may have been outgrown."""
+        manifest = self.searcher_manifest()
+        return "auto" if manifest is None or manifest.kind == "exact" else manifest.kind
+
     def open_searcher(self) -> Searcher:
         """The searcher that `kb.json` names, as it was built; every row is compared where it names none."""
         folder = self.directory / (self.manifest.searcher or "searchers/none")
@@ -250,17 +259,14 @@ class KnowledgeBase:
         if not caption:
             raise CorpusError("the caption is empty; say what the image shows")
         several = images if isinstance(images, Sequence) and not isinstance(images, str) else [images]
-        encoded = [_encoded(image) for image in several]
-        decoded = [_decoded(content, image) for content, image in zip(encoded, several, strict=True)]
-        vectors = self.embedder.images(decoded)
+        pictures = [_picture(image, self.embedder) for image in several]
+        vectors = self.embedder.embed([picture.prepared for picture in pictures])
         if not np.isfinite(vectors).all():
             raise CorpusError("the model gives no finite vector for the image; try another picture")
         pairs: dict[int, StoredPair] = {}
         with self.store.lock(), one_sentence(self.directory):
-            for content, image, vector in zip(encoded, decoded, vectors, strict=True):
-                pair = self._added_pair(
-                    content, image, vector, caption=caption, dataset=dataset, metadata=metadata or {}
-                )
+            for picture, vector in zip(pictures, vectors, strict=True):
+                pair = self._added_pair(picture, vector, caption=caption, dataset=dataset, metadata=metadata or {})
                 pairs[pair.id] = pair
             self.store.add(list(pairs.values()))
         return list(pairs)
@@ -429,22 +435,15 @@ class KnowledgeBase:
         return vectors[np.isfinite(vectors).all(axis=1)]
 
     def _added_pair(
-        self,
-        content: bytes,
-        image: "PIL.Image.Image",
-        vector: np.ndarray,
-        *,
-        caption: str,
-        dataset: str,
-        metadata: Mapping[str, Any],
+        self, picture: "_Picture", vector: np.ndarray, *, caption: str, dataset: str, metadata: Mapping[str, Any]
     ) -> StoredPair:
-        digest = sha256(content).hexdigest()
+        digest = sha256(picture.encoded).hexdigest()
         key = sha256(f"{digest} {caption}".encode()).hexdigest()[:32]
-        name = f"{ADDED}/{digest[:32]}{_extension(content)}"
+        name = f"{ADDED}/{digest[:32]}{_extension(picture.encoded)}"
         path = self.directory / name
         if not path.exists():
             path.parent.mkdir(exist_ok=True)
-            write_bytes(path, content)
+            write_bytes(path, picture.encoded)
         return StoredPair(
             id=pair_id(dataset, ADDED_SHARD, key),
             dataset=dataset,
@@ -455,11 +454,23 @@ class KnowledgeBase:
             caption=caption,
             image=ImageLocation(uri=name),
             sha256=digest,
-            width=image.width,
-            height=image.height,
+            width=picture.width,
+            height=picture.height,
+            dhash=picture.dhash,
             metadata=metadata,
             vector=vector,
         )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Picture:
+    """An image that is being added: its file, and what was made of its pixels before they were let go."""
+
+    encoded: bytes
+    prepared: Prepared
+    width: int
+    height: int
+    dhash: int
 
 
 def _spare(searcher: SearcherManifest) -> int:
@@ -472,6 +483,18 @@ def _store_at(directory: Path, manifest: Manifest, snapshot: str | None, remote:
     if remote is not None or PairStore.exists(directory):
         return PairStore(directory, snapshot=snapshot, remote=remote)
     return PairStore.create(directory, dim=manifest.dim)
+
+
+def _picture(image: "str | Path | PIL.Image.Image", embedder: Embedder) -> _Picture:
+    encoded = _encoded(image)
+    decoded = _decoded(encoded, image)
+    return _Picture(
+        encoded=encoded,
+        prepared=embedder.prepare(decoded),
+        width=decoded.width,
+        height=decoded.height,
+        dhash=difference_hash(decoded),
+    )
 
 
 def _encoded(image: "str | Path | PIL.Image.Image") -> bytes:

@@ -139,7 +139,7 @@ def _add_source(base: "KnowledgeBase", source: str, dataset: str | None) -> tupl
     if Path(source).suffix[1:].lower() in IMAGE_SUFFIXES:
         raise typer.BadParameter("an image needs a --caption")
     before = base.store.matching_ids()
-    report = build(base, [source], BuildConfig(dataset=dataset))
+    report = build(base, [source], BuildConfig(dataset=dataset, searcher=base.searcher_choice()))
     return [int(i) for i in np.setdiff1d(base.store.matching_ids(), before)], {
         str(layout): count for layout, count in report.layouts.items()
     }

@@ -244,6 +244,14 @@ def test_add_a_source_or_a_folder_under_one_caption(shell: Shell, kb: Path, tmp_
     assert {h["caption"] for h in shell.json("query", "rex", "--kb", kb, "-k", 3)["hits"]} == {"my dog rex"}
 
 
+def test_adding_keeps_the_searcher_that_was_chosen(shell: Shell, corpus: Path, tmp_path: Path, tiny_clip: Path) -> None:
+    kb = tmp_path / "kb"
+    shell.json("build", corpus, "--kb", kb, "--model", tiny_clip, "--searcher", "lance")
+    write_img2dataset(tmp_path / "more", shards=1, per_shard=2)
+    shell.json("add", tmp_path / "more", "--kb", kb)
+    assert shell.json("stats", "--kb", kb)["searcher"] == "lance"
+
+
 def test_people_get_tables(shell: Shell, kb: Path, corpus: Path) -> None:
     assert "a red circle" in shell("query", "a red circle", "--kb", kb)[1]
     assert "pets" in shell("stats", "--kb", kb)[1]

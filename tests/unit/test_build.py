@@ -9,6 +9,7 @@ import pytest
 from index.errors import ConfigError, CorpusError, KnowledgeBaseError, QueryError
 from index.ingest.build import QUARANTINE, BuildConfig, BuildReport, build
 from index.knowledge_base import KnowledgeBase
+from index.lock import writer_lock
 from index.store import PairStore
 from tests.fakes import HashEmbedder, caption_of, draw, encode, sample, write_img2dataset, write_tar
 
@@ -225,6 +226,27 @@ def test_what_is_added_is_found_and_what_is_removed_is_not(corpus: Path, tmp_pat
         write_tar(corpus / name, {n: c for i in [*range(first, first + 5), first + 50] for n, c in sample(i).items()})
     assert build_at(tmp_path / "kb", corpus).pairs_total == 15 - 1 + 3
     assert all(h.id != victim for h in KnowledgeBase.open(tmp_path / "kb", HashEmbedder()).search("red circle", k=100))
+
+
+def test_an_added_picture_is_measured_as_a_read_one_is(corpus: Path, tmp_path: Path) -> None:
+    build_at(tmp_path / "kb", corpus)
+    kb = KnowledgeBase.open(tmp_path / "kb", HashEmbedder())
+    read = kb.show(int(kb.store.matching_ids()[0]))
+    added = kb.show(kb.add(draw(int(read.key)), "the same picture")[0])
+    measured = [(each.width, each.height, each.dhash, each.sha256) for each in (read, added)]
+    assert measured[0] == measured[1]
+
+
+def test_the_first_of_two_that_begin_at_once_makes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def late(directory: Path, *, wait: float) -> object:
+        monkeypatch.undo()
+        KnowledgeBase.create(directory, HashEmbedder(salt="other"))
+        return writer_lock(directory, wait=wait)
+
+    monkeypatch.setattr("index.knowledge_base.writer_lock", late)
+    with pytest.raises(KnowledgeBaseError, match="cannot be compared"):
+        KnowledgeBase.create(tmp_path / "kb", HashEmbedder())
+    assert len(KnowledgeBase.open(tmp_path / "kb", HashEmbedder(salt="other"))) == 0
 
 
 def test_another_process_sees_what_was_added(corpus: Path, tmp_path: Path) -> None:
