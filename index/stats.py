@@ -1,5 +1,6 @@
 """Everything that `radt index stats` shows: what is there, what became of the rest, what lags behind, and its bytes."""
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -71,9 +72,11 @@ def bytes_by_part(directory: Path) -> dict[str, int]:
 
 
 def _sizes(directory: Path) -> Iterator[tuple[tuple[str, ...], int]]:
-    for path in directory.rglob("*"):
-        with suppress(FileNotFoundError):  # a reader of ours may look while another process cleans up
-            yield path.relative_to(directory).parts, path.stat().st_size if path.is_file() else 0
+    for folder, _, names in os.walk(directory):  # unlike rglob at ease when another process is cleaning up
+        for name in names:
+            path = Path(folder, name)
+            with suppress(FileNotFoundError):
+                yield path.relative_to(directory).parts, path.stat().st_size
 
 
 def _summed(sizes: Iterable[tuple[tuple[str, ...], int]]) -> dict[str, int]:
