@@ -42,6 +42,12 @@ def damage(error: BaseException) -> str | None:
     return line.removeprefix("External error: ").removeprefix("LanceError(IO): ") if is_damage else None
 
 
+def check_filter(where: str) -> None:
+    """An empty filter is a variable that was not set, not every pair: nobody means to take all of them down."""
+    if not where.strip():
+        raise QueryError("the filter is empty; write a condition, such as width >= 256, or leave the filter out")
+
+
 _DAMAGE = ("Not found: ", "not appear to be a Lance file", "fill whole buffer", "Invalid range", "External error: ")
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float32, Int64
 
 from index.atomic import one_sentence
-from index.errors import KnowledgeBaseError, QueryError, damage
+from index.errors import KnowledgeBaseError, QueryError, check_filter, damage
 from index.lock import writer_lock
 from index.records import BadSample, ShardRecord, StoredPair, table_schema
 from index.remote import RemoteFolder
@@ -557,6 +557,8 @@ def _of_shards(records: Collection[ShardRecord]) -> str | None:
 @contextmanager
 def _filter_errors(where: str | None) -> Iterator[None]:
     """Lance reports a filter it cannot read as a ValueError or an OSError; to a user it is a mistake in the query."""
+    if where is not None:
+        check_filter(where)
     try:
         yield
     except (ValueError, OSError) as error:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from index.commands.options import JsonOption, ModelOption, open_all_for_query, print_json, read_lines
+from index.commands.options import JsonOption, ModelOption, open_all_for_query, print_json, read_lines, say
 
 if TYPE_CHECKING:
     from index.search.compare import Difference
@@ -63,6 +63,8 @@ def add_compare(app: typer.Typer, default_model: str | None) -> None:
         )
         if html is not None:
             write_compare_sheet(html, a, b, differences, names=names, summary=summary)
+            if not as_json:
+                say(f"the page is {html}; open it in a browser")
         if as_json:
             document = {"kb_a": kb_a, "kb_b": kb_b, "k": k, "summary": summary}
             print_json({**document, "queries": [one.to_json() for one in differences]})

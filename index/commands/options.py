@@ -74,7 +74,10 @@ def read_lines(path: Path) -> list[str]:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise QueryError(f"{path} cannot be read ({error}); it should be text in UTF-8") from error
-    return [line.strip() for line in lines if line.strip()]
+    said = [line.strip() for line in lines if line.strip()]
+    if not said:
+        raise QueryError(f"{path} is empty; write one query on each line")
+    return said
 
 
 def plain(value: Any) -> str:

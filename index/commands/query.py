@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import typer
 
-from index.commands.options import JsonOption, KbsOption, ModelOption, open_all_for_query, print_json, read_lines
+from index.commands.options import JsonOption, KbsOption, ModelOption, open_all_for_query, print_json, read_lines, say
 from index.errors import QueryError
 
 if TYPE_CHECKING:
@@ -119,6 +119,8 @@ def add_query(app: typer.Typer, default_model: str | None) -> None:
         ways = sum((image is not None, pair is not None, is_random, vector is not None, queries is not None))
         if ways > 1 or (text is None and not ways) or (text is not None and queries is not None):
             raise typer.BadParameter("give a TEXT, or one of --image, --id, --random, --vector and --queries")
+        if seed is not None and not is_random:
+            raise typer.BadParameter("--seed goes with --random")
         if queries is not None and (html is not None or why_not is not None):
             raise typer.BadParameter("--html and --why-not are about one query, not about --queries")
         base = open_all_for_query(kbs, model, default_model, snapshot=snapshot)
@@ -137,7 +139,7 @@ def add_query(app: typer.Typer, default_model: str | None) -> None:
         head = {"kb": kbs[0] if len(kbs) == 1 else kbs, "snapshot": base.store.version}
         facts = _facts(base) if explain else {}
         if html is not None:
-            _write_page(html, base, answers[0], kbs)
+            _write_page(html, base, answers[0], kbs, is_silent=as_json)
         if queries is not None:
             several = [answer.to_json({}, is_explained=explain) for answer in answers]
             print_json({**head, "queries": several, **facts}) if as_json else print_answers(answers)
@@ -197,7 +199,7 @@ def _facts(base: "Base") -> dict[str, Any]:
     return {"searcher": facts[0] if len(facts) == 1 else facts}
 
 
-def _write_page(path: Path, base: "Base", answer: Answer, kbs: Sequence[str]) -> None:
+def _write_page(path: Path, base: "Base", answer: Answer, kbs: Sequence[str], *, is_silent: bool) -> None:
     from index.search.contact_sheet import write_contact_sheet
     from index.search.explain import surroundings
 
@@ -218,6 +220,8 @@ def _write_page(path: Path, base: "Base", answer: Answer, kbs: Sequence[str]) ->
         )
     except OSError as error:
         raise QueryError(f"cannot write {path}: {error.strerror or error}; name another file") from error
+    if not is_silent:
+        say(f"the page is {path}; open it in a browser")
 
 
 def _command(kbs: Sequence[str]) -> str:

@@ -27,7 +27,7 @@ def print_answer(answer: "Answer", head: Mapping[str, Any], facts: Mapping[str, 
         console.print(_hit_table(result.hits, answer.terms))
     else:
         console.print("nothing found")
-    if result.shortfall and result.hits:
+    if result.shortfall:
         console.print(escape(result.shortfall), highlight=False)
     load = result.timings_ms.get("load", 0.0)
     took = f"{sum(result.timings_ms.values()) - load:.1f} ms" + f", and {load / 1e3:.1f} s to load the model" * (

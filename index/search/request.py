@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float32, Float64, Int64
 from numpy import ndarray
 
-from index.errors import QueryError
+from index.errors import QueryError, check_filter
 from index.search.candidates import Candidates
 from index.search.decompose import Corpus, Decompose
 from index.search.diversity import check_diversity
@@ -20,6 +20,7 @@ By = Literal["hybrid", "clip", "bm25", "tfidf"]
 
 _DEPTH = 10  # candidates of each list per hit asked for
 _MIN_DEPTH = 100
+_MAX_K = 10**12  # its candidates are counted in 64 bits
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -128,6 +129,8 @@ def check_request(request: Request) -> None:
     """Known words, numbers in range, and no bound on a score that is not computed."""
     if request.k < 1:
         raise QueryError(f"k must be at least 1, got {request.k}")
+    if request.k > _MAX_K:
+        raise QueryError(f"k must be at most {_MAX_K}, got {request.k}")
     for name, options in (("fusion", FusionRule), ("decompose", Decompose)):
         if getattr(request, name) not in get_args(options):
             raise QueryError(f"{name} is one of {', '.join(get_args(options))}, got {getattr(request, name)!r}")
@@ -140,7 +143,9 @@ def check_request(request: Request) -> None:
 
 def condition(where: str | None, dataset: str | Sequence[str] | None) -> str | None:
     """One SQL filter of a filter and the names of data sets."""
-    parts = [f"({where})"] if where else []
+    if where is not None:
+        check_filter(where)
+    parts = [] if where is None else [f"({where})"]
     if dataset:
         names = [dataset] if isinstance(dataset, str) else dataset
         quoted = ["'" + name.replace("'", "''") + "'" for name in names]

@@ -283,6 +283,32 @@ def test_mistakes_are_one_sentence(shell: Shell, kb: Path, corpus: Path, tmp_pat
     assert shell.json("remove", "--id", 10**20, "--kb", kb)["removed"] == 0
 
 
+def test_an_empty_filter_is_a_mistake_and_not_every_pair(shell: Shell, kb: Path) -> None:
+    for where in ("", " "):
+        assert "the filter is empty" in shell.error("remove", "--where", where, "--kb", kb)
+        assert "the filter is empty" in shell.error("query", "red", "--where", where, "--kb", kb)
+    assert shell.json("stats", "--kb", kb)["pairs"] == 30
+
+
+def test_nothing_found_says_why(shell: Shell, kb: Path) -> None:
+    out = shell("query", "red", "--kb", kb, "--where", "width = 1")[1]
+    assert "nothing found" in out
+    assert "the filter leaves 0 pairs" in out
+
+
+def test_a_file_without_queries_and_a_huge_k_are_mistakes(shell: Shell, kb: Path, tmp_path: Path) -> None:
+    (tmp_path / "none.txt").write_text("\n \n")
+    assert "is empty" in shell.error("query", "--queries", tmp_path / "none.txt", "--kb", kb)
+    assert "is empty" in shell.error("compare", kb, kb, "--queries", tmp_path / "none.txt")
+    assert "k must be at most" in shell.error("query", "red", "--by", "bm25", "--kb", kb, "-k", 10**22)
+
+
+def test_a_page_is_announced_to_people_only(shell: Shell, kb: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    assert str(page) in shell("query", "red", "--by", "bm25", "--kb", kb, "--html", page)[2]
+    assert shell("query", "red", "--by", "bm25", "--kb", kb, "--html", page, "--json")[2] == ""
+
+
 def test_bad_samples_pass_up_to_the_share_that_is_allowed(shell: Shell, tmp_path: Path) -> None:
     members = [item for i in range(8) for item in sample(i).items()]
     write_tar(tmp_path / "d" / "a.tar", [*members, ("x.png", b"?"), ("x.txt", b"x")])
@@ -322,6 +348,7 @@ def test_the_model_is_found_again_when_it_has_moved(
         ["build", "x"],
         ["query", "--kb", "kb"],
         ["query", "x", "--kb", "kb", "-k", "0"],
+        ["query", "x", "--kb", "kb", "--seed", "3"],
         ["query", "x", "--kb", "kb", "--by", "magic"],
         ["build", "x", "--kb", "kb", "--max-bad-fraction", "2"],
         ["build", "x", "--kb", "kb", "--searcher", "faiss"],
