@@ -7,6 +7,7 @@ that its owner deleted is no fault of the knowledge base.
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from jaxtyping import Float32
 
-from index.embedder import Embedder, decode_scaled
+from index.embedder import Embedder, Prepared, decode_scaled
 from index.errors import CorpusError, ImageError, KnowledgeBaseError
 from index.images import try_read_images
 from index.knowledge_base import ADDED_SHARD
@@ -25,8 +26,6 @@ from index.search.searcher import Searcher
 from index.search.words import Tokenizer
 
 if TYPE_CHECKING:
-    import PIL.Image
-
     from index.ingest.shards import Shard
     from index.knowledge_base import KnowledgeBase
 
@@ -187,20 +186,22 @@ def _cosines(
     rows: Sequence[tuple[StoredPair, bytes]], embedder: Embedder, side: int | None
 ) -> Float32[np.ndarray, " n"]:
     """Between each stored vector and the image embedded now; -1 for what does not decode (any more)."""
+
+    def prepare(content: bytes) -> Prepared | None:
+        try:
+            return embedder.prepare(decode_scaled(content, side=side)[0])
+        except CorpusError:
+            return None
+
+    with ThreadPoolExecutor() as threads:  # each holds one decoded image, which may be large, and lets it go
+        prepared = list(threads.map(prepare, [content for _, content in rows]))
     cosines = np.full(len(rows), -1, dtype=np.float32)
-    images = {i: image for i, (_, content) in enumerate(rows) if (image := _decoded(content, side)) is not None}
-    if images:
-        again = embedder.images(list(images.values()))
-        stored = np.stack([np.asarray(rows[i][0].vector) for i in images])
-        cosines[list(images)] = np.einsum("nd,nd->n", again, stored)
+    good = [i for i, one in enumerate(prepared) if one is not None]
+    if good:
+        again = embedder.embed([one for one in prepared if one is not None])
+        stored = np.stack([np.asarray(rows[i][0].vector) for i in good])
+        cosines[good] = np.einsum("nd,nd->n", again, stored)
     return cosines
-
-
-def _decoded(content: bytes, side: int | None) -> "PIL.Image.Image | None":
-    try:
-        return decode_scaled(content, side=side)[0]
-    except CorpusError:
-        return None
 
 
 class _Sources:

@@ -14,6 +14,7 @@ from index.errors import CorpusError
 from index.ingest.readers import Shard
 from index.ingest.sources import FRAGMENT
 from index.records import ShardRecord, StoredPair
+from index.search.ids import contains
 from index.store import PairStore
 
 
@@ -118,9 +119,7 @@ class KnownIds:
         """Those of `ids` that are in the set."""
         found = np.zeros(len(ids), bool)
         for part in self._parts:
-            if len(part):
-                positions = np.minimum(np.searchsorted(part, ids), len(part) - 1)
-                found |= part[positions] == ids
+            found |= contains(part, ids)
         return ids[found]
 
     def add(self, ids: Int64[np.ndarray, " n"]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from index.cli import make_app
+from index.embedder import decode_scaled
 from index.ingest.build import BuildConfig, build
 from index.knowledge_base import KnowledgeBase
 from index.search.lexical import _fts_segments
@@ -94,6 +96,22 @@ def test_what_is_whole_is_sound(base: KnowledgeBase) -> None:
         "ledger": 2,
     }
     assert report.checked["searcher"] >= 5 * PAIRS
+
+
+def test_decoded_images_are_let_go_one_by_one(base: KnowledgeBase, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: weakref.WeakValueDictionary[int, PIL.Image.Image] = weakref.WeakValueDictionary()
+    most = []
+
+    def decode(content: bytes, *, side: int | None) -> tuple[PIL.Image.Image, tuple[int, int]]:
+        image, size = decode_scaled(content, side=side)
+        alive[id(image)] = image
+        most.append(len(alive))
+        return image, size
+
+    monkeypatch.setattr("index.verify.decode_scaled", decode)
+    assert verify(base).is_sound
+    assert len(most) == PAIRS
+    assert max(most) < PAIRS
 
 
 def test_a_sample_is_drawn_by_its_seed(base: KnowledgeBase) -> None:
