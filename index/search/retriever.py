@@ -145,7 +145,9 @@ class Retriever:
         by = checked_by(by, text, has_vector=has_vector)
         if decompose != "off" and has_vector:
             raise QueryError("decompose splits a text; give no image and no vector with it")
+        view = self._current()
         request = self._request(
+            view,
             trace,
             k=k,
             by=by,
@@ -157,14 +159,13 @@ class Retriever:
             diversity=diversity,
             decompose=decompose,
         )
-        view = self._current()
         excluded = distinct(id_array(exclude), view.repeats_of(id_array(exclude_group_of)))
         if has_vector or text is None:
             row = self._query_vector(image, vector, trace) if request.uses_clip else None
             asked = Asked(queries=[Query(text=text, vector=row, exclude=excluded)])
         else:
-            (asked,) = self._asked([text], None, [excluded], request, trace=trace)
-        (hits,) = self._answer([asked], request, trace, lexical=view.lexical(by))
+            (asked,) = self._asked([text], None, [excluded], request, view=view, trace=trace)
+        (hits,) = self._answer([asked], request, view, trace, lexical=view.lexical(by))
         matching = len(view.ids) if request.subset is None else len(request.subset.ids)
         return SearchResult(
             hits=hits,
@@ -193,8 +194,8 @@ class Retriever:
         trace = Trace()
         has_vector = image is not None or vector is not None
         by = checked_by(by, text, has_vector=has_vector)
-        request = self._request(trace, k=1, by=by, fusion=fusion, exact=True, where=where, dataset=dataset)
         view = self._current()
+        request = self._request(view, trace, k=1, by=by, fusion=fusion, exact=True, where=where, dataset=dataset)
         among = view.ids if request.subset is None else request.subset.ids
         if pair_id not in among:
             return None
@@ -202,7 +203,7 @@ class Retriever:
         if request.uses_clip:
             row = self._query_vector(image, vector, trace) if has_vector else self._embed([str(text)], trace)[0]
         query = Query(text=text, vector=row, exclude=id_array(()))
-        (ranked,) = self._rank([query], request, trace, depth=len(among), lexical=view.lexical(by))
+        (ranked,) = self._rank([query], request, view, trace, depth=len(among), lexical=view.lexical(by))
         return _standing(ranked, pair_id, of=len(among))
 
     def contributions(self, text: str, pair_ids: Sequence[int]) -> list[dict[str, float]]:
@@ -247,8 +248,9 @@ class Retriever:
             return []
         for text in texts:
             checked_by(by, text, has_vector=vectors is not None)
-        trace = Trace()
+        trace, view = Trace(), self._current()
         request = self._request(
+            view,
             trace,
             k=k,
             by=by,
@@ -261,11 +263,12 @@ class Retriever:
             decompose=decompose,
         )
         rows = unit_rows(vectors) if vectors is not None else None
-        asked = self._asked(texts, rows, self._exclusions(len(texts), exclude, exclude_group_of), request, trace=trace)
-        lexical = self._current().lexical(by, many=len(texts) > 1)
+        excluded = _exclusions(view, len(texts), exclude, exclude_group_of)
+        asked = self._asked(texts, rows, excluded, request, view=view, trace=trace)
+        lexical = view.lexical(by, many=len(texts) > 1)
         hits: list[list[Hit]] = []
         for start in range(0, len(asked), _EMBED_BATCH):
-            hits += self._answer(asked[start : start + _EMBED_BATCH], request, trace, lexical=lexical)
+            hits += self._answer(asked[start : start + _EMBED_BATCH], request, view, trace, lexical=lexical)
         return hits
 
     @property
@@ -277,6 +280,7 @@ class Retriever:
 
     def _request(
         self,
+        view: View,
         trace: Trace,
         *,
         k: int,
@@ -287,7 +291,7 @@ class Retriever:
     ) -> Request:
         request = Request(k=k, by=by, **options)
         check_request(request)
-        if not len(self._current().ids):
+        if not len(view.ids):
             raise KnowledgeBaseError(
                 "the knowledge base is empty; add pairs with `radt index build` or `radt index add`"
             )
@@ -295,7 +299,7 @@ class Retriever:
         if wanted is None:
             return request
         with trace("filter"):
-            return replace(request, subset=self._current().subset(wanted))
+            return replace(request, subset=view.subset(wanted))
 
     def _asked(
         self,
@@ -304,13 +308,14 @@ class Retriever:
         excluded: Sequence[Int64[ndarray, " _"]],
         request: Request,
         *,
+        view: View,
         trace: Trace,
     ) -> list[Asked]:
         """Every text as what is searched for: itself, or what it is decomposed into; embedded unless `rows` are."""
         parts, corpus = [[text] for text in texts], None
         if request.decompose != "off":
             with trace("decompose"):
-                corpus = self._corpus(many=len(texts) > 1)
+                corpus = _corpus(view, many=len(texts) > 1)
                 cut = phrases if request.decompose == "phrases" else lambda text, corpus: [subject(text)]
                 parts = [cut(text, corpus) for text in texts]
         if request.uses_clip and rows is None:
@@ -326,21 +331,6 @@ class Retriever:
                 corpus=corpus,
             )
             for each, exclude in zip(parts, excluded, strict=True)
-        ]
-
-    def _exclusions(
-        self,
-        num: int,
-        exclude: Sequence[Collection[int]] | None,
-        exclude_group_of: Sequence[Collection[int]] | None,
-    ) -> list[Int64[ndarray, " _"]]:
-        repeats_of = self._current().repeats_of
-        return [
-            distinct(
-                id_array(exclude[i] if exclude is not None else ()),
-                repeats_of(id_array(exclude_group_of[i] if exclude_group_of is not None else ())),
-            )
-            for i in range(num)
         ]
 
     def _query_vector(
@@ -376,15 +366,16 @@ class Retriever:
 
     # From a request to hits
 
-    def _answer(self, asked: Sequence[Asked], request: Request, trace: Trace, *, lexical: Lexical) -> list[list[Hit]]:
-        view = self._current()
+    def _answer(
+        self, asked: Sequence[Asked], request: Request, view: View, trace: Trace, *, lexical: Lexical
+    ) -> list[list[Hit]]:
         rows = len(view.ids) if request.subset is None else len(request.subset.ids)
         depth = rows if request.exact else request.depth
         answers: list[list[Hit]] = [[] for _ in asked]
         pending = list(range(len(asked))) if rows else []
         while pending:
             queries = [query for position in pending for query in asked[position].queries]
-            ranked = iter(self._rank(queries, request, trace, depth=depth, lexical=lexical))
+            ranked = iter(self._rank(queries, request, view, trace, depth=depth, lexical=lexical))
             own = [[next(ranked) for _ in asked[position].queries] for position in pending]
             with trace("diversity"):
                 arranged = [arrange(asked[p], lists, request, view) for p, lists in zip(pending, own, strict=True)]
@@ -405,7 +396,7 @@ class Retriever:
         return answers
 
     def _rank(
-        self, queries: Sequence[Query], request: Request, trace: Trace, *, depth: int, lexical: Lexical
+        self, queries: Sequence[Query], request: Request, view: View, trace: Trace, *, depth: int, lexical: Lexical
     ) -> list[Candidates]:
         """Score and order the candidates of every query."""
         vectors = (
@@ -415,16 +406,16 @@ class Retriever:
         by_words = [RankedList()] * len(queries)
         if vectors is not None:
             with trace("vector"):
-                by_vector = self._search_vectors(vectors, queries, request, trace, depth=depth)
+                by_vector = _search_vectors(vectors, queries, request, view, trace=trace, depth=depth)
         if request.uses_words:
             with trace("lexical"):
-                by_words = self._search_words(queries, lexical, request, trace, depth=depth)
+                by_words = _search_words(queries, lexical, request, view, trace=trace, depth=depth)
         ids = [distinct(one.ids, other.ids) for one, other in zip(by_vector, by_words, strict=True)]
         clips: list[Float64[ndarray, " n"]] | None = None
         words: list[Float64[ndarray, " n"]] | None = None
         if vectors is not None:
             with trace("vector"):
-                clips = self._current().complete_clip(vectors, ids, by_vector)
+                clips = view.complete_clip(vectors, ids, by_vector)
         if request.uses_words:
             with trace("lexical"):
                 words = [
@@ -447,32 +438,6 @@ class Retriever:
                 trace.lists["thresholds"] = [candidates.ids for candidates in ranked]
         return ranked
 
-    def _search_vectors(
-        self, vectors: Queries, queries: Sequence[Query], request: Request, trace: Trace, *, depth: int
-    ) -> list[RankedList]:
-        spare = max(len(query.exclude) for query in queries)
-        found = self._current().search(vectors, top_k=depth + spare, subset=request.subset, exact=request.exact)
-        trace.examined = found.examined
-        listed = [
-            RankedList(ids=i[i >= 0], scores=s[i >= 0].astype(np.float64))
-            for i, s in zip(found.ids, found.scores, strict=True)
-        ]
-        return without_excluded(listed, queries, trace, "vector", depth=depth)
-
-    def _search_words(
-        self, queries: Sequence[Query], lexical: Lexical, request: Request, trace: Trace, *, depth: int
-    ) -> list[RankedList]:
-        top_k = depth + max(len(query.exclude) for query in queries)
-        texts = [query.text or "" for query in queries]
-        rankings = words_within(lexical, texts, request.subset, top_k=top_k, rows=len(self._current().ids))
-        listed = [RankedList(ids=ids, scores=scores) for ids, scores in rankings]
-        return without_excluded(listed, queries, trace, "words", depth=depth)
-
-    def _corpus(self, *, many: bool) -> Corpus:
-        lexical = self._current().lexical("bm25", many=many)
-        assert isinstance(lexical, CountedWords), type(lexical)
-        return Corpus(lexical)
-
     def _fetch(self, ranked: Sequence[Candidates], k: int, trace: Trace) -> list[list[Hit]]:
         """The first k candidates of each query that show different images."""
         rows: dict[int, StoredPair] = {}
@@ -493,6 +458,50 @@ class Retriever:
         if self._view is None or self._view.version != self.store.version:
             self._view = self._make_view()
         return self._view
+
+
+def _exclusions(
+    view: View,
+    num: int,
+    exclude: Sequence[Collection[int]] | None,
+    exclude_group_of: Sequence[Collection[int]] | None,
+) -> list[Int64[ndarray, " _"]]:
+    return [
+        distinct(
+            id_array(exclude[i] if exclude is not None else ()),
+            view.repeats_of(id_array(exclude_group_of[i] if exclude_group_of is not None else ())),
+        )
+        for i in range(num)
+    ]
+
+
+def _search_vectors(
+    vectors: Queries, queries: Sequence[Query], request: Request, view: View, *, trace: Trace, depth: int
+) -> list[RankedList]:
+    spare = max(len(query.exclude) for query in queries)
+    found = view.search(vectors, top_k=depth + spare, subset=request.subset, exact=request.exact)
+    trace.examined = found.examined
+    listed = [
+        RankedList(ids=i[i >= 0], scores=s[i >= 0].astype(np.float64))
+        for i, s in zip(found.ids, found.scores, strict=True)
+    ]
+    return without_excluded(listed, queries, trace, "vector", depth=depth)
+
+
+def _search_words(
+    queries: Sequence[Query], lexical: Lexical, request: Request, view: View, *, trace: Trace, depth: int
+) -> list[RankedList]:
+    top_k = depth + max(len(query.exclude) for query in queries)
+    texts = [query.text or "" for query in queries]
+    rankings = words_within(lexical, texts, request.subset, top_k=top_k, rows=len(view.ids))
+    listed = [RankedList(ids=ids, scores=scores) for ids, scores in rankings]
+    return without_excluded(listed, queries, trace, "words", depth=depth)
+
+
+def _corpus(view: View, *, many: bool) -> Corpus:
+    lexical = view.lexical("bm25", many=many)
+    assert isinstance(lexical, CountedWords), type(lexical)
+    return Corpus(lexical)
 
 
 def _standing(ranked: Candidates, pair_id: int, *, of: int) -> Standing | None:

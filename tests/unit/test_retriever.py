@@ -293,6 +293,22 @@ def test_exact_search_does_not_load_vectors_that_take_much_memory(
     assert streamed.standing(expected.hits[4].id, "red dog", **asked) == place
 
 
+@pytest.mark.parametrize("many", [False, True])
+def test_one_query_sees_the_store_of_one_moment(store: PairStore, monkeypatch: pytest.MonkeyPatch, many: bool) -> None:
+    monkeypatch.setattr(module, "has_fts", lambda store: False)  # words are read once, and vectors too
+    retriever = exact_retriever(store)
+    first = retriever.search("red dog", k=3).hits
+    embed = HashEmbedder.texts
+
+    def meanwhile(embedder: HashEmbedder, texts: list[str]) -> Any:
+        store.remove([first[0].id])  # as by another thread
+        return embed(embedder, texts)
+
+    monkeypatch.setattr(HashEmbedder, "texts", meanwhile)
+    hits = retriever.search_many(["red dog"], k=2)[0] if many else retriever.search("red dog", k=2).hits
+    assert [hit.id for hit in hits] == [hit.id for hit in first[1:]]
+
+
 def test_a_replaced_row_is_searched_by_its_new_vector(store: PairStore) -> None:
     retriever = exact_retriever(store)
     old = store.get([pair_id("toys", "s", "5")], vectors=True)[0]
