@@ -8,8 +8,8 @@ import json
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -146,11 +146,12 @@ def build(
             meter=meter,
         )
         landing = _Landing(kb.store, ledger, tally, on_shard, claims=claims)
-        try:
-            for shard in staged:
-                landing.take(shard)
-        finally:  # what is whole lands, also when the build is interrupted
-            landing.commit()
+        with closing(staged):  # when landing fails, reading and decoding stop at once
+            try:
+                for shard in staged:
+                    landing.take(shard)
+            finally:  # what is whole lands, also when the build is interrupted
+                landing.commit()
         meter.note = "all is read in; making it searchable"
         searcher = _finish(kb, sources, config, ledger=ledger, tally=tally) if config.part is None else None
     seconds, progress = time.perf_counter() - started, meter.progress
@@ -203,7 +204,7 @@ def _finish(
     return searcher
 
 
-def _engine(config: BuildConfig) -> Callable[..., Iterator[StagedShard]]:
+def _engine(config: BuildConfig) -> Callable[..., Generator[StagedShard, None, None]]:
     """Who turns shards into staged rows."""
     if config.engine == "local":
         return run_local

@@ -74,7 +74,7 @@ def run_local(
     workers: int | None = None,
     keep: KeepImages | None = None,
     meter: Meter | None = None,
-) -> Iterator[StagedShard]:
+) -> Generator[StagedShard, None, None]:
     """Stage shards, given with stamp and digest, on this machine: threads read and decode, one embeds, one writes.
 
     `on_batch` hears how many images go into the network, `meter` where the time goes. `claim` sees the rows before

@@ -9,7 +9,7 @@ import os
 import socket
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -63,7 +63,7 @@ def run_ray(
     keep: KeepImages | None = None,
     meter: Meter | None = None,
     address: str | None = None,
-) -> Iterator[StagedShard]:
+) -> Generator[StagedShard, None, None]:
     """Stage shards, given with stamp and digest ("": the worker takes it), on a Ray cluster, in the order they end in.
 
     `workers` is how many at most; by default one for each GPU, or for every four processors when there is no GPU.

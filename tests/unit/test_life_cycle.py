@@ -2,15 +2,17 @@
 
 import json
 import sys
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from subprocess import PIPE, Popen
 
 import lance
+import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -20,7 +22,7 @@ from index.errors import KnowledgeBaseError, QueryError
 from index.ingest.build import BuildConfig, BuildReport, build
 from index.ingest.engines import StagedShard, run_local
 from index.knowledge_base import FORMAT, KnowledgeBase, Manifest
-from index.records import table_schema
+from index.records import ShardRecord, table_schema
 from index.search.lexical import FTS_NAME
 from index.search.retriever import Retriever
 from index.store import PairStore, Rewrite
@@ -161,7 +163,7 @@ def test_the_grouping_does_not_show_in_the_table(corpus: Path, tmp_path: Path, m
 def test_whole_shards_land_when_a_later_one_fails(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(*args: object, **kwargs: object) -> Iterator[StagedShard]:
+    def interrupted(*args: object, **kwargs: object) -> Generator[StagedShard, None, None]:
         staged = run_local(*args, **kwargs)  # type: ignore[arg-type]
         yield next(staged)
         yield next(staged)
@@ -173,6 +175,25 @@ def test_whole_shards_land_when_a_later_one_fails(
             build_at(tmp_path / "kb", corpus)
     assert PairStore(tmp_path / "kb").count() == 10
     assert build_at(tmp_path / "kb", corpus).shards_done == 1
+
+
+def test_nothing_is_read_on_when_a_shard_cannot_land(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow(HashEmbedder):
+        def embed(self, prepared: Sequence[np.ndarray]) -> np.ndarray:
+            time.sleep(0.05)
+            return super().embed(prepared)
+
+    def fail(record: ShardRecord) -> None:
+        raise RuntimeError(record.shard)
+
+    monkeypatch.setattr("index.ingest.build.GROUP_ROWS", 1)
+    monkeypatch.setattr("index.ingest.engines.AHEAD_CHUNKS", 0)  # so that the reader is not done long before
+    write_img2dataset(tmp_path / "pets", shards=20, per_shard=1)
+    kb = KnowledgeBase.create(tmp_path / "kb", Slow())
+    with pytest.raises(RuntimeError, match="00000") as held:
+        build(kb, [str(tmp_path / "pets")], BuildConfig(workers=1), on_shard=fail)
+    assert held.tb is not None  # a notebook keeps it, too
+    assert "read-shards" not in {thread.name for thread in threading.enumerate()}
 
 
 def test_pairs_of_shards_that_vanished_stay_until_they_are_pruned(corpus: Path, tmp_path: Path) -> None:
