@@ -222,13 +222,17 @@ class PairStore:
 
     def bad_samples(self, where: str | None = None, *, limit: int | None = None) -> list[BadSample]:
         """The quarantine, or what an SQL filter over `dataset`, `shard`, `key`, `image_offset`, `reason` leaves."""
+        return list(self.each_bad_sample(where, limit=limit))
+
+    def each_bad_sample(self, where: str | None = None, *, limit: int | None = None) -> Iterator[BadSample]:
+        """`bad_samples`, a few in memory at once."""
         columns = ["shard", "key", "image_offset", "reason"]
         with _filter_errors(where):
-            rows = self._dataset.to_table(columns=columns, filter=_bad_where(where), limit=limit).to_pylist()
-        return [
-            BadSample(shard=row["shard"], key=row["key"], offset=row["image_offset"], reason=row["reason"])
-            for row in rows
-        ]
+            for batch in self._dataset.to_batches(columns=columns, filter=_bad_where(where), limit=limit):
+                for row in batch.to_pylist():
+                    yield BadSample(
+                        shard=row["shard"], key=row["key"], offset=row["image_offset"], reason=row["reason"]
+                    )
 
     def count_bad(self) -> int:
         """Size of the quarantine."""

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from index.atomic import one_sentence, write_bytes
+from index.atomic import new_file, one_sentence
 from index.errors import ConfigError, CorpusError
 from index.ingest.decode import KeepImages
 from index.ingest.engines import StagedShard, run_local
@@ -331,11 +331,14 @@ def _first_reason(store: PairStore, records: Sequence[ShardRecord]) -> str:
 def _write_quarantine(store: PairStore) -> None:
     """The quarantine as a file, for people and scripts; the rows of the table are what counts."""
     path = store.directory / QUARANTINE
-    bad = store.bad_samples()
-    if bad or path.exists():
-        lines = [json.dumps(asdict(sample), ensure_ascii=False) + "\n" for sample in bad]
-        with one_sentence(store.directory):
-            write_bytes(path, "".join(lines).encode())
+    if store.count_bad() or path.exists():
+        lines = (json.dumps(asdict(sample), ensure_ascii=False) + "\n" for sample in store.each_bad_sample())
+        with (
+            one_sentence(store.directory),
+            new_file(path) as partial,
+            partial.open("w", encoding="utf-8", newline="\n") as file,
+        ):
+            file.writelines(lines)
 
 
 def check_sources(sources: Sequence[str], directory: Path) -> None:

@@ -175,7 +175,7 @@ def test_a_second_build_is_told_of_the_first(corpus: Path, tmp_path: Path) -> No
     [
         ("lance.fragment.write_fragments", OSError("LanceError(IO): No space left on device (os error 28), disk.rs:1")),
         ("lance.LanceDataset.commit", OSError("LanceError(IO): No space left on device (os error 28), disk.rs:1")),
-        ("index.ingest.build.write_bytes", OSError(errno.ENOSPC, "No space left on device")),
+        ("index.ingest.build.new_file", OSError(errno.ENOSPC, "No space left on device")),
         ("index.knowledge_base.build_searcher", OSError(errno.ENOSPC, "No space left on device")),
     ],
 )
