@@ -22,12 +22,11 @@ from index.embedder import Embedder
 from index.errors import KnowledgeBaseError, QueryError
 from index.records import Hit, StoredPair
 from index.search.duplicates import Duplicates
-from index.search.fusion import best_first
 from index.search.ids import contains, distinct
-from index.search.lexical import LanceBM25, Lexical, RankBM25, Ranking, Subset, TfIdf, coarse, has_fts
+from index.search.lexical import LanceBM25, Lexical, RankBM25, Ranking, Subset, TfIdf, best_of, has_fts
 from index.search.retriever import Retriever, SearchResult
 from index.search.searcher import Queries
-from index.search.view import Found, RankedList, View, lexical_kind, merge
+from index.search.view import Found, RankedList, View, lexical_kind, merge, with_same_bytes
 from index.search.words import Statistics
 
 if TYPE_CHECKING:
@@ -191,12 +190,7 @@ class JoinedView:
 
     def repeats_of(self, ids: Int64[ndarray, " n"]) -> Int64[ndarray, " m"]:
         """As `View.repeats_of`, in every part by the bytes of the image as well: the parts were grouped apart."""
-        members = self.duplicates.members(ids)
-        digests = {pair.sha256 for pair in self._joined.get(members)} - {None}
-        if not digests:
-            return members
-        quoted = ", ".join(f"'{digest}'" for digest in sorted(map(str, digests)))
-        return distinct(members, self._joined.matching_ids(f"image_sha256 IN ({quoted})"))
+        return with_same_bytes(self._joined, self.duplicates.members(ids))
 
     def search(self, queries: Queries, *, top_k: int, subset: Subset | None, exact: bool) -> Found:
         """As `View.search`: every part's best, merged."""
@@ -248,9 +242,7 @@ class JoinedBM25:
             _search_own_words(part, own, corpus, query, top_k=top_k, within=_part_of(within, own))
             for part, own in zip(self._parts, self._own, strict=True)
         ]
-        ids, scores = np.concatenate([ids for ids, _ in found]), np.concatenate([scores for _, scores in found])
-        order = best_first(ids, coarse(scores))[:top_k]
-        return ids[order], scores[order]
+        return best_of(found, top_k)
 
     def search_many(self, queries: Sequence[str], *, top_k: int, within: Subset | None = None) -> list[Ranking]:
         """As `Lexical.search_many`."""

@@ -88,7 +88,7 @@ class LanceBM25:
             level = coarse(scores)
             if len(ids) < limit or level[-1] < level[top_k - 1]:
                 break
-        return _best_of([(ids, scores), self._search_tail(query, within)], top_k)
+        return best_of([(ids, scores), self._search_tail(query, within)], top_k)
 
     def search_many(self, queries: Sequence[str], *, top_k: int, within: Subset | None = None) -> list[Ranking]:
         """As `Lexical.search_many`, several at a time: Lance searches outside Python's lock."""
@@ -107,7 +107,7 @@ class LanceBM25:
         limit = top_k + _SPARE_TIES
         while True:
             ids, own = self.search(query, top_k=limit, within=within)
-            ranking = _best_of([(ids, self.scores(query, ids, corpus=corpus))], top_k)
+            ranking = best_of([(ids, self.scores(query, ids, corpus=corpus))], top_k)
             if len(ids) < limit or coarse(ranking[1])[-1] > bound * own[-1]:
                 return ranking
             limit *= 4
@@ -436,7 +436,7 @@ def _id_in(ids: Int64[ndarray, " n"]) -> str:
     return f"id IN ({', '.join(map(str, ids.tolist()))})" if len(ids) else "false"
 
 
-def _best_of(rankings: Sequence[tuple[Int64[ndarray, " _"], Float64[ndarray, " _"]]], top_k: int) -> Ranking:
+def best_of(rankings: Sequence[tuple[Int64[ndarray, " _"], Float64[ndarray, " _"]]], top_k: int) -> Ranking:
     """The best of several rankings of different captions."""
     ids = np.concatenate([ids for ids, _ in rankings])
     scores = np.concatenate([scores for _, scores in rankings])

@@ -179,16 +179,11 @@ class _Copies:
         by_mark = np.argsort(np.concatenate(marks), kind="stable")
         self._ids, self._marks = np.concatenate(ids)[by_mark], np.concatenate(marks)[by_mark]
         self._by_id = np.argsort(self._ids)
-        self._duplicates = duplicates = kb.retriever.view.duplicates
-        by_group = np.argsort(duplicates.groups, kind="stable")
-        self._members, self._groups = duplicates.ids[by_group], duplicates.groups[by_group]
+        self._duplicates = kb.retriever.view.duplicates
 
     def of(self, pair: Pair) -> list[int]:
         """The pair itself, the pairs of the same bytes, and all that are in a duplicate group with one of those."""
-        same = np.union1d(self._same_bytes(pair), np.array([pair.id]))
-        groups = np.unique(self._duplicates.group_of(same))
-        alike = [_equal(self._groups, self._members, group) for group in groups]
-        return np.unique(np.concatenate([same, *alike])).tolist()
+        return self._duplicates.members(np.append(self._same_bytes(pair), pair.id)).tolist()
 
     def _same_bytes(self, pair: Pair) -> Int64[ndarray, " n"]:
         """By the bytes of the pair or, without those, by what is stored of it."""

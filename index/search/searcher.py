@@ -230,11 +230,6 @@ class ExactStream:
         return merge_answers(held, top_k=top_k)
 
 
-def exact_search(store: "PairStore", queries: Queries, *, top_k: int, where: str | None = None) -> tuple[Ids, Scores]:
-    """The true `top_k` among the rows of the store as they are now, or among those that a filter leaves; streamed."""
-    return ExactStream(store, where).search(queries, top_k=top_k)
-
-
 def merge_answers(answers: Sequence[tuple[Any, Any]], *, top_k: int) -> tuple[Ids, Scores]:
     """The best of several answers, ids and scores [q, any number], over disjoint rows; equal scores by id."""
     ids = np.concatenate([found for found, _ in answers], axis=1)

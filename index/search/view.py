@@ -19,6 +19,7 @@ from index.search.searcher import (
     Scores,
     Searcher,
     exact_searcher,
+    merge_answers,
     padded,
 )
 from index.search.sizes import default_ram
@@ -212,11 +213,7 @@ class StoreView:
             return members
         if self.duplicates.manifest is not None and self._tail is None:
             return members
-        digests = {pair.sha256 for pair in self._store.get(members)} - {None}
-        if not digests:
-            return members
-        quoted = ", ".join(f"'{digest}'" for digest in sorted(map(str, digests)))
-        return distinct(members, self._store.matching_ids(f"image_sha256 IN ({quoted})"))
+        return with_same_bytes(self._store, members)
 
     def _make_lexical(self, kind: str) -> Lexical:
         if kind == "lance":
@@ -297,6 +294,15 @@ def lexical_kind(by: str, *, rows: int, many: bool, indexed: bool) -> Literal["l
     return "memory" if (many and rows <= _IN_MEMORY_WORDS) or not indexed else "lance"
 
 
+def with_same_bytes(store: Any, ids: Int64[ndarray, " n"]) -> Int64[ndarray, " m"]:
+    """These rows of a PairStore, or of several as one, and every row whose image is one of theirs byte for byte."""
+    digests = {pair.sha256 for pair in store.get(ids)} - {None}
+    if not digests:
+        return ids
+    quoted = ", ".join(f"'{digest}'" for digest in sorted(map(str, digests)))
+    return distinct(ids, store.matching_ids(f"image_sha256 IN ({quoted})"))
+
+
 def _newer_rows(store: "PairStore", searcher: Searcher) -> tuple[Int64[ndarray, " new"], Float32[ndarray, "new d"]]:
     """The rows written since the searcher was built."""
     if searcher.snapshot is not None:
@@ -337,8 +343,5 @@ def merge(answers: Sequence[Found], top_k: int) -> Found:
     """The best of several answers over disjoint rows."""
     if len(answers) == 1:
         return answers[0]
-    ids = np.concatenate([answer.ids for answer in answers], axis=1)
-    scores = np.concatenate([answer.scores for answer in answers], axis=1)
-    order = np.lexsort((ids, -scores), axis=1)[:, :top_k]
-    ids, scores = np.take_along_axis(ids, order, axis=1), np.take_along_axis(scores, order, axis=1)
+    ids, scores = merge_answers([(answer.ids, answer.scores) for answer in answers], top_k=top_k)
     return Found(ids, scores, examined=sum(answer.examined for answer in answers))

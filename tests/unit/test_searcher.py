@@ -19,7 +19,6 @@ from index.search.searcher import (
     ExactStream,
     SearcherManifest,
     build_searcher,
-    exact_search,
     is_as_planned,
     open_searcher,
     recall,
@@ -219,14 +218,14 @@ def test_a_stream_keeps_to_the_ids_it_is_given() -> None:
     assert all(map(np.array_equal, streamed, expected))
 
 
-def test_exact_search_streams_a_store_and_its_filter(tmp_path: Path) -> None:
+def test_a_store_and_its_filter_are_streamed(tmp_path: Path) -> None:
     store = filled_store(tmp_path, 50)
     ids, vectors = store.ids_and_vectors()
-    found, scores = exact_search(store, vectors[:3], top_k=4)
+    found, scores = ExactStream(store).search(vectors[:3], top_k=4)
     expected = ExactSearcher(ids, vectors).search(vectors[:3], top_k=4)
     assert np.array_equal(found, expected[0])
     assert np.array_equal(scores, expected[1])
-    chosen, _ = exact_search(store, vectors[:3], top_k=50, where="key < '00010'")
+    chosen, _ = ExactStream(store, "key < '00010'").search(vectors[:3], top_k=50)
     assert {i for i in chosen[0].tolist() if i >= 0} == set(ids[:10].tolist())
 
 
