@@ -1,5 +1,6 @@
 """`radt index build`."""
 
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -118,6 +119,8 @@ def add_build(app: typer.Typer, default_model: str | None) -> None:
         print_json(report.to_json()) if as_json else _print_report(report)
         if part:
             say(f"part {part} is in; after the last one, the same command without --part makes the searcher")
+        elif report.pairs_added and not as_json:
+            say(f"ask it: radt index query TEXT --kb {shlex.quote(str(kb))}")
 
 
 def _open_or_create(kb: Path, model: str | None, default_model: str | None) -> "KnowledgeBase":
@@ -156,13 +159,15 @@ def _live_line(meter: "Meter", *, is_silent: bool) -> Iterator[None]:
 
 
 def _print_report(report: "BuildReport") -> None:
+    from index.search.sizes import gigabytes
+
     rows = {
-        "pairs": f"{report.pairs_total} ({report.pairs_added} added, {report.pairs_per_second:.0f}/s)",
+        "pairs": f"{report.pairs_total:,} ({report.pairs_added:,} added, {report.pairs_per_second:,.0f}/s)",
         "quarantined": str(report.quarantined),
         "shards": f"{report.shards_done} read, {report.shards_unchanged} unchanged, {report.shards_skipped} skipped",
         "layouts": ", ".join(f"{layout} ({count})" for layout, count in report.layouts.items()),
         "searcher": f"{report.searcher}, recall@10 {report.recall_at_10:.3f}" if report.searcher else "not yet",
-        "size": f"{report.bytes / 1e6:.1f} MB",
+        "size": gigabytes(report.bytes),
         "seconds": f"{report.seconds:.1f}",
         "waiting": _waiting(report),
     }

@@ -1,5 +1,6 @@
 """`radt index add`, `remove` and `compact`."""
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -84,6 +85,8 @@ def add_changes(app: typer.Typer, default_model: str | None) -> None:
             print_json({**document, "missing": [str(i) for i in missing], "snapshot": base.store.version})
         else:
             print(f"removed {len(gone)}" + (f"; {len(missing)} were not there" if missing else ""))
+            if gone:
+                say(f"to purge their bytes: radt index compact --kb {shlex.quote(str(kb))}")
 
     @app.command()
     def compact(
@@ -102,9 +105,11 @@ def add_changes(app: typer.Typer, default_model: str | None) -> None:
 
 
 def _print_compaction(report: "CompactReport") -> None:
+    from index.search.sizes import gigabytes
+
     rows = {
-        "pairs": str(report.pairs),
-        "size": f"{report.bytes_before / 1e6:.1f} MB before, {report.bytes_after / 1e6:.1f} MB after",
+        "pairs": f"{report.pairs:,}",
+        "size": f"{gigabytes(report.bytes_before)} before, {gigabytes(report.bytes_after)} after",
         "fragments": f"{report.fragments_before} before, {report.fragments_after} after",
         "versions deleted": str(report.versions_removed),
         "snapshots": ", ".join(report.snapshots) or "none",

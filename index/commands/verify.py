@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from index.commands.options import JsonOption, KbOption, ModelOption, open_for_query, print_json
+from index.commands.options import JsonOption, KbOption, ModelOption, open_for_query, print_json, say
 
 if TYPE_CHECKING:
     from index.verify import Verification
@@ -71,3 +71,5 @@ def _print(report: "Verification") -> None:
     if report.unreadable:
         console.print(escape(f"not readable: {len(report.unreadable):,}, such as {report.unreadable[0]}"))
     console.print("sound" if report.is_sound else f"[red]{len(report.failures):,} broken[/red]")
+    if not report.is_sound:
+        say("take broken pairs down with `radt index remove --id ID`, or build again in another folder")

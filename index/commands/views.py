@@ -92,11 +92,19 @@ def _print_quarantine(document: dict[str, Any]) -> None:
 
 
 def _print_stats(document: dict[str, Any]) -> None:
+    from index.search.sizes import gigabytes
+
     tables = ("snapshots", "searcher_manifest", "bytes_by_part", "quarantined_by_reason", "duplicates", "words")
-    print_table(document["kb"], [(name, plain(value)) for name, value in document.items() if name not in tables])
-    for name in ("quarantined_by_reason", "bytes_by_part"):
-        if document[name]:
-            print_table(name, [(part, str(number)) for part, number in document[name].items()])
+    facts = {name: plain(value) for name, value in document.items() if name not in tables}
+    for name in ("datasets", "layouts"):
+        facts[name] = ", ".join(f"{part} {number:,}" for part, number in document[name].items())
+    facts["bytes"] = gigabytes(document["bytes"])
+    print_table(document["kb"], list(facts.items()))
+    if document["quarantined_by_reason"]:
+        reasons = [(reason, f"{number:,}") for reason, number in document["quarantined_by_reason"].items()]
+        print_table("quarantined_by_reason", reasons)
+    if document["bytes_by_part"]:
+        print_table("bytes_by_part", [(part, gigabytes(size)) for part, size in document["bytes_by_part"].items()])
     if "words" in document:
         print_table("words", [(name, plain(value)) for name, value in document["words"].items()])
     if document["duplicates"]:

@@ -260,6 +260,23 @@ def test_people_get_tables(shell: Shell, kb: Path, corpus: Path) -> None:
     assert "sha256" in shell("show", pair, "--kb", kb)[1]
 
 
+def test_people_are_told_what_comes_next(shell: Shell, corpus: Path, tmp_path: Path) -> None:
+    kb = tmp_path / "my kb"
+    assert f"radt index query TEXT --kb '{kb}'" in shell("build", corpus, "--kb", kb)[2]
+    assert shell("build", corpus, "--kb", kb)[2] == ""  # nothing was added
+    pair = shell.json("query", "red", "--by", "bm25", "--kb", kb)["hits"][0]["id"]
+    assert f"radt index compact --kb '{kb}'" in shell("remove", "--id", pair, "--kb", kb)[2]
+    assert shell("remove", "--id", pair, "--kb", kb, "--json")[2] == ""
+
+
+def test_sizes_are_in_the_unit_that_fits(shell: Shell, kb: Path, corpus: Path) -> None:
+    assert " kB" in shell("build", corpus, "--kb", kb)[1]
+    out = shell("stats", "--kb", kb)[1]
+    assert "pets 30" in out
+    assert " kB" in out
+    assert " kB after" in shell("compact", "--kb", kb)[1]
+
+
 def test_mistakes_are_one_sentence(shell: Shell, kb: Path, corpus: Path, tmp_path: Path, other_clip: Path) -> None:
     assert "did you mean ViT-B-32" in shell.error("build", corpus, "--kb", tmp_path / "new", "--model", "ViT-B32")
     assert not (tmp_path / "new").exists()
