@@ -19,6 +19,7 @@ BATCH_ROWS = 64
 BATCH_BYTES = 64 << 20  # of rows in memory at once
 INSIDE = re.compile(r"^(.*?\.lance)/(?:data|_versions|_deletions|_transactions|_indices|_latest\.manifest)(?:/|$)")
 KNOWLEDGE_BASE = "kb.json"
+FAILURE = re.compile(r"max_retries: |error sending request|os error (?:5|12|13|23|24)\b")  # may pass: it is no damage
 
 
 def find_lance(listing: Listing) -> Iterator[Shard | SkippedShard]:
@@ -97,7 +98,7 @@ def _open(fs: Any, path: str, version: int | None) -> Any:
 
 @contextmanager
 def _one_sentence(what: str) -> Iterator[None]:
-    """Lance raises whatever its Rust code met, even a panic, which is no Exception."""
+    """Lance raises whatever its Rust code met, even a panic, which is no Exception. OSError when storage has failed."""
     try:
         yield
     except CorpusError:
@@ -106,6 +107,8 @@ def _one_sentence(what: str) -> Iterator[None]:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         reason = " ".join(str(error).split())[:200]
+        if FAILURE.search(str(error)):
+            raise OSError(f"{what}: {reason}") from error
         raise CorpusError(f"{what} cannot be read ({reason})") from error
 
 

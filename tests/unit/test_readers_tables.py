@@ -304,6 +304,25 @@ def test_pickled_arrays_are_not_loaded(tmp_path: Path) -> None:
 # Lance
 
 
+@pytest.mark.parametrize(
+    "failure", ["Generic S3 error: GET http://x/y after 10 retries, max_retries: 10", "Input/output error (os error 5)"]
+)
+def test_failing_storage_of_a_lance_table_is_not_taken_for_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: str
+) -> None:
+    write_lance(tmp_path / "t.lance", [{"image": encode(draw(i)), "caption": caption_of(i)} for i in range(3)])
+    (shard,) = shards_of(tmp_path)
+
+    def fail(*_: object) -> None:
+        raise ValueError(f"LanceError(IO): {failure}")  # Lance's own choice of a type
+
+    monkeypatch.setattr("index.ingest.lance_reader._open", fail)
+    with pytest.raises(OSError, match=r"t\.lance: LanceError"):
+        list(shard.samples())
+    with pytest.raises(OSError, match=r"t\.lance: LanceError"):
+        shards_of(tmp_path)
+
+
 def write_lance(path: Path, rows: list[dict[str, Any]], *, dim: int | None = None, per_fragment: int = 3) -> None:
     import lance
 
