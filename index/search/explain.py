@@ -43,7 +43,7 @@ class WhyNot:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExactDifference:
-    """One query answered by the searcher and by comparing every pair; times in milliseconds, once all that fits is loaded."""
+    """One query answered by the searcher and by comparing every pair; times in ms, once what fits is loaded."""
 
     exact: SearchResult
     approximate: SearchResult
