@@ -162,5 +162,5 @@ def unit_rows(vectors: Queries) -> Queries:
 
 
 def id_array(ids: Collection[int]) -> Int64[ndarray, " x"]:
-    """Ids as an array."""
-    return np.fromiter((int(i) for i in ids), dtype=np.int64, count=len(ids))
+    """Ids as an array, but for those that are too large for any row to have."""
+    return np.array([i for i in map(int, ids) if -(2**63) <= i < 2**63], dtype=np.int64)
