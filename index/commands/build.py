@@ -117,6 +117,8 @@ def add_build(app: typer.Typer, default_model: str | None) -> None:
         with _live_line(meter, is_silent=as_json):
             report = build_knowledge_base(base, sources, config, on_wait=say, meter=meter)
         print_json(report.to_json()) if as_json else _print_report(report)
+        if (copy_images or thumbnails) and report.shards_unchanged and not as_json:
+            say("unchanged shards keep what they have: --copy-images and --thumbnails are for shards that are read now")
         if part:
             say(f"part {part} is in; after the last one, the same command without --part makes the searcher")
         elif report.pairs_added and not as_json:
@@ -161,10 +163,11 @@ def _live_line(meter: "Meter", *, is_silent: bool) -> Iterator[None]:
 def _print_report(report: "BuildReport") -> None:
     from index.search.sizes import gigabytes
 
+    shards = f"{report.shards_done} read, {report.shards_unchanged} unchanged, {report.shards_skipped} skipped"
     rows = {
         "pairs": f"{report.pairs_total:,} ({report.pairs_added:,} added, {report.pairs_per_second:,.0f}/s)",
         "quarantined": str(report.quarantined),
-        "shards": f"{report.shards_done} read, {report.shards_unchanged} unchanged, {report.shards_skipped} skipped",
+        "shards": shards + (f", {report.shards_pruned} pruned" if report.shards_pruned else ""),
         "layouts": ", ".join(f"{layout} ({count})" for layout, count in report.layouts.items()),
         "searcher": f"{report.searcher}, recall@10 {report.recall_at_10:.3f}" if report.searcher else "not yet",
         "size": gigabytes(report.bytes),

@@ -58,7 +58,7 @@ def add_views(app: typer.Typer) -> None:
         if as_json:
             print_json(document)
         elif quarantine:
-            _print_quarantine(document)
+            _print_quarantine(document, where)
         else:
             _print_stats(document)
 
@@ -74,9 +74,9 @@ def _quarantine_json(base: "KnowledgeBase", where: str | None, limit: int) -> di
     }
 
 
-def _print_quarantine(document: dict[str, Any]) -> None:
+def _print_quarantine(document: dict[str, Any], where: str | None) -> None:
     if not document["quarantined"]:
-        print("no sample is in quarantine")
+        print("no sample is in quarantine" if where is None else f"no sample in quarantine has {where}")
         return
     print_columns(
         document["kb"], ["reason", "samples"], [(reason, str(n)) for reason, n in document["by_reason"].items()]

@@ -9,7 +9,7 @@ from posixpath import dirname, join, relpath
 from typing import Any
 
 from index.errors import CorpusError, MissingExtraError, UserError, damage
-from index.ingest.shards import Info, Shard, SkippedShard, beside, suffix_of
+from index.ingest.shards import IMAGE_SUFFIXES, Info, Shard, SkippedShard, beside, suffix_of
 
 MAX_PATTERN_FILES = 1_000_000
 WILD = re.compile(r"[*?\[]")
@@ -50,6 +50,8 @@ def choose(source: str) -> Choice:
             files = _files_below(fs, path, path, depth=None)
             _check_ranges(fs, files, source)
             return Choice(fs=fs, root=path, files=files)
+        if any(suffix_of(name) in IMAGE_SUFFIXES for name in names):  # a shard is their folder, never a part of it
+            raise CorpusError(f"{source!r} names single images; name their folder, or add each with a caption")
         is_there = len(names) == 1 and fs.exists(path)  # a name that looks like a pattern, perhaps
         root = dirname(path) if is_there else _common_folder(names)
         files = _files_named(fs, names) if _is_web(fs) else _files_around(fs, root, names, is_there=is_there)

@@ -320,6 +320,21 @@ def test_a_file_without_queries_and_a_huge_k_are_mistakes(shell: Shell, kb: Path
     assert "k must be at most" in shell.error("query", "red", "--by", "bm25", "--kb", kb, "-k", 10**22)
 
 
+def test_build_of_a_single_image_does_not_take_its_whole_folder(shell: Shell, tmp_path: Path) -> None:
+    for i in range(3):
+        (tmp_path / f"{i}.png").write_bytes(encode(draw(i)))
+        (tmp_path / f"{i}.txt").write_text(caption_of(i))
+    for name in ("1.png", "*.png"):
+        assert "names single images" in shell.error("build", tmp_path / name, "--kb", tmp_path / "kb")
+
+
+def test_build_says_what_was_pruned_and_what_was_not_copied(shell: Shell, kb: Path, corpus: Path) -> None:
+    assert "unchanged shards keep what they have" in shell("build", corpus, "--kb", kb, "--copy-images")[2]
+    for file in corpus.glob("00001*"):
+        file.unlink()
+    assert "1 pruned" in shell("build", corpus, "--kb", kb, "--prune")[1]
+
+
 def test_a_page_is_announced_to_people_only(shell: Shell, kb: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     assert str(page) in shell("query", "red", "--by", "bm25", "--kb", kb, "--html", page)[2]
@@ -332,6 +347,8 @@ def test_bad_samples_pass_up_to_the_share_that_is_allowed(shell: Shell, tmp_path
     assert "--max-bad-fraction" in shell.error("build", tmp_path / "d", "--kb", tmp_path / "kb")
     report = shell.json("build", tmp_path / "d", "--kb", tmp_path / "kb", "--max-bad-fraction", "0.2")
     assert (report["pairs_total"], report["quarantined"]) == (8, 1)
+    listed = shell("stats", "--quarantine", "--kb", tmp_path / "kb", "--where", "key = 'other'")[1]
+    assert listed == "no sample in quarantine has key = 'other'\n"
 
 
 def test_an_empty_knowledge_base_cannot_be_asked(shell: Shell, kb: Path) -> None:
