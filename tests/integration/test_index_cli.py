@@ -199,7 +199,7 @@ def test_compare_two_ways_to_ask(shell: Shell, kb: Path, tmp_path: Path) -> None
     assert document["queries"][0]["only_b"] == []
     assert "<section>" in (tmp_path / "sheet.html").read_text()
     assert "rbo" in shell(*words, "--fusion-b", "sum", "--exact-b")[1]
-    assert "there is no query" in shell.error("compare", kb, kb, "--queries", "/dev/null")
+    assert "write one query on each line" in shell.error("compare", kb, kb, "--queries", "/dev/null")
 
 
 def test_compare_before_and_after(shell: Shell, kb: Path, tmp_path: Path) -> None:
