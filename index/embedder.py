@@ -441,7 +441,7 @@ def _open(name: str, pretrained: str | None) -> tuple[Any, Any, Any]:
     from safetensors import SafetensorError
 
     try:
-        with torch.random.fork_rng(devices=[]), _quiet_files():
+        with torch.random.fork_rng(devices=[]), _quiet_files(), _quiet_retries():
             torch.manual_seed(0)
             model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=pretrained)
             return model, open_clip.get_tokenizer(name), preprocess
@@ -461,6 +461,18 @@ def _quiet_files() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)
         yield
+
+
+@contextmanager
+def _quiet_retries() -> Iterator[None]:
+    """The Hub's client reports every attempt twice; what came of them is in the error."""
+    hub = logging.getLogger("huggingface_hub")
+    level = hub.level
+    hub.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        hub.setLevel(level)
 
 
 # Fingerprint

@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import shutil
 import struct
 import zlib
@@ -352,3 +353,16 @@ def test_an_image_that_a_resize_would_blow_up_is_refused() -> None:
     assert decode_image(encode(PIL.Image.new("RGB", (100, 1)))).size == (100, 1)
     with pytest.raises(CorpusError, match="101 by 1, too narrow"):
         decode_image(encode(PIL.Image.new("RGB", (101, 1))))
+
+
+def test_the_hubs_retries_are_not_reported_one_by_one(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def unreachable(*_: object, **__: object) -> None:
+        logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 1s [Retry 1/5].")
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("open_clip.create_model_and_transforms", unreachable)
+    with pytest.raises(ModelError, match="no route to host"):
+        ClipEmbedder.load("ViT-B-32")
+    assert not caplog.records
