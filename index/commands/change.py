@@ -151,7 +151,7 @@ def _add_source(base: "KnowledgeBase", source: str, dataset: str | None) -> tupl
 
 
 def _read_ids(path: Path) -> list[int]:
-    words = " ".join(read_lines(path)).split()
+    words = " ".join(read_lines(path, of="id")).split()
     for word in words:
         if not (word.isascii() and word.isdigit()):
             raise QueryError(f"{path} has {word!r} where an id should be; put one id on each line")

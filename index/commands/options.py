@@ -66,7 +66,7 @@ def say(sentence: str) -> None:
     print(sentence, file=sys.stderr, flush=True)
 
 
-def read_lines(path: Path) -> list[str]:
+def read_lines(path: Path, *, of: str = "query") -> list[str]:
     """The lines of a file that say something."""
     from index.errors import QueryError
 
@@ -76,7 +76,7 @@ def read_lines(path: Path) -> list[str]:
         raise QueryError(f"{path} cannot be read ({error}); it should be text in UTF-8") from error
     said = [line.strip() for line in lines if line.strip()]
     if not said:
-        raise QueryError(f"{path} is empty; write one query on each line")
+        raise QueryError(f"{path} is empty; write one {of} on each line")
     return said
 
 

@@ -294,6 +294,8 @@ def test_mistakes_are_one_sentence(shell: Shell, kb: Path, corpus: Path, tmp_pat
     assert "where an id should be" in shell.error("remove", "--ids-file", tmp_path / "ids", "--kb", kb)
     (tmp_path / "ids").write_text("12\u00b2")
     assert "where an id should be" in shell.error("remove", "--ids-file", tmp_path / "ids", "--kb", kb)
+    (tmp_path / "ids").write_text("\n")
+    assert "write one id on each line" in shell.error("remove", "--ids-file", tmp_path / "ids", "--kb", kb)
     (tmp_path / "ids").write_bytes(b"\xff\xfe")
     assert "should be text in UTF-8" in shell.error("remove", "--ids-file", tmp_path / "ids", "--kb", kb)
     assert "there is no pair" in shell.error("show", 10**20, "--kb", kb)
