@@ -259,6 +259,9 @@ def _build_shard(folder: Path, settings: dict[str, Any]) -> None:
             training_sample_size=sample,
             # Of the training rows: at ScaNN's 50, leaves that are smaller in the sample are lost, and rows with them.
             min_partition_size=min(50, max(1, sample // settings["leaves"] // 10)),
+            # Leaves are chosen by inner product with their centres, which favours long centres over near ones. At one
+            # length, 16 leaves find what 64 did (200,000 x 512, 450 leaves: recall@10 0.963 and 0.971).
+            spherical=True,
         )
         builder = builder.score_ah(
             settings["dims_per_block"],
