@@ -2,6 +2,7 @@
 
 import io
 import json
+import sys
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
@@ -10,9 +11,15 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import PIL.ImageDraw
+import pytest
 
 from index.ingest.shards import Sample, Shard
 from index.records import ImageLocation, Pair
+
+# As in pyproject.toml. Where there is a wheel, a ScaNN that does not import is a failure and no reason to skip.
+needs_scann = pytest.mark.skipif(
+    sys.platform != "linux" or sys.version_info >= (3, 14), reason="ScaNN has wheels for Linux and Python below 3.14"
+)
 
 COLORS = ("red", "green", "blue", "yellow", "purple", "orange", "brown", "pink", "gray", "black")
 SHAPES = ("circle", "square", "triangle")

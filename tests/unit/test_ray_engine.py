@@ -67,7 +67,7 @@ def test_an_address_that_is_none(tmp_path: Path) -> None:
 
 
 def test_a_node_that_does_not_start_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ray = pytest.importorskip("ray")
+    import ray
 
     def init(**_: object) -> None:
         raise Exception("The current node timed out during startup.\nSee the logs.")  # as Ray does

@@ -22,6 +22,7 @@ from index.search.lexical import RankBM25, build_fts
 from index.search.retriever import By, Retriever
 from index.search.searcher import ArrayRows, ExactSearcher, build_searcher, exact_searcher, open_searcher
 from index.store import PairStore
+from tests.fakes import needs_scann
 
 DIM = 24
 ONES = np.ones(DIM, dtype=np.float32)
@@ -247,13 +248,11 @@ def test_time_is_told_by_part(frozen: PairStore) -> None:
     assert timings["load"] == timings["decompose"] == timings["filter"] == 0.0
 
 
-@pytest.mark.parametrize("kind", ["exact", "scann", "lance"])
+@pytest.mark.parametrize("kind", ["exact", pytest.param("scann", marks=needs_scann), "lance"])
 @pytest.mark.parametrize("has_snapshot", [True, False])
 def test_an_old_searcher_still_answers_for_the_store_of_today(
     store: PairStore, tmp_path: Path, kind: Any, has_snapshot: bool
 ) -> None:
-    if kind == "scann":
-        pytest.importorskip("scann", reason="ScaNN has wheels for Linux only")
     ids, vectors = store.ids_and_vectors()
     snapshot = store.high_water if has_snapshot else None
     build_searcher(kind, ArrayRows(ids, vectors), tmp_path / "old", snapshot=snapshot)
@@ -646,11 +645,9 @@ def test_loading_the_model_is_not_charged_to_the_query(frozen: PairStore) -> Non
     assert second["load"] < first["load"]
 
 
-@pytest.mark.parametrize("kind", ["scann", "lance"])
+@pytest.mark.parametrize("kind", [pytest.param("scann", marks=needs_scann), "lance"])
 def test_scores_of_the_words_candidates_need_not_the_store(store: PairStore, tmp_path: Path, kind: Any) -> None:
     """Whoever holds the vectors, the CLIP scores are those of the store; newer rows included."""
-    if kind == "scann":
-        pytest.importorskip("scann", reason="ScaNN has wheels for Linux only")
     ids, vectors = store.ids_and_vectors()
     build_searcher(kind, ArrayRows(ids, vectors), tmp_path / kind, snapshot=store.high_water)
     retriever = Retriever(store, open_searcher(tmp_path / kind, store), HashEmbedder())

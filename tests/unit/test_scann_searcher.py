@@ -24,8 +24,9 @@ from index.search.searcher import (
     shifted_queries,
 )
 from index.search.sizes import Structure, choose_structure
+from tests.fakes import needs_scann
 
-pytest.importorskip("scann", reason="ScaNN has wheels for Linux only")
+pytestmark = needs_scann
 
 Built = tuple[Path, np.ndarray, np.ndarray, SearcherManifest]
 
