@@ -135,14 +135,15 @@ def drawn_pictures(pictures: Sequence[GeneratedImage]) -> tuple[Picture, ...]:
 
 
 def _scores(neighbor: Neighbor) -> list[str]:
-    """The score, what it was fused from, and the attention that the first picture paid."""
+    """What it was found for, the score, what that was fused from, and the attention that the first picture paid."""
     paid = [] if neighbor.attention is None else [f"attention {neighbor.attention:.0%}"]
     if neighbor.score is None:
         return ["given by hand", *paid]
     parts = [
         f"{name} {value:.2f}" for name, value in (("clip", neighbor.clip), ("bm25", neighbor.bm25)) if value is not None
     ]
-    return [f"score {neighbor.score:.4f}", *([", ".join(parts)] if parts else []), *paid]
+    asked = [] if neighbor.part is None else [f"for {neighbor.part}"]
+    return [*asked, f"score {neighbor.score:.4f}", *([", ".join(parts)] if parts else []), *paid]
 
 
 def _by_prompt(drawn: Sequence[Drawn]) -> list[tuple[str, list[Drawn]]]:

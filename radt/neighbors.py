@@ -49,7 +49,8 @@ class Neighbor:
     """One pair that a picture was drawn from. `id` is the knowledge base's, or `reference:NAME` for one of the user's.
 
     `pixels` is what the network saw, at its own resolution; `original`, for people to look at, is not saved with a
-    picture. The scores are None for a reference, and where not asked; `attention` is the share that one picture paid.
+    picture. The scores are None for a reference, and where not asked; `part` is the thing of a decomposed prompt that
+    it was found for; `attention` is the share that one picture paid.
     """
 
     id: str
@@ -58,6 +59,7 @@ class Neighbor:
     score: float | None = None
     clip: float | None = None
     bm25: float | None = None
+    part: str | None = None
     dataset: str | None = None
     license: str | None = None
     uri: str | None = None
@@ -71,7 +73,7 @@ class Neighbor:
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the pixels."""
-        names = ("id", "caption", "score", "clip", "bm25", "dataset", "license", "uri", "attention")
+        names = ("id", "caption", "score", "clip", "bm25", "part", "dataset", "license", "uri", "attention")
         return {name: getattr(self, name) for name in names}
 
 
@@ -102,6 +104,7 @@ def _from_hit(hit: "Hit", encoded: bytes, size: int) -> Neighbor:
         score=hit.score,
         clip=hit.clip,
         bm25=hit.bm25,
+        part=hit.part,
         dataset=hit.dataset,
         license=None if license is None else str(license),
         uri=hit.image.uri,

@@ -39,15 +39,15 @@ def make_table(report: EmojiDrawReport) -> "Table":
     from rich import box
     from rich.table import Table
 
-    found = report.retrieval_shares()
+    found, asked = report.retrieval_shares(), report.settings
     ceiling = report.ceiling
     table = Table(
         "",
         *ARM_TITLES.values(),
         title=f"emoji-draw: {report.n} held-out classes, model {report.model['name']}",
         caption=(
-            f"retrieval, k = {report.settings.k}: recall {found['recall_at_k']:.2f}, precision "
-            f"{found['precision_at_k']:.2f}, all right {found['all_right']:.2f}. The true scenes score "
+            f"retrieval by {asked.by}, decompose {asked.decompose}, k = {asked.k}: recall {found['recall_at_k']:.2f}, "
+            f"precision {found['precision_at_k']:.2f}, all right {found['all_right']:.2f}. The true scenes score "
             f"{ceiling['entity_top1']:.2f}, {ceiling['entity_top5']:.2f} and {ceiling['ground_color']:.2f}."
         ),
         box=box.SIMPLE,

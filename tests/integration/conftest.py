@@ -1,6 +1,9 @@
 """A whole model with random weights, small enough for tests, and a knowledge base made with its encoder."""
 
+import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,10 +45,27 @@ def save_tiny_bundle(folder: Path, clip: Path, *, seed: int = 0, image_size: int
     return folder
 
 
+def copy_bundle(bundle: Path, folder: Path, **sampling: Any) -> Path:
+    """The same weights with other settings of its own in bundle.json; None leaves a setting out, as an old bundle."""
+    shutil.copytree(bundle, folder)
+    info = json.loads((folder / "bundle.json").read_text())
+    changed = {**info["sampling"], **sampling}
+    info["sampling"] = {name: value for name, value in changed.items() if value is not None or name not in sampling}
+    (folder / "bundle.json").write_text(json.dumps(info))
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny_bundle(tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder for `--model`."""
     return save_tiny_bundle(tmp_path_factory.mktemp("bundles") / "tiny", tiny_clip)
+
+
+@pytest.fixture(scope="session")
+def phrases_bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model, which looks up every thing that a prompt names, as the demonstration model does."""
+    folder = tmp_path_factory.mktemp("bundles") / "phrases"
+    return copy_bundle(tiny_bundle, folder, by="bm25", decompose="phrases")
 
 
 @pytest.fixture(scope="session")

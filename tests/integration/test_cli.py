@@ -14,12 +14,16 @@ PROMPT = "a red circle"
 
 
 @pytest.fixture
-def radt(capsys, monkeypatch, tmp_path, tiny_bundle, tiny_kb):
-    """Run a command line in an empty folder; MODEL and KB stand for the tiny ones. (exit code, stdout, stderr)."""
+def radt(capsys, monkeypatch, tmp_path, tiny_bundle, phrases_bundle, tiny_kb):
+    """Run a command line in an empty folder. (exit code, stdout, stderr).
+
+    MODEL and KB stand for the tiny ones, PHRASES for the model that looks up every thing that a prompt names.
+    """
     monkeypatch.chdir(tmp_path)
 
     def call(*words):
-        named = [{"MODEL": str(tiny_bundle), "KB": str(tiny_kb)}.get(word, word) for word in words]
+        folders = {"MODEL": str(tiny_bundle), "PHRASES": str(phrases_bundle), "KB": str(tiny_kb)}
+        named = [folders.get(word, word) for word in words]
         capsys.readouterr()
         with pytest.raises(SystemExit) as end:
             run(app, named)
@@ -59,6 +63,23 @@ def test_generate_explains_and_draws_a_sheet(radt, tmp_path):
     assert out.splitlines()[-1] == "out/00000_a-red-circle_seed0.png"
     assert (tmp_path / "sheet.png").exists()
     assert PROMPT in (tmp_path / "sheet.html").read_text()
+
+
+def test_generate_says_what_each_neighbour_was_found_for(radt, tmp_path):
+    words = ("generate", "a red circle, a blue square", "--model", "PHRASES", "--kb", "KB")
+    _, out, _ = radt(*words, "--explain", "--sheet", "sheet.png")
+    assert ["for a red circle" in out, "for a blue square" in out] == [True, True]
+    assert "<span>for a blue square</span>" in (tmp_path / "sheet.html").read_text()
+    _, out, _ = radt(*words, "--decompose", "off", "--explain")
+    assert "  for a" not in out
+
+
+@pytest.mark.parametrize(("typed", "used"), [((), "phrases"), (("--decompose", "off"), "off")])
+def test_what_is_typed_overrides_the_models_own(radt, typed, used):
+    _, out, _ = radt("generate", PROMPT, "--model", "PHRASES", "--kb", "KB", *typed, "--json")
+    (image,) = json.loads(out)["images"]
+    assert image["settings"]["decompose"] == used
+    assert {neighbor["part"] for neighbor in image["neighbors"]} == {PROMPT if used == "phrases" else None}
 
 
 def test_generate_takes_references_without_a_knowledge_base(radt, tmp_path):

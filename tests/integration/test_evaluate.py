@@ -16,7 +16,7 @@ from radt.evaluation.emoji_draw import EmojiDrawBench, evaluate, plan_tasks
 from radt.evaluation.emoji_draw_sheet import write_results
 from radt.neighbors import Reference
 from radt.pipeline import DrawRequest, TextToImage
-from tests.integration.conftest import save_tiny_bundle
+from tests.integration.conftest import copy_bundle, save_tiny_bundle
 
 N, SIZE = 3, 16
 ARMS = {"with_retrieval", "without_retrieval", "with_one_wrong"}
@@ -131,6 +131,16 @@ def test_neighbours_are_judged_by_the_corpus_records(report):
     assert report.shares("without_retrieval")["right_neighbor"] == 0.0
 
 
+def test_a_model_is_measured_with_the_search_of_its_own(model_folder, emoji_kb, bench, tmp_path):
+    folder = copy_bundle(model_folder, tmp_path / "phrases", by="bm25", decompose="phrases")
+    model = TextToImage.load(folder, kb=emoji_kb, device="cpu")
+    for asked in ("phrases", "off"):
+        report = bench.run(model, settings=None if asked == "phrases" else model.settings(decompose=asked))
+        assert report.to_json()["settings"]["decompose"] == asked
+        parts = [shown.neighbor.part for drawing in report.arms["with_retrieval"].drawings for shown in drawing.shown]
+        assert all((part is not None) == (asked == "phrases") for part in parts)
+
+
 def test_true_pictures_score_in_every_arm(model, bench, monkeypatch):
     monkeypatch.setattr(TextToImage, "draw_many", lambda *_, **__: map(torch.from_numpy, bench.truths))
     document = bench.run(model).to_json()
@@ -181,10 +191,11 @@ def test_the_document_has_the_promised_keys_and_is_on_disk_too(radt, emoji_kb, t
 
 @pytest.mark.slow  # draws every emoji
 def test_people_get_a_table(radt, emoji_kb):
-    code, out, _ = radt("--kb", str(emoji_kb.directory), "-n", "1", "--steps", "1", "--out", "o")
+    words = ("--kb", str(emoji_kb.directory), "-n", "1", "--steps", "1", "--decompose", "phrases", "--out", "o")
+    code, out, _ = radt(*words)
     assert code == 0
     assert out.splitlines()[-1] == "o/results.json"
-    for word in ("with retrieval", "entity top-1", "ground colour", "recall"):
+    for word in ("with retrieval", "entity top-1", "ground colour", "by hybrid, decompose phrases", "recall"):
         assert word in out
 
 

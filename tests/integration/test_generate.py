@@ -6,19 +6,22 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from index.errors import ConfigError, KnowledgeBaseError, ModelError, QueryError, UserError
 from index.knowledge_base import KnowledgeBase
-from radt.bundle import changed_files, load_bundle, read_info
+from radt.bundle import changed_files, default_bundle, load_bundle, read_info
 from radt.generate import Request
 from radt.generate import draw as draw_files
 from radt.neighbors import Reference
 from radt.pipeline import TextToImage, file_name
-from radt.provenance import replay
+from radt.presets import emoji_demo
+from radt.provenance import CHUNK, read_png, replay
 from tests.fakes import caption_of, draw
-from tests.integration.conftest import NUM_PAIRS, save_tiny_bundle
+from tests.integration.conftest import NUM_PAIRS, copy_bundle, save_tiny_bundle
 
 PROMPT = "a red circle"
+TWO_THINGS = "a red circle left of a blue square"
 
 
 @pytest.fixture(scope="module")
@@ -97,9 +100,8 @@ def test_k_may_pass_what_there_is(pipeline):
 
 def test_decomposition_and_diversity_reach_the_retriever(pipeline):
     asked = pipeline.settings(k=4, by="bm25", decompose="phrases", diversity=0.3)
-    prompt = "a red circle left of a blue square"
-    found = pipeline.retrieve(prompt, settings=asked)
-    expected = pipeline.kb.search(prompt, k=4, by="bm25", decompose="phrases", diversity=0.3)
+    found = pipeline.retrieve(TWO_THINGS, settings=asked)
+    expected = pipeline.kb.search(TWO_THINGS, k=4, by="bm25", decompose="phrases", diversity=0.3)
     assert [neighbor.id for neighbor in found] == [str(hit.id) for hit in expected]
     assert {hit.part for hit in expected} == {"a red circle", "a blue square"}
     with pytest.raises(ConfigError, match="diversity must lie between 0 and 1, got 2"):
@@ -152,6 +154,57 @@ def test_progress_is_told_step_by_step(pipeline):
 def test_what_cannot_be_done_is_one_sentence(pipeline, asked, error, said):
     with pytest.raises(error, match=said):
         pipeline(PROMPT, **asked)
+
+
+def test_a_bundle_may_look_up_every_thing_that_a_prompt_names(phrases_bundle, tiny_kb):
+    pipeline = TextToImage.load(phrases_bundle, kb=tiny_kb, device="cpu")
+    (own,), (off,) = pipeline(TWO_THINGS), pipeline(TWO_THINGS, decompose="off")
+    assert (own.settings.decompose, off.settings.decompose) == ("phrases", "off")
+    assert [neighbor.part for neighbor in own.neighbors] == ["a red circle", "a blue square"]
+    assert [neighbor.part for neighbor in off.neighbors] == [None, None]
+    for picture, decompose in ((own, "phrases"), (off, "off")):
+        hits = pipeline.kb.search(TWO_THINGS, k=2, by="bm25", decompose=decompose)
+        assert [neighbor.id for neighbor in picture.neighbors] == [str(hit.id) for hit in hits]
+
+
+def test_the_demonstration_model_has_the_settings_of_its_preset():
+    info = read_info(default_bundle())
+    assert info.sampling == emoji_demo().sampling
+    assert info.sampling.decompose == "phrases"
+
+
+def test_a_bundle_of_before_decomposition_searches_as_it_did(tiny_bundle, tiny_kb, tmp_path):
+    old = copy_bundle(tiny_bundle, tmp_path / "old", by="bm25", decompose=None, diversity=None)
+    (picture,) = TextToImage.load(old, kb=tiny_kb, device="cpu")(TWO_THINGS)
+    assert (picture.settings.decompose, picture.settings.diversity) == ("off", 0.0)
+    assert read_info(old).digest == read_info(tiny_bundle).digest
+
+
+@pytest.mark.parametrize("asked", [{}, {"decompose": "off"}])
+def test_a_picture_carries_how_its_neighbours_were_found_and_replays(phrases_bundle, tiny_kb, tmp_path, asked):
+    (picture,) = TextToImage.load(phrases_bundle, kb=tiny_kb, device="cpu")(TWO_THINGS, **asked)
+    path = picture.save(tmp_path / "x.png")
+    _, record = read_png(path)
+    assert record.settings.decompose == asked.get("decompose", "phrases")
+    assert [neighbor.part for neighbor in record.neighbors] == [neighbor.part for neighbor in picture.neighbors]
+    assert replay(path, phrases_bundle).identical
+
+
+def test_a_picture_of_before_decomposition_replays_today(tiny_bundle, phrases_bundle, tiny_kb, tmp_path):
+    (picture,) = TextToImage.load(tiny_bundle, kb=tiny_kb, device="cpu")(TWO_THINGS, by="bm25")
+    path = picture.save(tmp_path / "x.png")
+    with Image.open(path) as image:
+        values = json.loads(image.info[CHUNK])
+        for part in (values["settings"], *values["neighbors"]):
+            for name in ("decompose", "diversity", "part"):
+                part.pop(name, None)
+        info = PngInfo()
+        info.add_itxt(CHUNK, json.dumps(values), zip=True)
+        image.save(tmp_path / "old.png", pnginfo=info)
+    _, record = read_png(tmp_path / "old.png")
+    assert record.settings.decompose == "off"
+    assert {neighbor.part for neighbor in record.neighbors} == {None}
+    assert replay(tmp_path / "old.png", phrases_bundle).identical
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from radt.bundle import load_bundle
 from radt.corpora.emoji import load_entities, select
 from radt.neighbors import Reference
 from radt.pipeline import TextToImage
+from radt.presets import tiny
 from radt.provenance import replay
 from radt.text_encoder import TransformersTextEncoder
 from radt.training.checkpoint import CheckpointError
@@ -52,6 +54,7 @@ def settings(clip: Path, *more: str) -> list[str]:
         "pack.num_scenes=12",
         f"loop.num_steps={STEPS}",
         "loop.save_every=3",
+        "sampling.decompose=phrases",
         *more,
     ]
 
@@ -97,7 +100,7 @@ def test_a_run_leaves_what_it_promises(finished: Path) -> None:
 
 def test_the_bundle_loads_with_the_averaged_weights(finished: Path, tiny_clip: Path) -> None:
     bundle = load_bundle(finished / "bundle")
-    assert (bundle.info.name, bundle.info.sampling.steps) == ("tiny", 4)
+    assert (bundle.info.name, bundle.info.sampling) == ("tiny", replace(tiny().sampling, decompose="phrases"))
     assert (bundle.info.stages[0].prediction, bundle.info.stages[0].schedule.curve) == ("v", "cosine")
     state = load_file(finished / "state.safetensors")
     for name, weight in bundle.unet.state_dict().items():
