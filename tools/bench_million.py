@@ -46,10 +46,7 @@ def steps(pairs: str, kb: str, *, count: int, ram: str) -> list[Step]:
         Step(
             ["index", "plan", pairs, "--ram", ram, "--recall", "0.95"],
             lambda answer: answer["sources"]["pairs"] == count,
-            lambda answer: (
-                f"{answer['plan']['structure']['kind']}, "
-                f"{answer['plan']['seconds']['pairs'] / 60:.0f} minutes, {answer['plan']['memory']['building'] / 1e9:.1f} GB"
-            ),
+            _planned,
         ),
         Step(
             ["index", "build", pairs, "--kb", kb, "--ram", ram, "--recall", "0.95"],
