@@ -40,8 +40,6 @@ class Step(NamedTuple):
 
 def steps(pairs: str, kb: str, *, count: int, ram: str) -> list[Step]:
     """What a user does with a large knowledge base, in the README's order."""
-    found = lambda answer: f"{_query_ms(answer):.0f} ms after {answer['timings_ms']['load'] / 1e3:.1f} s for the model"  # noqa: E731
-    captions = lambda answer: [hit["caption"] for hit in answer["hits"]]  # noqa: E731
     return [
         Step(
             ["index", "plan", pairs, "--ram", ram, "--recall", "0.95"],
@@ -61,13 +59,13 @@ def steps(pairs: str, kb: str, *, count: int, ram: str) -> list[Step]:
             lambda answer: answer["pairs_added"] == 0 and answer["shards_done"] == 0,
             lambda answer: f"{answer['shards_unchanged']} shards unchanged",
         ),
-        Step(["index", "query", QUERY, "--kb", kb], lambda answer: len(answer["hits"]) == 5, found),
+        Step(["index", "query", QUERY, "--kb", kb], lambda answer: len(answer["hits"]) == 5, _took),
         Step(
             ["index", "query", QUERY, "--kb", kb, "--where", "caption LIKE '%garden%'"],
-            lambda answer: len(answer["hits"]) == 5 and all("garden" in caption for caption in captions(answer)),
-            found,
+            lambda answer: len(answer["hits"]) == 5 and all("garden" in caption for caption in _captions(answer)),
+            _took,
         ),
-        Step(["index", "query", QUERY, "--kb", kb, "--exact"], lambda answer: len(answer["hits"]) == 5, found),
+        Step(["index", "query", QUERY, "--kb", kb, "--exact"], lambda answer: len(answer["hits"]) == 5, _took),
         Step(
             ["index", "query", QUERY, "--kb", kb, "-k", "4", "--by", "bm25", "--decompose", "phrases"],
             lambda answer: len(answer["parts"]) == 2,
@@ -80,7 +78,7 @@ def steps(pairs: str, kb: str, *, count: int, ram: str) -> list[Step]:
         ),
         Step(
             ["index", "query", "Zorbo", "--kb", kb],
-            lambda answer: captions(answer)[0] == "Zorbo: my robot",
+            lambda answer: _captions(answer)[0] == "Zorbo: my robot",
             lambda answer: f"first of {len(answer['hits'])}; {_query_ms(answer):.0f} ms",
         ),
         Step(
@@ -90,7 +88,7 @@ def steps(pairs: str, kb: str, *, count: int, ram: str) -> list[Step]:
         ),
         Step(
             ["index", "query", "Zorbo", "--kb", kb],
-            lambda answer: "Zorbo: my robot" not in captions(answer),
+            lambda answer: "Zorbo: my robot" not in _captions(answer),
             lambda answer: "not among the hits",
         ),
         Step(
@@ -176,6 +174,14 @@ def _planned(answer: dict[str, Any]) -> str:
     plan = answer["plan"]
     seconds = sum(plan["seconds"].values())
     return f"{plan['structure']['kind']}, {seconds:.0f} s, {plan['memory']['building'] / 2**20:.0f} MiB expected"
+
+
+def _took(answer: dict[str, Any]) -> str:
+    return f"{_query_ms(answer):.0f} ms after {answer['timings_ms']['load'] / 1e3:.1f} s for the model"
+
+
+def _captions(answer: dict[str, Any]) -> list[str]:
+    return [hit["caption"] for hit in answer["hits"]]
 
 
 def _query_ms(answer: dict[str, Any]) -> float:
