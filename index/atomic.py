@@ -66,7 +66,8 @@ def one_sentence(directory: Path) -> Iterator[None]:
         text = str(error)
         if damage(error):
             raise  # not a matter of writing
-        why = "no space is left on the disk" if "os error 28" in text or error.errno == 28 else text.splitlines()[0]
+        is_full = "os error 28" in text or error.errno == 28
+        why = "no space is left on the disk" if is_full else (text.strip().splitlines() or [type(error).__name__])[0]
         raise KnowledgeBaseError(
             f"cannot write to {directory}: {why}; what was there before is unharmed, so mend that and run it again"
         ) from error

@@ -61,6 +61,7 @@ def compact(
     if keep is not None and keep < 0:
         raise ConfigError(f"keep is a number of snapshots, 0 or more, got {keep}")
     with without_parts(kb.store, wait=wait, on_wait=on_wait), one_sentence(kb.directory):
+        kb.refresh()  # another process may have built while this one waited for its turn
         before, fragments_before = folder_bytes(kb.directory), kb.store.count_fragments()
         built = kb.build_search(searcher or kb.searcher_choice(), seed=seed)
         is_tagged = has_snapshot(kb.store)

@@ -23,6 +23,7 @@ from index.images import difference_hash
 from index.lock import writer_lock
 from index.records import BadSample, Hit, ImageLocation, StoredPair, pair_id
 from index.remote import RemoteFolder, remote_url
+from index.rows import TABLE
 from index.search.duplicates import FOLDER as DUPLICATES
 from index.search.duplicates import Duplicates, build_duplicates
 from index.search.retriever import Retriever, SearchResult
@@ -108,7 +109,7 @@ class KnowledgeBase:
         self.directory = directory
         self.remote = remote  # where it lies, if not on this machine; `directory` is then a copy of a part of it
         self.embedder = embedder
-        self.store = _store_at(directory, manifest, snapshot, remote)
+        self.store = _store_at(directory, snapshot, remote)
         self.manifest = manifest if manifest.format == FORMAT else self._upgrade()
         self._searcher: tuple[str | None, Searcher] | None = None  # with its name in `kb.json`
         self._retriever: Retriever | None = None
@@ -132,7 +133,8 @@ class KnowledgeBase:
             folder.mkdir(parents=True, exist_ok=True)
             with writer_lock(folder, wait=CREATE_SECONDS):
                 if not (folder / MANIFEST).exists():  # another process may have begun at the same moment
-                    manifest.write(folder)
+                    _make_table(folder, manifest.dim)
+                    manifest.write(folder)  # last: where it is, a table that is not there has been lost
         return cls.open(folder, embedder)
 
     @classmethod
@@ -190,7 +192,7 @@ class KnowledgeBase:
         """The retriever over the store as it is now and the searcher that `kb.json` names now."""
         if self.store.snapshot is not None:
             return self._past_retriever()
-        self._refresh()
+        self.refresh()
         if self._retriever is None or self._searcher is None or self._searcher[0] != self.manifest.searcher:
             folder = self.directory / (self.manifest.searcher or "searchers/none")
             self._searcher = (self.manifest.searcher, self.open_searcher())
@@ -200,6 +202,17 @@ class KnowledgeBase:
         if covers is not None and searcher.snapshot is not None:
             searcher.snapshot = max(searcher.snapshot, covers)  # a compaction has moved the rows that it knows
         return self._retriever
+
+    def refresh(self) -> None:
+        """See table and `kb.json` of one moment: a searcher younger than the table could miss rows of it."""
+        while True:
+            if self.remote is not None:
+                self.remote.refresh()
+            self.manifest = Manifest.read(self.directory)
+            self.store.moved_files = self.manifest.moved_files
+            self.store.refresh()
+            if Manifest.read(self.directory) == self.manifest:
+                return
 
     def show(self, pair: int) -> StoredPair:
         """One pair, its vector included. QueryError when it is not there."""
@@ -312,7 +325,7 @@ class KnowledgeBase:
         from index.search.lexical import FTS_NAME, build_fts
 
         with self.store.lock(), one_sentence(self.directory):
-            self._refresh()
+            self.refresh()
             current = self._readable_searcher()
             had_groups = current is None or self._has_groups()
             if current is not None:
@@ -340,7 +353,7 @@ class KnowledgeBase:
     def tag_build(self) -> None:
         """Leave the present state as a snapshot, `build-1` for the first build and so on."""
         with self.store.lock(), one_sentence(self.directory):
-            self._refresh()
+            self.refresh()
             lagging = self.unsearched()
             tag_build(self.store, self.manifest.builds + 1, in_searcher=self.store.count() - lagging)
             self.manifest = replace(self.manifest, builds=self.manifest.builds + 1)
@@ -367,17 +380,6 @@ class KnowledgeBase:
                 f"{self.directory} is of an older format and has to be upgraded in place before it is read: {error}"
             ) from error
         return manifest
-
-    def _refresh(self) -> None:
-        """See table and `kb.json` of one moment: a searcher younger than the table could miss rows of it."""
-        while True:
-            if self.remote is not None:
-                self.remote.refresh()
-            self.manifest = Manifest.read(self.directory)
-            self.store.moved_files = self.manifest.moved_files
-            self.store.refresh()
-            if Manifest.read(self.directory) == self.manifest:
-                return
 
     def _is_outdated(self) -> bool:
         return self.store.refresh() or Manifest.read(self.directory) != self.manifest
@@ -478,11 +480,26 @@ def _spare(searcher: SearcherManifest) -> int:
     return 0 if searcher.kind == "exact" else min(LAGGING_ROWS, int(LAGGING_SHARE * searcher.rows))
 
 
-def _store_at(directory: Path, manifest: Manifest, snapshot: str | None, remote: RemoteFolder | None) -> PairStore:
-    """The table; a build that was killed between `kb.json` and the table has left none."""
-    if remote is not None or PairStore.exists(directory):
-        return PairStore(directory, snapshot=snapshot, remote=remote)
-    return PairStore.create(directory, dim=manifest.dim)
+def _make_table(directory: Path, dim: int) -> None:
+    """An empty table. The one of a `create` that was killed gives way; KnowledgeBaseError for one that has rows."""
+    if PairStore.exists(directory):
+        if PairStore(directory).has_rows():
+            raise KnowledgeBaseError(
+                f"{directory} has the table of a knowledge base and no {MANIFEST}, which says which model made its "
+                f"vectors; put {MANIFEST} back from a copy, or build in another folder"
+            )
+        shutil.rmtree(directory / f"{TABLE}.lance")
+    PairStore.make(directory, dim=dim)
+
+
+def _store_at(directory: Path, snapshot: str | None, remote: RemoteFolder | None) -> PairStore:
+    """The table. KnowledgeBaseError when it has been lost: an empty one in its place would look like the truth."""
+    if remote is None and not PairStore.exists(directory):
+        raise KnowledgeBaseError(
+            f"the table of the knowledge base is missing: {directory / TABLE}.lance is not there or has no version in "
+            "it; put it back from a copy, or build again in another folder"
+        )
+    return PairStore(directory, snapshot=snapshot, remote=remote)
 
 
 def _picture(image: "str | Path | PIL.Image.Image", embedder: Embedder) -> _Picture:

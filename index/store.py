@@ -6,7 +6,7 @@ removal and its tombstone. One writer at a time, by a lock file; readers need no
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,10 +17,12 @@ import numpy as np
 from jaxtyping import Float32, Int64
 
 from index.atomic import one_sentence
-from index.errors import KnowledgeBaseError, QueryError, check_filter, damage
+from index.errors import KnowledgeBaseError, QueryError
+from index.filters import BAD_FIELDS, filter_errors
 from index.lock import writer_lock
 from index.records import BadSample, ShardRecord, StoredPair, table_schema
 from index.remote import RemoteFolder
+from index.row_map import RowMap
 from index.rows import (
     PAIR_COLUMNS,
     SHARD_COLUMNS,
@@ -44,6 +46,8 @@ SMALL_BYTES = 8 << 20
 CREATE_SECONDS = 30.0  # when several processes begin with a knowledge base at once, one of them makes the table
 FRAGMENT_ROWS = 262_144  # of a compacted fragment: what one removal makes the next compaction write anew
 BATCH_BYTES = 64 << 20  # held while fragments are written anew
+MAP_ROWS = 1 << 25  # pairs up to which it is held in memory where each lies: 24 bytes each, and 0.2 s for a million,
+MAP_SHARE = 0.001  # which so many look-ups repay; a command that asks once goes without
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,18 +84,26 @@ class PairStore:
         self._removed: set[int] | None = None
         self._lock_file: IO[str] | None = None
         self._mutex = threading.RLock()  # the file keeps other processes out, this the other threads
+        self._map_mutex = threading.Lock()
+        self._map: RowMap | None = None
+        self._mapped: tuple[int, frozenset[int]] | None = None  # the version and what is hidden in it
+        self._looked_up = 0  # at that version
 
     @classmethod
     def create(cls, directory: Path, *, dim: int) -> "PairStore":
         """Make an empty table for vectors of `dim` numbers, unless there is one. KnowledgeBaseError from the disk."""
+        with writer_lock(directory, wait=CREATE_SECONDS), one_sentence(directory):
+            if not cls.exists(directory):
+                cls.make(directory, dim=dim)
+        return cls(directory)
+
+    @staticmethod
+    def make(directory: Path, *, dim: int) -> None:
+        """`create` for who holds the writer's lock and knows that there is no table."""
         import lance
 
-        with writer_lock(directory, wait=CREATE_SECONDS), one_sentence(directory):
-            if cls.exists(directory):
-                return cls(directory)
-            schema = table_schema(dim)
-            lance.write_dataset(schema.empty_table(), str(directory / f"{TABLE}.lance"), schema=schema, mode="create")
-        return cls(directory)
+        schema = table_schema(dim)
+        lance.write_dataset(schema.empty_table(), str(directory / f"{TABLE}.lance"), schema=schema, mode="create")
 
     @classmethod
     def exists(cls, directory: Path) -> bool:
@@ -147,31 +159,35 @@ class PairStore:
 
     def count(self, where: str | None = None) -> int:
         """How many pairs there are, or how many the SQL filter lets through."""
-        with _filter_errors(where):
+        with filter_errors(where):
             return int(self._dataset.count_rows(self._pairs_where(where)))
+
+    def has_rows(self) -> bool:
+        """Whether anything was ever brought in, be it a ledger entry or a removal."""
+        return bool(self._dataset.count_rows())
 
     def matching_ids(self, where: str | None = None) -> Int64[np.ndarray, " n"]:
         """Ids of the pairs that the SQL filter lets through, in stored order."""
-        with _filter_errors(where):
+        with filter_errors(where):
             table = self._dataset.to_table(columns=["id"], filter=self._pairs_where(where))
         return table.column("id").to_numpy().astype(np.int64, copy=False)
 
     def captions(self, where: str | None = None) -> tuple[Int64[np.ndarray, " n"], list[str]]:
         """Ids and captions, in stored order."""
-        with _filter_errors(where):
+        with filter_errors(where):
             table = self._dataset.to_table(columns=["id", "caption"], filter=self._pairs_where(where))
         return table.column("id").to_numpy().astype(np.int64, copy=False), table.column("caption").to_pylist()
 
     def ids_and_vectors(self, where: str | None = None) -> tuple[Int64[np.ndarray, " n"], Float32[np.ndarray, "n d"]]:
         """Ids and unit vectors, in stored order; all in memory, so 2 GB for a million of 512."""
-        with _filter_errors(where):
-            return self._scan_vectors(self._dataset.scanner(columns=["id", "vector"], filter=self._pairs_where(where)))
+        with filter_errors(where):
+            return self._arrays(self._dataset.to_batches(columns=["id", "vector"], filter=self._pairs_where(where)))
 
     def vector_batches(
         self, rows: int, where: str | None = None
     ) -> Iterator[tuple[Int64[np.ndarray, " n"], Float32[np.ndarray, "n d"]]]:
         """Ids and unit vectors in stored order, at most `rows` of them in memory at once."""
-        with _filter_errors(where):
+        with filter_errors(where):
             scanner = self._dataset.scanner(
                 columns=["id", "vector"], filter=self._pairs_where(where), batch_size=rows, batch_readahead=1
             )
@@ -186,7 +202,7 @@ class PairStore:
         if not newer:
             return np.empty(0, np.int64), np.empty((0, self.dim), np.float32)
         scanner = self._dataset.scanner(columns=["id", "vector"], filter=self._pairs_where(None), fragments=newer)
-        return self._scan_vectors(scanner)
+        return self._arrays(scanner.to_batches())
 
     def count_after(self, high_water: int) -> int:
         """How many rows `rows_after` would give."""
@@ -201,9 +217,30 @@ class PairStore:
         if not wanted:
             return []
         columns = [*PAIR_COLUMNS, *["vector"] * vectors, *["thumbnail"] * thumbnails]
-        table = self._dataset.to_table(columns=columns, filter=self._pairs_where(_id_in(wanted)))
-        found = {row["id"]: row for row in table.to_pylist()}
+        found = {row["id"]: row for row in self._named(wanted, columns).to_pylist()}
         return [stored_pair(found[i], self.root) for i in wanted if i in found]
+
+    def captions_of(self, ids: Int64[np.ndarray, " k"]) -> dict[int, str]:
+        """The captions of those of these pairs that are there, by id."""
+        table = self._named(ids.tolist(), ["id", "caption"])
+        return dict(zip(table.column("id").to_pylist(), table.column("caption").to_pylist(), strict=True))
+
+    def vectors_of(self, ids: Int64[np.ndarray, " k"]) -> tuple[Int64[np.ndarray, " n"], Float32[np.ndarray, "n d"]]:
+        """Ids and unit vectors of those of these pairs that are there, in stored order."""
+        return self._arrays(self._named(ids.tolist(), ["id", "vector"]).to_batches())
+
+    def row_map(self, lookups: int) -> RowMap | None:
+        """Where the pairs of the present version lie; None until `lookups`, added up, repay reading that."""
+        now = (self.version, self.hidden)
+        with self._map_mutex:
+            if self._mapped != now:
+                self._mapped, self._map, self._looked_up = now, None, 0
+            self._looked_up += lookups
+            if self._map is None:
+                rows = int(self._dataset.count_rows())
+                if MAP_SHARE * rows < self._looked_up and rows <= MAP_ROWS:
+                    self._map = RowMap.load(self._dataset, hidden=self.hidden)
+            return self._map
 
     def shards(self) -> list[ShardRecord]:
         """The ledger: every shard that is in the store, the empty ones too."""
@@ -227,7 +264,7 @@ class PairStore:
     def each_bad_sample(self, where: str | None = None, *, limit: int | None = None) -> Iterator[BadSample]:
         """`bad_samples`, a few in memory at once."""
         columns = ["shard", "key", "image_offset", "reason"]
-        with _filter_errors(where):
+        with filter_errors(where, fields=BAD_FIELDS):
             for batch in self._dataset.to_batches(columns=columns, filter=_bad_where(where), limit=limit):
                 for row in batch.to_pylist():
                     yield BadSample(
@@ -256,7 +293,7 @@ class PairStore:
     def reasons(self, where: str | None = None) -> dict[str, int]:
         """Bad samples by reason, most first. What a reason says of the single sample, after a colon, is left out."""
         counts: Counter[str] = Counter()
-        with _filter_errors(where):
+        with filter_errors(where, fields=BAD_FIELDS):
             for batch in self._dataset.to_batches(columns=["reason"], filter=_bad_where(where)):
                 for entry in batch.column("reason").value_counts().to_pylist():
                     counts[entry["values"].partition(":")[0]] += entry["counts"]
@@ -378,7 +415,7 @@ class PairStore:
             raise QueryError("say which pairs to remove, either by ids or by a filter")
         with self.lock():
             condition = where if where is not None else _id_in([int(i) for i in ids or ()])
-            with _filter_errors(where):
+            with filter_errors(where):
                 if same_image:
                     condition = f"({condition}) OR {self._shows_image_of(condition)}"
                 columns = ["id", "dataset", "shard"]
@@ -457,6 +494,13 @@ class PairStore:
 
     # Inside
 
+    def _named(self, ids: Sequence[int], columns: Sequence[str]) -> "pa.Table":
+        """These columns of those of the pairs that are there, in stored order."""
+        rows = self.row_map(len(ids))
+        if rows is not None:
+            return rows.read(np.array(_possible(ids), dtype=np.int64), columns)
+        return self._dataset.to_table(columns=list(columns), filter=self._pairs_where(_id_in(ids)))
+
     def _shows_image_of(self, condition: str) -> str:
         table = self._dataset.to_table(columns=["image_sha256"], filter=self._pairs_where(condition))
         digests = {digest for digest in table.column("image_sha256").to_pylist() if digest}
@@ -526,9 +570,9 @@ class PairStore:
             removed = self._removed = self.removed_ids()
         return removed.intersection(ids)
 
-    def _scan_vectors(self, scanner: Any) -> tuple[Int64[np.ndarray, " n"], Float32[np.ndarray, "n d"]]:
+    def _arrays(self, batches: Iterable[Any]) -> tuple[Int64[np.ndarray, " n"], Float32[np.ndarray, "n d"]]:
         ids, vectors = [np.empty(0, np.int64)], [np.empty((0, self.dim), np.float32)]
-        for batch in scanner.to_batches():
+        for batch in batches:
             ids.append(batch.column("id").to_numpy())
             vectors.append(batch.column("vector").flatten().to_numpy().reshape(-1, self.dim))
         return np.concatenate(ids), np.concatenate(vectors)
@@ -539,8 +583,13 @@ def _bad_where(where: str | None) -> str:
 
 
 def _id_in(ids: Sequence[int]) -> str:
-    possible = [str(i) for i in ids if -(2**63) <= i < 2**63]  # of another Lance could not even be asked
-    return f"id IN ({', '.join(possible)})" if possible else "false"
+    possible = _possible(ids)
+    return f"id IN ({', '.join(map(str, possible))})" if possible else "false"
+
+
+def _possible(ids: Sequence[int]) -> list[int]:
+    """Without those of which Lance could not even be asked."""
+    return [i for i in ids if -(2**63) <= i < 2**63]
 
 
 def _quote(text: str) -> str:
@@ -556,18 +605,3 @@ def _of_shards(records: Collection[ShardRecord]) -> str | None:
         return None
     named = [f"(dataset = {_quote(dataset)} AND shard IN ({', '.join(names)}))" for dataset, names in shards.items()]
     return f"kind <> 'removed' AND ({' OR '.join(named)})"
-
-
-@contextmanager
-def _filter_errors(where: str | None) -> Iterator[None]:
-    """Lance reports a filter it cannot read as a ValueError or an OSError; to a user it is a mistake in the query."""
-    if where is not None:
-        check_filter(where)
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        is_mistake = not isinstance(error, OSError) or "Invalid user input" in str(error)
-        if where is None or not is_mistake or damage(error):
-            raise
-        reason = str(error).splitlines()[0].partition(", /")[0].removeprefix("Invalid user input: ")
-        raise QueryError(f"cannot filter by {where!r}: {reason}") from error

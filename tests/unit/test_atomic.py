@@ -4,8 +4,8 @@ import tempfile
 
 import pytest
 
-from index.atomic import new_file, new_folder, write_bytes
-from index.errors import DiskError
+from index.atomic import new_file, new_folder, one_sentence, write_bytes
+from index.errors import DiskError, KnowledgeBaseError
 
 
 def interrupted_at(step, run):
@@ -96,3 +96,12 @@ def test_what_cannot_be_written_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DiskError, match="file"):
         write_bytes(tmp_path / "file" / "below", b"")
+
+
+@pytest.mark.parametrize("error", [OSError(), OSError("\n"), PermissionError()])
+def test_a_failure_without_words_is_one_sentence_too(tmp_path, error):
+    with (
+        pytest.raises(KnowledgeBaseError, match=f"cannot write to .*: {type(error).__name__};"),
+        one_sentence(tmp_path),
+    ):
+        raise error
