@@ -214,6 +214,11 @@ class KnowledgeBase:
             if Manifest.read(self.directory) == self.manifest:
                 return
 
+    @property
+    def note(self) -> str:
+        """What is to be known of the searches so far: that ScaNN is missing here, say. Empty: nothing."""
+        return "" if self._searcher is None else str(getattr(self._searcher[1], "note", ""))
+
     def show(self, pair: int) -> StoredPair:
         """One pair, its vector included. QueryError when it is not there."""
         self.store.refresh()

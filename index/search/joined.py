@@ -79,6 +79,11 @@ class JoinedKnowledgeBase:
             part.store.refresh()
         return self._retriever
 
+    @property
+    def note(self) -> str:
+        """As `KnowledgeBase.note`, of each."""
+        return "; ".join(f"{part.name}: {part.note}" for part in self.parts if part.note)
+
     def part_of(self, pair: int) -> "KnowledgeBase":
         """The knowledge base that has the pair, the first if several do. QueryError when none does."""
         for part in self.parts:

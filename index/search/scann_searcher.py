@@ -5,6 +5,7 @@ may. Inside, ScaNN knows rows by position; our own ids lie beside it in `ids.npy
 pickle, and updating them in place goes wrong. The folder can be moved.
 """
 
+import logging
 import math
 import os
 import re
@@ -24,6 +25,8 @@ from numpy import ndarray
 from index.errors import KnowledgeBaseError, MissingExtraError
 from index.search.searcher import (
     NO_ID,
+    ExactSearcher,
+    ExactStream,
     Ids,
     Queries,
     Scores,
@@ -36,7 +39,7 @@ from index.search.searcher import (
     merge_answers,
     padded,
 )
-from index.search.sizes import code_training_rows, scann_block, scann_leaves, training_rows
+from index.search.sizes import code_training_rows, default_ram, scann_block, scann_leaves, training_rows
 
 if TYPE_CHECKING:
     from index.search.sizes import Structure
@@ -46,23 +49,28 @@ _REORDER_FACTOR = 2
 _PARALLEL_FROM = 32  # queries
 _MOST_IN_A_TASK = 256  # queries; larger tasks are slower, 35,000 and 18,000 a second at 256 and 1000
 _STREAM_ROWS = 1 << 15
+_RESIDENT_SHARE = 0.1  # of the memory; without ScaNN, vectors that take more are read for each search
 _VECTORS = "vectors.npy"  # the exact ones, when ScaNN itself does not keep them
 _STDERR = threading.Lock()  # there is one for the whole process
 _CHATTER = re.compile(rb"^([IW]\d{4} |WARNING: All log messages before absl)")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+_log = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True, slots=True)
 class _Shard:
     """Some of the rows: what ScaNN made of them, and their ids by its positions."""
 
     folder: Path
     ids: Int64[ndarray, " rows"]
-    raw: Any = None  # ScaNN's own searcher; None: read from `folder` for each search
+    raw: Any = None  # ScaNN's own searcher, once it has been read from `folder`
+    is_resident: bool = True  # else it is read for each search
     vectors: Any = None  # float32 [rows, d] on disk; None: ScaNN has them
 
     def search(self, queries: Queries, wanted: int, **effort: int) -> tuple[Ids, Scores]:
         """The best `wanted` of this shard, in any order, padded as `Searcher.search` says."""
-        raw = self.raw if self.raw is not None else _load(self.folder)
+        raw = self._loaded()
         arguments = {"final_num_neighbors": wanted, **effort}
         if self.vectors is not None and effort:
             arguments["final_num_neighbors"] = effort["pre_reorder_num_neighbors"]
@@ -78,24 +86,42 @@ class _Shard:
         ids = np.where(real, self.ids[np.where(real, positions, 0)], NO_ID)
         return ids, np.where(real, scores, -np.inf).astype(np.float32, copy=False)
 
+    def _loaded(self) -> Any:
+        raw = self.raw if self.raw is not None else _load(self.folder)
+        if self.is_resident:
+            self.raw = raw
+        return raw
+
 
 class ScannSearcher:
-    """Approximate search by inner product, over one shard or several."""
+    """Approximate search by inner product, over one shard or several; ScaNN is loaded when it is first asked.
+
+    Where it cannot be imported, the rows of `table`, if given, are compared one by one, and `note` says so.
+    """
 
     def __init__(
-        self, shards: Sequence[_Shard], *, dim: int, settings: dict[str, Any], snapshot: int | None, ids: Any = None
+        self,
+        shards: Sequence[_Shard],
+        *,
+        dim: int,
+        settings: dict[str, Any],
+        snapshot: int | None,
+        ids: Any = None,
+        table: VectorRows | None = None,
     ):
         self._shards = tuple(shards)
         self.ids: Int64[ndarray, " rows"] = ascending_ids([s.ids for s in shards]) if ids is None else ids
         self.settings = settings
         self.snapshot = snapshot
         self._dim = dim
+        self.note = ""
+        self._table = table
+        self._instead: ExactSearcher | ExactStream | None = None
         self._stored: list[tuple[Any, Any]] | None = None  # see `_stored_vectors`
 
     @classmethod
-    def open(cls, directory: Path, manifest: SearcherManifest) -> "ScannSearcher":
+    def open(cls, directory: Path, manifest: SearcherManifest, *, table: VectorRows | None = None) -> "ScannSearcher":
         """Open what `build_scann` wrote. KnowledgeBaseError when a part is missing or is not ours."""
-        import_scann()
         # Searchers of before there were shards have their one at the root.
         folders = [directory] if (directory / "scann").is_dir() else sorted(directory.glob("shard-*"))
         is_resident = manifest.settings.get("is_resident", True)
@@ -106,7 +132,7 @@ class ScannSearcher:
                 f"the searcher in {directory} has {rows} ids for {manifest.rows} rows; build it again with "
                 "`radt index build`"
             )
-        return cls(shards, dim=manifest.dim, settings=manifest.settings, snapshot=manifest.snapshot)
+        return cls(shards, dim=manifest.dim, settings=manifest.settings, snapshot=manifest.snapshot, table=table)
 
     @property
     def leaves(self) -> int:
@@ -124,6 +150,10 @@ class ScannSearcher:
         nothing = padded(len(queries), top_k)
         if not len(queries) or not len(self.ids):
             return nothing
+        if self._instead is None and self._table is not None:
+            self._instead = self._without_scann(self._table)
+        if self._instead is not None:
+            return self._instead.search(queries, top_k=top_k)
         answers = [nothing]
         for shard in self._shards:
             wanted = min(top_k, len(shard.ids))
@@ -140,6 +170,23 @@ class ScannSearcher:
             here = shard.ids[places] == ids
             rows[here] = stored[places[here]]
         return rows
+
+    def _without_scann(self, table: VectorRows) -> ExactSearcher | ExactStream | None:
+        """Who compares every row where ScaNN cannot be imported, in memory unless that takes much of it; else None."""
+        try:
+            import_scann()
+            return None
+        except MissingExtraError as error:
+            cause = error.__cause__
+        self.note = (
+            f"ScaNN cannot be imported here ({cause}), so every one of {len(self.ids):,} pairs is compared: answers "
+            "are exact and take longer. `radt index build --searcher lance` makes a searcher that runs anywhere"
+        )
+        _log.warning(self.note)
+        if 4 * self._dim * len(self.ids) > _RESIDENT_SHARE * default_ram():
+            return ExactStream(table, within=self.ids)
+        ids, vectors = zip(*table.vector_batches(_STREAM_ROWS), strict=True)
+        return ExactSearcher(np.concatenate(ids), np.concatenate(vectors)).subset(self.ids)
 
     def _stored_vectors(self) -> list[tuple[Any, Any]]:
         """Of every shard its positions in the order of their ids, and its vectors on disk: ours, or ScaNN's own."""
@@ -280,14 +327,20 @@ def _build_shard(folder: Path, settings: dict[str, Any]) -> None:
         (folder / _VECTORS).unlink()
 
 
-def _open_shard(folder: Path, *, is_resident: bool) -> _Shard:
+def _check_files(folder: Path) -> None:
     if not (folder / "scann" / "scann_assets.pbtxt").is_file() or not (folder / "ids.npy").is_file():
         raise KnowledgeBaseError(f"the searcher in {folder} is not complete; build it again with `radt index build`")
+    if any(folder.rglob("*.pkl")):
+        raise KnowledgeBaseError(f"{folder} holds a pickle, which radt never wrote and does not load; remove it")
+
+
+def _open_shard(folder: Path, *, is_resident: bool) -> _Shard:
+    _check_files(folder)
     vectors = folder / _VECTORS
     return _Shard(
         folder=folder,
         ids=np.load(folder / "ids.npy", allow_pickle=False),
-        raw=_load(folder) if is_resident else None,
+        is_resident=is_resident,
         vectors=np.load(vectors, mmap_mode="r", allow_pickle=False) if vectors.is_file() else None,
     )
 
@@ -302,8 +355,7 @@ def _on_disk(shard: _Shard, dim: int) -> Any:
 
 
 def _load(folder: Path) -> Any:
-    if any(folder.rglob("*.pkl")):
-        raise KnowledgeBaseError(f"{folder} holds a pickle, which radt never wrote and does not load; remove it")
+    _check_files(folder)  # again: it may have been opened long ago
     with _quiet():
         return import_scann().load_searcher(str(folder / "scann"))
 

@@ -301,6 +301,8 @@ def is_as_planned(manifest: SearcherManifest, structure: "Structure", *, target_
 def open_searcher(directory: Path, store: "PairStore", *, url: str | None = None) -> Searcher:
     """Open what `build_searcher` wrote. Without a built searcher, or with an exact one, every row is compared.
 
+    So it is where ScaNN cannot be imported: the searcher then says so in its `note` once it is asked.
+
     `url` is where the original lies of which `directory` is a copy without its tables.
     """
     manifest = SearcherManifest.read(directory) if directory.exists() else None
@@ -309,7 +311,7 @@ def open_searcher(directory: Path, store: "PairStore", *, url: str | None = None
     if manifest.kind == "scann":
         from index.search.scann_searcher import ScannSearcher
 
-        return ScannSearcher.open(directory, manifest)
+        return ScannSearcher.open(directory, manifest, table=store)
     from index.search.lance_searcher import LanceSearcher
 
     return LanceSearcher.open(directory, manifest, url=url)

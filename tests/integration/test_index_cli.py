@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from index.cli import make_app, run
+from index.knowledge_base import KnowledgeBase
 from index.search.duplicates import build_duplicates
-from tests.fakes import caption_of, draw, encode, sample, write_img2dataset, write_tar
+from tests.fakes import caption_of, draw, encode, needs_scann, sample, write_img2dataset, write_tar
 
 ROOT = Path(__file__).parents[2]
 
@@ -141,6 +142,24 @@ def test_query_says_what_comparing_every_pair_changes(shell: Shell, kb: Path) ->
     exact = document["exact"]
     assert (exact["recall"], exact["missed"], exact["extra"]) == (1, [], [])
     assert "compared with every pair: recall 1.00" in shell("query", "a red circle", "--kb", kb, "--exact")[1]
+
+
+@needs_scann
+def test_a_knowledge_base_of_scann_is_asked_where_scann_is_not(
+    shell: Shell, kb: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    exact = {by: shell.json("query", "a red circle", "--kb", kb, "--by", by) for by in ("bm25", "clip")}
+    built = shell.json("build", corpus, "--kb", kb, "--searcher", "scann")
+    assert built["searcher"] == "scann"
+    monkeypatch.setitem(sys.modules, "scann", None)
+    words = shell.json("query", "a red circle", "--kb", kb, "--by", "bm25")
+    assert (words["hits"], "note" in words, caplog.records) == (exact["bm25"]["hits"], False, [])
+    near = shell.json("query", "a red circle", "--kb", kb, "--by", "clip")
+    assert near["hits"] == exact["clip"]["hits"]
+    assert near["note"].startswith("ScaNN cannot be imported here")
+    assert [record.message for record in caplog.records] == [near["note"]]  # which Python prints on stderr
+    assert len(KnowledgeBase.open(kb).search("a red circle", by="clip")) == 5
+    assert shell("verify", "--kb", kb, "--sample", 5)[0] == 0
 
 
 def test_query_explains_itself(shell: Shell, kb: Path, monkeypatch: pytest.MonkeyPatch) -> None:

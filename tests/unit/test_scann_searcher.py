@@ -140,6 +140,7 @@ def test_shards_that_are_loaded_one_at_a_time_give_the_same_answers(
     (tmp_path / "b").mkdir()
     resident = build_scann(rows, tmp_path / "a", in_shards(2500, 16, shards=2, vectors="disk"))
     passing = build_scann(rows, tmp_path / "b", in_shards(2500, 16, shards=2, vectors="disk", is_resident=False))
+    resident.search(vectors[:1], top_k=1)  # what stays is loaded when it is first asked
     loaded = []
     load = module._load
     monkeypatch.setattr(module, "_load", lambda folder: loaded.append(folder.name) or load(folder))
@@ -296,6 +297,26 @@ def test_without_scann_there_is_one_sentence_and_lance(monkeypatch: pytest.Monke
     with pytest.raises(MissingExtraError, match=r"pip install scann.*--searcher lance"):
         import_scann()
     assert choose_structure(EXACT_BELOW, 16).kind == "lance"
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_without_scann_what_it_built_is_searched_exactly_and_that_is_said(
+    built: Built, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, *, is_streamed: bool
+) -> None:
+    folder, ids, vectors, manifest = built
+    monkeypatch.setitem(sys.modules, "scann", None)
+    monkeypatch.setattr(module, "_RESIDENT_SHARE", 0.0 if is_streamed else 0.1)
+    newer = ArrayRows(np.append(ids, ids.max() + 1), np.concatenate([vectors, vectors[:1]]))
+    searcher = ScannSearcher.open(folder, manifest, table=newer)
+    assert (searcher.note, caplog.records) == ("", [])  # nothing is said where only words are searched
+    np.testing.assert_array_equal(searcher.ids, np.sort(ids))
+    for _ in range(2):
+        found, scores = searcher.search(vectors[:40], top_k=10)
+        truth, exact = ExactSearcher(ids, vectors).search(vectors[:40], top_k=10)  # the newer row is not its own
+        np.testing.assert_array_equal(found, truth)
+        np.testing.assert_array_equal(scores, exact)
+    assert [record.message for record in caplog.records] == [searcher.note]
+    assert "20,000 pairs is compared" in searcher.note
 
 
 def test_scann_is_chosen_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
