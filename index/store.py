@@ -44,6 +44,7 @@ INDEX_ROWS = 20_000  # rows from which an index on ids pays: 300,000 rows took 2
 SMALL_ROWS = 4096  # a shard's rows, when fewer, wait in memory to share a fragment with other shards' of the commit
 SMALL_BYTES = 8 << 20
 CREATE_SECONDS = 30.0  # when several processes begin with a knowledge base at once, one of them makes the table
+_TAGS_NAMED = 8  # when one that is asked for is not there
 FRAGMENT_ROWS = 262_144  # of a compacted fragment: what one removal makes the next compaction write anew
 BATCH_BYTES = 64 << 20  # held while fragments are written anew
 MAP_ROWS = 1 << 25  # pairs up to which it is held in memory where each lies: 24 bytes each, and 0.2 s for a million,
@@ -67,18 +68,17 @@ class PairStore:
         self.directory = directory
         self.remote = remote  # where the table is, if not in the folder
         self.root = str(directory) if remote is None else remote.url
-        self.snapshot = snapshot  # the tag whose version is read, and never written; None: the newest
         self.moved_files: Collection[str] = ()  # data files of rows that a compaction moved: not new, see `rows_after`
         self._uri = f"{self.root}/{TABLE}.lance"
         try:
-            self._dataset = lance.dataset(self._uri, version=snapshot)
+            self._dataset = lance.dataset(self._uri)
         except ValueError as error:
-            if snapshot is None:
-                reason = str(error).splitlines()[0]
-                raise KnowledgeBaseError(f"the table of {self.root} cannot be read ({reason})") from error
-            raise KnowledgeBaseError(
-                f"{self.root} has no snapshot {snapshot!r}; `radt index stats` lists those it has"
-            ) from error
+            reason = str(error).splitlines()[0]
+            raise KnowledgeBaseError(f"the table of {self.root} cannot be read ({reason})") from error
+        # The tag whose version is read, and never written; None: the newest.
+        self.snapshot = None if snapshot is None else self._tag(snapshot)
+        if self.snapshot is not None:
+            self._dataset = self._dataset.checkout_version(self.snapshot)
         self.hidden = self._hidden() if snapshot is not None else frozenset[int]()
         self._table: Any = None
         self._removed: set[int] | None = None
@@ -493,6 +493,20 @@ class PairStore:
         return int(cleaned.old_versions)
 
     # Inside
+
+    def _tag(self, name: str) -> str:
+        """The tag of a snapshot by its name, or by the number that queries and `stats` tell."""
+        tags = self._dataset.tags.list()
+        numbers = {tag: str(about["version"]) for tag, about in tags.items()}
+        for tag, number in numbers.items():
+            if name in (tag, number):
+                return tag
+        newest = sorted(numbers.items(), key=lambda item: -int(item[1]))
+        listed = ", ".join(f"{tag} (number {number})" for tag, number in newest[:_TAGS_NAMED])
+        more = ", ..., see `radt index stats`" if len(newest) > _TAGS_NAMED else ""
+        there = f"it has {listed}{more}" if newest else "it has none: every build that changes something leaves one"
+        present = "; the present state needs no name" if name == str(self.version) else ""
+        raise KnowledgeBaseError(f"{self.root} has no snapshot {name!r}: {there}{present}")
 
     def _named(self, ids: Sequence[int], columns: Sequence[str]) -> "pa.Table":
         """These columns of those of the pairs that are there, in stored order."""

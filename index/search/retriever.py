@@ -34,7 +34,7 @@ from index.search.request import (
     id_array,
     unit_rows,
 )
-from index.search.scoring import complete_words, fused, is_final, without_excluded, words_within
+from index.search.scoring import complete_words, fused, is_final, without_excluded
 from index.search.searcher import Queries, Searcher
 from index.search.trace import Stage, Trace
 from index.search.view import RankedList, StoreView, View
@@ -409,7 +409,7 @@ class Retriever:
                 by_vector = _search_vectors(vectors, queries, request, view, trace=trace, depth=depth)
         if request.uses_words:
             with trace("lexical"):
-                by_words = _search_words(queries, lexical, request, view, trace=trace, depth=depth)
+                by_words = _search_words(queries, lexical, request, trace=trace, depth=depth)
         ids = [distinct(one.ids, other.ids) for one, other in zip(by_vector, by_words, strict=True)]
         clips: list[Float64[ndarray, " n"]] | None = None
         words: list[Float64[ndarray, " n"]] | None = None
@@ -489,11 +489,11 @@ def _search_vectors(
 
 
 def _search_words(
-    queries: Sequence[Query], lexical: Lexical, request: Request, view: View, *, trace: Trace, depth: int
+    queries: Sequence[Query], lexical: Lexical, request: Request, *, trace: Trace, depth: int
 ) -> list[RankedList]:
     top_k = depth + max(len(query.exclude) for query in queries)
     texts = [query.text or "" for query in queries]
-    rankings = words_within(lexical, texts, request.subset, top_k=top_k, rows=len(view.ids))
+    rankings = lexical.search_many(texts, top_k=top_k, within=request.subset)
     listed = [RankedList(ids=ids, scores=scores) for ids, scores in rankings]
     return without_excluded(listed, queries, trace, "words", depth=depth)
 

@@ -2,47 +2,15 @@
 
 from collections.abc import Sequence
 
-import numpy as np
 from jaxtyping import Float64, Int64
 from numpy import ndarray
 
 from index.search.candidates import Candidates
 from index.search.fusion import best_first, fuse
-from index.search.ids import contains
-from index.search.lexical import Lexical, Ranking, Subset, coarse
+from index.search.lexical import Lexical, coarse
 from index.search.request import Query, Request
 from index.search.trace import Trace
 from index.search.view import RankedList
-
-# Lance reads the filtered columns of all rows for every query: 2 ms of one core for 100,000 numbers. Above so many rows
-# a filter that leaves this share of them is not given to the word index, but applied to a list as much longer.
-_PUSH_DOWN_ROWS = 300_000
-_WORDS_SHARE = 0.05
-
-
-def words_within(
-    lexical: Lexical, texts: Sequence[str], subset: Subset | None, *, top_k: int, rows: int
-) -> list[Ranking]:
-    """The best `top_k` by words among the rows of a filter.
-
-    A filter goes down into the word index, unless it leaves many rows of very many: then it is applied to a list as
-    much longer, which is doubled until it is enough.
-    """
-    if subset is None or rows <= _PUSH_DOWN_ROWS or len(subset.ids) < _WORDS_SHARE * rows:
-        return lexical.search_many(texts, top_k=top_k, within=subset)
-    answers: list[Ranking] = [(np.empty(0, dtype=np.int64), np.empty(0))] * len(texts)
-    pending = list(range(len(texts)))
-    asked = min(rows, 2 * top_k * rows // len(subset.ids))
-    while pending:
-        rankings = lexical.search_many([texts[p] for p in pending], top_k=asked)
-        enough = []
-        for position, (ids, scores) in zip(pending, rankings, strict=True):
-            kept = contains(subset.ids, ids)
-            answers[position] = ids[kept][:top_k], scores[kept][:top_k]
-            enough.append(kept.sum() >= top_k or len(ids) < asked or asked == rows)
-        pending = [position for position, is_enough in zip(pending, enough, strict=True) if not is_enough]
-        asked = min(rows, 2 * asked)
-    return answers
 
 
 def without_excluded(

@@ -273,7 +273,7 @@ class StoreView:
         known = ids[contains(self._valid, ids)]
         vectors = self._searcher.vectors(known) if isinstance(self._searcher, HoldsVectors) else None
         if vectors is None:
-            return exact_searcher(self._store, f"id IN ({', '.join(map(str, ids.tolist()))})")
+            return ExactSearcher(*self._store.vectors_of(ids))
         if self._tail is None:
             return ExactSearcher(known, vectors)
         newer = self._tail.subset(ids)
@@ -311,7 +311,7 @@ def _newer_rows(store: "PairStore", searcher: Searcher) -> tuple[Int64[ndarray, 
     unknown = ids[~contains(searcher.ids, ids)]
     if not len(unknown):
         return np.empty(0, dtype=np.int64), np.empty((0, store.dim), dtype=np.float32)
-    return store.ids_and_vectors(f"id IN ({', '.join(map(str, unknown.tolist()))})")
+    return store.vectors_of(unknown)
 
 
 def _search_valid(searcher: Searcher, queries: Queries, top_k: int, valid: Int64[ndarray, " valid"]) -> Found:

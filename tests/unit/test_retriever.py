@@ -11,10 +11,11 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from index import store as store_module
 from index.embedder import DeferredEmbedder
 from index.errors import KnowledgeBaseError, QueryError
 from index.records import ImageLocation, StoredPair, pair_id
-from index.search import scoring
+from index.search import lexical as lexical_module
 from index.search import view as module
 from index.search.duplicates import build_duplicates
 from index.search.fusion import best_first, fuse
@@ -586,10 +587,11 @@ def test_a_filter_however_it_is_applied_gives_the_same(
     """Pushed down or over-fetched, small subset or large: one answer."""
     expected = exact_retriever(frozen).search("red dog", k=12, by=by, where=where)
     assert all(eval_where(where, hit) for hit in expected.hits)
-    for small, share in ((0, 0.0), (0, 2.0), (10**6, 0.0)):
+    for small, share, length in ((0, 0.0, 0), (0, 0.0, 10**6), (0, 2.0, 0), (10**6, 0.0, 0)):
         monkeypatch.setattr(module, "_SMALL_SUBSET", small)
-        monkeypatch.setattr(scoring, "_PUSH_DOWN_ROWS", 0)
-        monkeypatch.setattr(scoring, "_WORDS_SHARE", share)
+        monkeypatch.setattr(store_module, "MAP_SHARE", share)
+        monkeypatch.setattr(lexical_module, "_MANY_ROWS", 0)
+        monkeypatch.setattr(lexical_module, "_LONG_LIST", length)
         hits = exact_retriever(frozen).search("red dog", k=12, by=by, where=where).hits
         assert [hit.id for hit in hits] == [hit.id for hit in expected.hits]
 
