@@ -8,7 +8,7 @@ the searcher is built, and lie beside it; rows newer than that are told apart by
 import json
 import time
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import blake2b
@@ -23,7 +23,7 @@ from index.atomic import new_folder
 from index.config import from_dict, to_dict
 from index.errors import ConfigError, KnowledgeBaseError
 from index.search.ids import contains
-from index.search.searcher import ExactSearcher, Searcher
+from index.search.searcher import ExactSearcher, Searcher, queries_at_once
 
 if TYPE_CHECKING:
     from index.store import PairStore
@@ -36,12 +36,15 @@ FOLDER = "duplicates"  # inside the searcher's own folder, with which it comes a
 # 13 are one emoji on two grounds, of the 11,220 twos of one emoji.
 NEAR = 0.995  # least cosine of two near-duplicates
 NEAR_BITS = 3  # bits in which their difference hashes may differ, where both have one
-_NEIGHBORS = 10  # of each row that are looked at
+_NEIGHBORS = 11  # of each row that are looked at first, itself among them; twice as many while the last one is near,
+_MOST_NEIGHBORS = 1408  # up to so many. Of a million made-up pairs, 16 in 100 asked for 22, 1 for 176, none for 704
+_CROWDED_AT_ONCE = 1 << 15  # rows that have more: every two of them are compared, so many at once
 _BATCH = 4096  # rows
 _EXACT_LIMIT = 200_000  # rows up to which every two are compared: a minute on one core at 100,000 x 512
 _BLOCK_SCORES = 1 << 24  # products held at once
 _BLOCK_LINKS = 1 << 21  # links held at once
 _JOINED_AT_ONCE = 1 << 16
+_FINDING_ROOTS = 32  # times cheaper than joining, for each position
 
 OnBatch = Callable[[int, int], None]  # rows done, of how many
 
@@ -147,7 +150,7 @@ class _Forest:
         step = max(_JOINED_AT_ONCE, len(self._parent) // 4)
         for start in range(0, len(one), step):
             a, b = one[start : start + step], other[start : start + step]
-            if len(one) > _JOINED_AT_ONCE:
+            if len(one) > max(_JOINED_AT_ONCE, len(self._parent) // _FINDING_ROOTS):
                 roots = self.roots()
                 is_new = roots[a] != roots[b]
                 a, b = a[is_new], b[is_new]
@@ -186,9 +189,11 @@ def build_duplicates(
 
     Two pairs are alike when their images have the same bytes, or when their vectors have a cosine of at least `near`
     and their difference hashes, where both have one, differ in at most `near_bits` bits; whatever is linked by such
-    pairs is one group. `near` None looks at bytes alone. Near-duplicates are looked for among the ten neighbours that
-    `searcher`, which knows these pairs, finds of each; memory is a few numbers a row and a batch of vectors. An exact
-    searcher compares every two up to 200,000 rows, above which it looks at bytes alone.
+    pairs is one group. `near` None looks at bytes alone. Near-duplicates are looked for among the neighbours that
+    `searcher`, which knows these pairs, finds of each: as many as are near, and what it misses stays apart. Rows with
+    more than 1,408 are also compared two by two, in lots of 32,768 in the order of the groups found so far; memory is
+    such a lot of vectors and a few numbers a row. An exact searcher compares every two up to 200,000 rows, above
+    which it looks at bytes alone.
     """
     if near is not None and not 0 < near <= 1:
         raise ConfigError(f"near-duplicates have a cosine above 0 and up to 1, got {near}")
@@ -201,7 +206,7 @@ def build_duplicates(
         forest.join(one, other)
     exact = _sizes(forest.roots())
     if near is not None:
-        for one, other in _near_pairs(store, searcher, rows.ids, near=near, on_batch=on_batch):
+        for one, other in _near_pairs(store, searcher, rows.ids, forest, near=near, on_batch=on_batch):
             kept = rows.alike(one, other, bits=near_bits)
             forest.join(one[kept], other[kept])
     roots = forest.roots()
@@ -261,23 +266,88 @@ def _equal_neighbors(values: Int64[ndarray, " n"]) -> tuple[Int64[ndarray, " m"]
 
 
 def _near_pairs(
-    store: "PairStore", searcher: Searcher, ids: Int64[ndarray, " rows"], *, near: float, on_batch: OnBatch
+    store: "PairStore",
+    searcher: Searcher,
+    ids: Int64[ndarray, " rows"],
+    forest: _Forest,
+    *,
+    near: float,
+    on_batch: OnBatch,
 ) -> Iterator[tuple[Int64[ndarray, " m"], Int64[ndarray, " m"]]]:
-    """Positions of two pairs whose cosine is at least `near`, the lower first, in batches."""
+    """Positions of two pairs whose cosine is at least `near`, the lower first, in batches; `forest` is joined by them.
+
+    A link is seen from either end. So where the searcher is exact, only one between two crowded rows can be missed.
+    """
     if isinstance(searcher, ExactSearcher):
         yield from _all_near_pairs(searcher, ids, near=near, on_batch=on_batch)
         return
-    done = 0
-    for batch in store.dataset.to_batches(columns=["id", "vector"], filter="kind = 'pair'", batch_size=_BATCH):
-        own = np.searchsorted(ids, batch.column("id").to_numpy())
-        vectors = batch.column("vector").flatten().to_numpy().reshape(len(own), -1)
-        found, scores = searcher.search(vectors, top_k=_NEIGHBORS + 1)
-        row, column = np.nonzero((scores >= near) & (found >= 0))
-        theirs = _positions(ids, found[row, column])
-        linked = (theirs >= 0) & (theirs != own[row])  # a link seen from one end only is kept as well
-        yield np.minimum(own[row[linked]], theirs[linked]), np.maximum(own[row[linked]], theirs[linked])
+    done, crowded = 0, [np.empty(0, np.int64)]
+    for some, vectors in _lots(store, queries_at_once(searcher, store.dim, usual=_BATCH)):
+        own = np.searchsorted(ids, some)
+        is_listed = np.zeros(len(own), dtype=bool)
+        for rows, found, is_whole in near_neighbors(searcher.search, vectors, near=near, most=_MOST_NEIGHBORS):
+            theirs = _positions(ids, found)
+            linked = (theirs >= 0) & (theirs != own[rows])
+            yield np.minimum(own[rows[linked]], theirs[linked]), np.maximum(own[rows[linked]], theirs[linked])
+            is_listed |= is_whole
+        crowded.append(own[~is_listed])
         done += len(own)
         on_batch(done, len(ids))
+    yield from _crowded_pairs(store, ids, np.concatenate(crowded), forest, near=near)
+
+
+def _lots(store: "PairStore", rows: int) -> Iterator[tuple[Int64[ndarray, " lot"], Float32[ndarray, "lot d"]]]:
+    """Ids and vectors, so many at once or a few more: Lance's batches end where its files do."""
+    held: list[tuple[Int64[ndarray, " _"], Float32[ndarray, "_ d"]]] = []
+    for batch in store.vector_batches(rows):
+        held.append(batch)
+        if sum(len(ids) for ids, _ in held) >= rows:
+            yield _joined(held)
+            held = []
+    if held:
+        yield _joined(held)
+
+
+def _joined(
+    parts: Sequence[tuple[Int64[ndarray, " _"], Float32[ndarray, "_ d"]]],
+) -> tuple[Int64[ndarray, " n"], Float32[ndarray, "n d"]]:
+    return np.concatenate([ids for ids, _ in parts]), np.concatenate([vectors for _, vectors in parts])
+
+
+def _crowded_pairs(
+    store: "PairStore", ids: Int64[ndarray, " rows"], crowded: Int64[ndarray, " c"], forest: _Forest, *, near: float
+) -> Iterator[tuple[Int64[ndarray, " m"], Int64[ndarray, " m"]]]:
+    """The near ones among the rows at these positions, neighbours of one lot and group beside each other."""
+    crowded = crowded[np.argsort(forest.roots()[crowded], kind="stable")]
+    for start in range(0, len(crowded), _CROWDED_AT_ONCE):
+        lot = ExactSearcher(*store.vectors_of(ids[crowded[start : start + _CROWDED_AT_ONCE]]))
+        yield from _all_near_pairs(lot, ids, near=near, on_batch=lambda done, total: None)
+
+
+def near_neighbors(
+    search: Callable[..., tuple[Any, Any]], vectors: Float32[ndarray, "n d"], *, near: float, most: int
+) -> Iterator[tuple[Int64[ndarray, " m"], Int64[ndarray, " m"], Bool[ndarray, " n"]]]:
+    """What `search` (see `Searcher.search`) finds of each vector with a cosine of at least `near`, in several parts.
+
+    A part has rows of `vectors` and, beside each, the id of what is near it, and then which rows are now known to have
+    no more than what was told. A row whose last neighbour is near is asked for twice as many, up to `most`.
+    """
+    left, top_k = np.arange(len(vectors)), min(_NEIGHBORS, most)
+    while len(left):
+        still: list[Int64[ndarray, " _"]] = []
+        step = max(1, max(len(vectors) * _NEIGHBORS, _BLOCK_LINKS) // top_k)
+        for start in range(0, len(left), step):
+            rows = left[start : start + step]
+            found, scores = search(vectors[rows], top_k=top_k)
+            is_whole = np.zeros(len(vectors), dtype=bool)
+            is_whole[rows] = scores[:, -1] < near
+            row, column = np.nonzero((scores >= near) & (found >= 0))
+            yield rows[row], found[row, column], is_whole
+            still.append(rows[~is_whole[rows]])
+        left = np.concatenate(still)
+        if top_k >= most:
+            return
+        top_k = min(most, 2 * top_k)
 
 
 def _all_near_pairs(

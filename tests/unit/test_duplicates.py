@@ -119,6 +119,64 @@ def test_groups_are_those_of_comparing_every_two(tmp_path: Path, near: float | N
         assert summary["exact_pairs"] == by_bytes[by_bytes > 1].sum()
 
 
+def crowd(around: np.ndarray, num: int, *, seed: int) -> np.ndarray:
+    """Unit vectors of which every two have a cosine of at least 0.9965, and fifty each are nearer to one another."""
+    chance = np.random.default_rng(seed)
+    parts = np.repeat([0.038 * unit(row) for row in chance.standard_normal((num // 50 + 1, DIM))], 50, axis=0)[:num]
+    vectors: np.ndarray = unit(around) + parts + 0.0005 * chance.standard_normal((num, DIM))
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def arc(num: int, *, plane: tuple[int, int], degrees: float) -> np.ndarray:
+    """A chain: rows on a circle, of which only the next few are near."""
+    angles = np.deg2rad(degrees) * np.arange(num)
+    vectors = np.zeros((num, DIM))
+    vectors[:, plane[0]], vectors[:, plane[1]] = np.cos(angles), np.sin(angles)
+    return vectors
+
+
+def rows_of(*parts: np.ndarray, seed: int) -> list[StoredPair]:
+    """Pairs of these vectors, without bytes or hashes, under ids in no order."""
+    vectors = np.concatenate(parts)
+    ids = np.random.default_rng(seed).permutation(len(vectors)).tolist()
+    return [pair(number, vector) for number, vector in zip(ids, vectors, strict=True)]
+
+
+@pytest.mark.parametrize("num", [200, pytest.param(1000, marks=pytest.mark.slow)])
+def test_a_picture_that_is_there_often_is_one_group(tmp_path: Path, num: int) -> None:
+    """Ten neighbours of each are a part of it: parts that do not see each other would stay apart."""
+    chance = np.random.default_rng(num)
+    together = crowd(chance.standard_normal(DIM), num, seed=num)
+    assert (together @ together.T).min() >= 0.9965
+    others = [unit(row) for row in chance.standard_normal((300, DIM))]
+    rows = rows_of(together, np.stack(others), seed=num)
+    store = store_of(tmp_path / "kb", rows)
+    found = build_duplicates(store, Approximate(exact_searcher(store)), tmp_path / "searcher")
+    assert (found.summary()["groups"], found.summary()["largest"]) == (1, num)
+    assert set(found.ids.tolist()) == {row.id for row in rows[:num]}
+
+
+@pytest.mark.parametrize(("most", "at_once"), [(11, 1 << 15), (44, 1 << 15), (1408, 1 << 15), (44, 150)])
+def test_crowds_and_chains_are_the_groups_of_comparing_every_two(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int, at_once: int
+) -> None:
+    """However many neighbours are looked at before products take over. Two crowds are bridged; arcs are chains."""
+    chance = np.random.default_rng(3)
+    one, other, far = np.linalg.qr(chance.standard_normal((DIM, 3)))[0].T
+    bridge = np.stack([unit(np.cos(a) * one + np.sin(a) * other) for a in np.deg2rad(np.arange(0, 21, 4))])
+    crowds = (crowd(one, 120, seed=0), crowd(bridge[-1], 120, seed=1), crowd(far, 60, seed=2))
+    rows = rows_of(*crowds, bridge, arc(100, plane=(0, 1), degrees=0.4), arc(90, plane=(2, 3), degrees=1.9), seed=4)
+    store = store_of(tmp_path / "kb", rows)
+    whole = build_duplicates(store, exact_searcher(store), tmp_path / "a")
+    monkeypatch.setattr(module, "_MOST_NEIGHBORS", most)
+    monkeypatch.setattr(module, "_CROWDED_AT_ONCE", at_once)
+    monkeypatch.setattr(module, "_BLOCK_LINKS", 3000)
+    found = build_duplicates(store, Approximate(exact_searcher(store)), tmp_path / "b")
+    np.testing.assert_array_equal([whole.ids, whole.groups], [found.ids, found.groups])
+    assert whole.summary()["groups"] >= 3
+    assert whole.summary()["largest"] >= 246
+
+
 def test_blocks_of_products_do_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = store_of(tmp_path / "kb", corpus(5))
     whole = build_duplicates(store, exact_searcher(store), tmp_path / "a", near=0.97)
