@@ -80,9 +80,9 @@ def without_network(tars: Path, scratch: Path, workers: int) -> dict[str, Any]:
     import numpy as np
     from open_clip.transform import image_transform
 
-    from index.embedder import _split
+    from index.preprocessing import split
 
-    resize, _ = _split(image_transform(SIDE, is_train=False), None)
+    resize, _ = split(image_transform(SIDE, is_train=False))
     assert resize is not None
     vector = np.zeros(512, np.float32)
     vector[0] = 1

@@ -88,7 +88,7 @@ def test_preprocessing_is_that_of_open_clip_to_the_last_bit(
     images = [photo(width, height) for width, height in ((32, 32), (77, 40), (40, 77), (31, 500), (8, 8))]
     expected = torch.stack([preprocess(image) for image in images])
     assert embedder.prepare(images[0]).dtype == np.uint8
-    assert torch.equal(embedder._pixels([embedder.prepare(image) for image in images]), expected)
+    assert torch.equal(embedder._on_device([embedder.prepare(image) for image in images]), expected)
     with torch.inference_mode():
         vectors = model.eval().encode_image(expected, normalize=True).numpy()
     assert (embedder.images(images) * vectors).sum(1).min() > 0.9999
