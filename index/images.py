@@ -2,20 +2,28 @@
 
 Nothing is copied unless asked: a location is a byte range of a tar, a whole file, or a cell of a table, local or in a
 bucket. `ImageLocation` (`index/records.py`) says which; this module reads it.
+
+A knowledge base may be anybody's, so what its rows name is read only where a build would have read it: regular files
+of bounded size, on this machine, in buckets, or at the host that the row's own source lies at.
 """
 
 import io
+import os
 import re
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from hashlib import sha256
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import numpy as np
 
 from index.errors import ImageError
+from index.ingest.columns import BUCKETS
+from index.ingest.shards import MAX_IMAGE_BYTES, is_local
 from index.records import ImageLocation, StoredPair
 
 if TYPE_CHECKING:
@@ -24,6 +32,7 @@ if TYPE_CHECKING:
 CELL = re.compile(r"^(?P<path>.+\.(?P<kind>parquet|lance))#(?P<column>.+)/(?P<row>\d+|id=-?\d+)$", re.DOTALL)
 REMOTE_FILES = 16  # files in buckets that are read at once
 OPEN_TABLES = 8
+SCHEMES = {*BUCKETS, "local", "memory"}  # read whoever names them; others where the source is
 BATCH_CELLS = 256  # cells of a parquet file in memory at once: a row group may hold gigabytes of images
 
 Outcome = bytes | ImageError
@@ -46,13 +55,16 @@ def try_read_images(
     `digests` are the images' SHA-256 as they were read in, None where unknown: what has other bytes now is an error.
     """
     groups: dict[tuple[str, str], list[int]] = {}
+    outcomes: dict[int, Outcome] = {}
     for i, location in enumerate(locations):
-        groups.setdefault(_place(location.uri), []).append(i)
+        if reason := _why_not_read(location):
+            outcomes[i] = _error(location, reason)
+        else:
+            groups.setdefault(_place(location.uri), []).append(i)
 
     def read_group(place: tuple[str, str]) -> list[Outcome]:
         return _read_group(place, [locations[i] for i in groups[place]])
 
-    outcomes: dict[int, Outcome] = {}
     is_slow = len(groups) > 1 and any("://" in path for _, path in groups)
     with ThreadPoolExecutor(REMOTE_FILES if is_slow else 1) as threads:
         read = threads.map(read_group, groups) if is_slow else map(read_group, groups)
@@ -104,6 +116,29 @@ def thumbnail_of(image: "PIL.Image.Image", pixels: int) -> bytes:
 # Reading
 
 
+def _why_not_read(location: ImageLocation) -> str | None:
+    """Why this is not even tried; None when it is."""
+    if min(location.offset or 0, location.size or 0) < 0 or (location.size or 0) > MAX_IMAGE_BYTES:
+        return f"no image lies at byte {location.offset or 0} with {location.size} bytes"
+    if "://" not in location.uri:
+        return None
+    if "::" in location.uri:
+        return "it is an address inside another, and those are not followed"
+    place = _host(location.uri)
+    if place[0] in SCHEMES or place == _host(location.origin):
+        return None
+    return f"nothing is read from {place[0]}://{place[1]}, which is not where its source lies"
+
+
+def _host(uri: str) -> tuple[str, str]:
+    """Scheme and host of a URL."""
+    try:
+        parts = urlsplit(uri)
+    except ValueError:  # no address at all
+        return uri.partition("://")[0], ""
+    return parts.scheme, parts.netloc
+
+
 def _place(uri: str) -> tuple[str, str]:
     """How to read it, and the file that has to be opened."""
     cell = CELL.match(uri)
@@ -129,24 +164,37 @@ def _read_group(place: tuple[str, str], locations: Sequence[ImageLocation]) -> l
 
 def _read_ranges(uri: str, locations: Sequence[ImageLocation]) -> list[Outcome]:
     """Byte ranges of a file, or all of it."""
-    from fsspec.core import url_to_fs
-
-    fs, path = url_to_fs(uri)
-    if "file" not in ([fs.protocol] if isinstance(fs.protocol, str) else fs.protocol):
+    fs, path = _opened(uri)
+    if fs is not None:
         return _read_remote(fs, path, locations)
     outcomes: dict[int, Outcome] = {}
     with open(path, "rb") as file:
         for i, location in sorted(enumerate(locations), key=lambda item: item[1].offset or 0):
             file.seek(location.offset or 0)
-            size = -1 if location.offset is None or location.size is None else location.size
-            outcomes[i] = _whole(file.read(size), location)
+            is_all = location.offset is None or location.size is None
+            outcomes[i] = _whole(file.read(MAX_IMAGE_BYTES + 1 if is_all else location.size), location)
     return [outcomes[i] for i in range(len(locations))]
+
+
+def _opened(uri: str) -> tuple[Any, str]:
+    """The file system, None for that of this machine, and the path in it. OSError for what is no regular file here."""
+    fs, path = None, uri
+    if "://" in uri:
+        from fsspec.core import url_to_fs
+
+        fs, path = url_to_fs(uri)
+        fs = None if is_local(fs) else fs
+    if fs is None and not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for, a device never ends
+        raise OSError("it is not a regular file")
+    return fs, path
 
 
 def _read_remote(fs: Any, path: str, locations: Sequence[ImageLocation]) -> list[Outcome]:
     """A bucket answers many ranges at once."""
-    ends = [None if at.offset is None or at.size is None else at.offset + at.size for at in locations]
-    contents = fs.cat_ranges([path] * len(locations), [at.offset for at in locations], ends, on_error="return")
+    starts = [at.offset or 0 for at in locations]
+    sizes = [MAX_IMAGE_BYTES + 1 if at.offset is None or at.size is None else at.size for at in locations]
+    ends = [start + size for start, size in zip(starts, sizes, strict=True)]
+    contents = fs.cat_ranges([path] * len(locations), starts, ends, on_error="return")
     return [
         _error(location, content) if isinstance(content, Exception) else _whole(bytes(content), location)
         for content, location in zip(contents, locations, strict=True)
@@ -157,6 +205,7 @@ def _read_parquet(path: str, locations: Sequence[ImageLocation]) -> list[Outcome
     import pyarrow.parquet
     from fsspec.core import url_to_fs
 
+    _opened(path)
     fs, file_path = url_to_fs(path)
     wanted: dict[str, list[int]] = {}
     for location in locations:
@@ -262,6 +311,8 @@ def _column_and_row(location: ImageLocation) -> tuple[str, int]:
 
 
 def _whole(content: bytes, location: ImageLocation) -> Outcome:
+    if len(content) > MAX_IMAGE_BYTES:
+        return _error(location, f"it is larger than {MAX_IMAGE_BYTES} bytes")
     if location.size is not None and len(content) != location.size:
         return _error(location, "it has not the size that it had when it was read in")
     return content

@@ -527,7 +527,7 @@ def _encoded(image: "str | Path | PIL.Image.Image") -> bytes:
         buffer = io.BytesIO()
         image.save(buffer, format="PNG")
         return buffer.getvalue()
-    return ImageLocation(uri=str(image)).read()
+    return ImageLocation(uri=str(image), origin=str(image)).read()
 
 
 def _decoded(content: bytes, image: "str | Path | PIL.Image.Image") -> "PIL.Image.Image":

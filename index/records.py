@@ -18,12 +18,14 @@ class ImageLocation:
     """Where the encoded image lies: a byte range of a tar shard, a whole file (`offset` None), or a cell of a table.
 
     Cells are `PATH.parquet#COLUMN/ROW`, `PATH.lance#COLUMN/ROW` and, for a copy that the knowledge base keeps,
-    `pairs.lance#image/id=ID`. `uri` is empty when no image is known, only its vector.
+    `pairs.lance#image/id=ID`. `uri` is empty when no image is known, only its vector. `origin` is the source of the
+    pair, or what else vouches for the host of a `uri` that is neither here nor in a bucket.
     """
 
     uri: str
     offset: int | None = None
     size: int | None = None
+    origin: str = field(default="", repr=False, compare=False)
 
     def read(self) -> bytes:
         """Read the encoded bytes, from a bucket as from a folder. ImageError when they are not there (any more)."""

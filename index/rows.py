@@ -43,7 +43,7 @@ def stored_pair(row: dict[str, Any], root: str) -> StoredPair:
         digest=row["shard_digest"],
         key=row["key"],
         caption=row["caption"],
-        image=ImageLocation(uri=_resolve(row["image_uri"], root), offset=row["image_offset"], size=row["image_size"]),
+        image=_location(row, root),
         sha256=row["image_sha256"],
         width=row["width"],
         height=row["height"],
@@ -120,6 +120,12 @@ def bad_row(record: ShardRecord, sample: BadSample) -> dict[str, Any]:
         "image_offset": sample.offset,
         "reason": sample.reason,
     }
+
+
+def _location(row: dict[str, Any], root: str) -> ImageLocation:
+    uri = _resolve(row["image_uri"], root)
+    origin = row["source"] if uri == row["image_uri"] else root
+    return ImageLocation(uri=uri, offset=row["image_offset"], size=row["image_size"], origin=origin or "")
 
 
 def _resolve(uri: str, root: str) -> str:

@@ -2,6 +2,7 @@
 
 import builtins
 import io
+import os
 from collections.abc import Sequence
 from hashlib import sha256
 from itertools import pairwise
@@ -135,7 +136,7 @@ def _cut(path: Path) -> None:
         ("{folder}/t.parquet#png/0", "t.parquet#png/0"),
         ("{folder}/t.lance#jpg/40", "no bytes in this cell"),
         ("{folder}/broken.parquet#jpg/0", "broken.parquet"),
-        ("{folder}", "Is a directory"),
+        ("{folder}", "not a regular file"),
         ("nosuchscheme://bucket/a.png", "nosuchscheme"),
     ],
 )
@@ -251,3 +252,103 @@ def test_difference_hash_is_a_signed_int64_that_near_duplicates_share() -> None:
     assert difference_hash(falling) == difference_hash(PIL.Image.new("RGB", (50, 50), "red")) == 0
     jpeg = PIL.Image.open(io.BytesIO(thumbnail_of(rising.convert("RGB"), 60)))
     assert difference_hash(jpeg) == difference_hash(rising)
+
+
+# What a foreign knowledge base may name
+
+
+def why_unread(location: ImageLocation) -> str:
+    (outcome,) = try_read_images([location])
+    assert isinstance(outcome, ImageError)
+    assert "\n" not in str(outcome)
+    return str(outcome)
+
+
+@pytest.mark.parametrize("cell", ["", "#jpg/0"])
+def test_a_pipe_is_not_waited_for_and_a_device_not_read(tmp_path: Path, cell: str) -> None:
+    os.mkfifo(tmp_path / "pipe.parquet")
+    os.mkfifo(tmp_path / "pipe.png")
+    for path in (tmp_path / ("pipe.parquet" if cell else "pipe.png"), f"file://{tmp_path}/pipe.parquet"):
+        assert "it is not a regular file" in why_unread(ImageLocation(uri=f"{path}{cell}"))
+    assert "it is not a regular file" in why_unread(ImageLocation(uri="/dev/zero"))
+    assert "it is not a regular file" in why_unread(ImageLocation(uri="/dev/zero", offset=0, size=100))
+
+
+def test_sizes_that_cannot_be_true_take_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.png"
+    path.write_bytes(IMAGES[0])
+    for offset, size in ((0, 1 << 40), (0, -1), (-5, 10)):
+        assert "no image lies at byte" in why_unread(ImageLocation(uri=str(path), offset=offset, size=size))
+    assert "has not the size" in why_unread(ImageLocation(uri=str(path), offset=10, size=10_000))
+    fsspec.filesystem("memory").pipe("/bounds/x.png", IMAGES[0])
+    monkeypatch.setattr("index.images.MAX_IMAGE_BYTES", len(IMAGES[0]) - 1)
+    for uri in (str(path), "memory://bounds/x.png"):
+        assert f"larger than {len(IMAGES[0]) - 1} bytes" in why_unread(ImageLocation(uri=uri))
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "http://169.254.169.254/latest/meta-data",
+        "https://evil.example/x.png",
+        "ftp://evil.example/x.png",
+        "http://evil.example/t.parquet#jpg/0",
+        "simplecache::http://evil.example/x.png",
+        "s3://bucket/x.zip::http://evil.example/x.png",
+        "zip://x.png::file:///etc/x.zip",
+        "http://[",
+    ],
+)
+def test_nothing_is_asked_of_hosts_that_no_source_named(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fsspec.core.url_to_fs", lambda url: pytest.fail(f"asked {url}"))
+    for origin in ("", "/data", "https://example.org/shards", "http://evil.example.org/"):
+        reason = why_unread(ImageLocation(uri=uri, origin=origin))
+        assert ("which is not where its source lies" in reason) != ("an address inside another" in reason)
+
+
+def test_images_are_read_from_the_host_of_their_own_source() -> None:
+    from http.server import BaseHTTPRequestHandler, HTTPServer
+    from threading import Thread
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.do_GET()
+
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(IMAGES[3])))
+            self.end_headers()
+            self.wfile.write(IMAGES[3] if self.command == "GET" else b"")
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Answer) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        root = f"http://127.0.0.1:{server.server_port}"
+        assert ImageLocation(uri=f"{root}/a/x.png", origin=f"{root}/a").read() == IMAGES[3]
+        assert "127.0.0.1" in why_unread(ImageLocation(uri=f"{root}/a/x.png"))
+        server.shutdown()
+
+
+def test_a_row_vouches_for_the_host_of_its_source_only(tmp_path: Path) -> None:
+    from index.rows import pair_row, stored_pair
+
+    def image_of(uri: str, source: str) -> ImageLocation:
+        pair = StoredPair(
+            id=1,
+            dataset="d",
+            source=source,
+            shard="s",
+            digest="",
+            key="k",
+            caption="",
+            image=ImageLocation(uri=uri),
+            sha256=None,
+            width=None,
+            height=None,
+        )
+        return stored_pair({**pair_row(pair), "vector": None}, "https://kb.example/kb").image
+
+    assert image_of("https://example.org/x.png", "https://example.org").origin == "https://example.org"
+    assert image_of("pairs.lance#image/id=1", "https://evil.example").origin == "https://kb.example/kb"
