@@ -115,9 +115,11 @@ def make_sheet(drawn: Sequence[Drawn], title: str) -> Sheet:
 def subtitle(picture: GeneratedImage) -> str:
     """How it was drawn, in one line."""
     asked, origin = picture.settings, picture.record.origin
+    is_found = any(neighbor.score is not None for neighbor in picture.neighbors)
+    search = f", found by {asked.by}, decompose {asked.decompose}" if is_found else ""
     return (
         f"radt {origin.radt}, model {origin.model}, {asked.sampler} at {asked.steps} steps, "
-        f"text {asked.text_guidance:g}, neighbours {asked.neighbor_guidance:g}, text share {asked.text_share:g}"
+        f"text {asked.text_guidance:g}, neighbours {asked.neighbor_guidance:g}, text share {asked.text_share:g}{search}"
     )
 
 
@@ -139,8 +141,11 @@ def _scores(neighbor: Neighbor) -> list[str]:
     paid = [] if neighbor.attention is None else [f"attention {neighbor.attention:.0%}"]
     if neighbor.score is None:
         return ["given by hand", *paid]
+    components = {"clip": neighbor.clip, "bm25": neighbor.bm25}
     parts = [
-        f"{name} {value:.2f}" for name, value in (("clip", neighbor.clip), ("bm25", neighbor.bm25)) if value is not None
+        f"{name} {value:.2f}"
+        for name, value in components.items()
+        if value is not None and value != neighbor.score  # a search by one alone: its score is the component
     ]
     asked = [] if neighbor.part is None else [f"for {neighbor.part}"]
     return [*asked, f"score {neighbor.score:.4f}", *([", ".join(parts)] if parts else []), *paid]

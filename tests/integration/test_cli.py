@@ -69,7 +69,10 @@ def test_generate_says_what_each_neighbour_was_found_for(radt, tmp_path):
     words = ("generate", "a red circle, a blue square", "--model", "PHRASES", "--kb", "KB")
     _, out, _ = radt(*words, "--explain", "--sheet", "sheet.png")
     assert ["for a red circle" in out, "for a blue square" in out] == [True, True]
-    assert "<span>for a blue square</span>" in (tmp_path / "sheet.html").read_text()
+    assert "  bm25 " not in out  # a search by words alone has one score, and says it once
+    page = (tmp_path / "sheet.html").read_text()
+    assert "<span>for a blue square</span>" in page
+    assert "found by bm25, decompose phrases" in page
     _, out, _ = radt(*words, "--decompose", "off", "--explain")
     assert "  for a" not in out
 
