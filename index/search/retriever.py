@@ -20,7 +20,7 @@ from index.search.candidates import Candidates
 from index.search.decompose import Corpus, CountedWords, Decompose, phrases, subject
 from index.search.duplicates import Duplicates
 from index.search.fusion import FusionRule
-from index.search.ids import distinct
+from index.search.ids import contains, distinct
 from index.search.lexical import Lexical
 from index.search.request import (
     Asked,
@@ -35,9 +35,9 @@ from index.search.request import (
     unit_rows,
 )
 from index.search.scoring import complete_words, fused, is_final, without_excluded
-from index.search.searcher import Queries, Searcher
+from index.search.searcher import NO_ID, Ids, Queries, Scores, Searcher, padded
 from index.search.trace import Stage, Trace
-from index.search.view import RankedList, StoreView, View
+from index.search.view import Found, RankedList, StoreView, View
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -235,13 +235,9 @@ class Retriever:
         `exclude` and `exclude_group_of` have one entry for each text. `vectors`, unit rows, stand in for the embedded
         texts.
         """
-        for name, given in (
-            ("vectors", vectors),
-            ("lists of excluded ids", exclude),
-            ("lists of excluded groups", exclude_group_of),
-        ):
-            if given is not None and len(given) != len(texts):
-                raise QueryError(f"{len(texts)} texts need as many {name}, got {len(given)}")
+        if vectors is not None and len(vectors) != len(texts):
+            raise QueryError(f"{len(texts)} texts need as many vectors, got {len(vectors)}")
+        _check_lengths(f"{len(texts)} texts", len(texts), exclude, exclude_group_of)
         if decompose != "off" and vectors is not None:
             raise QueryError("decompose splits a text; give no vectors with it")
         if not texts:
@@ -270,6 +266,36 @@ class Retriever:
         for start in range(0, len(asked), _EMBED_BATCH):
             hits += self._answer(asked[start : start + _EMBED_BATCH], request, view, trace, lexical=lexical)
         return hits
+
+    def nearest(
+        self,
+        vectors: Queries,
+        *,
+        k: int = 5,
+        where: str | None = None,
+        dataset: str | Sequence[str] | None = None,
+        exclude: Sequence[Collection[int]] | None = None,
+        exclude_group_of: Sequence[Collection[int]] | None = None,
+        exact: bool = False,
+    ) -> tuple[Ids, Scores]:
+        """The k nearest pairs of each vector, as arrays: for many queries whose rows nobody wants to read.
+
+        `vectors` float32 [q, d] are compared at length one. Gives ids int64 [q, k], best first, and inner products
+        float32 [q, k]; where there are fewer than k, the rest of a row is -1 and -inf. What was removed, is new, is
+        filtered out or excluded is obeyed as in `search_many`; unlike there, several pairs may show one picture.
+        QueryError for a vector that is zero or not finite, or for a filter that does not parse.
+        """
+        _check_lengths(f"{len(vectors)} vectors", len(vectors), exclude, exclude_group_of)
+        trace, view = Trace(), self._current()
+        request = self._request(view, trace, k=k, by="clip", where=where, dataset=dataset, exact=exact)
+        rows = unit_rows(vectors)
+        excluded = _exclusions(view, len(rows), exclude, exclude_group_of)
+        among = len(view.ids) if request.subset is None else len(request.subset.ids)
+        if not len(rows) or not among:
+            return padded(len(rows), k)
+        spare = max(map(len, excluded))
+        found = view.search(rows, top_k=k + spare, subset=request.subset, exact=exact)
+        return _first(found, excluded, k=k)
 
     @property
     def view(self) -> View:
@@ -460,12 +486,20 @@ class Retriever:
         return self._view
 
 
+def _check_lengths(what: str, num: int, exclude: Sequence[Any] | None, exclude_group_of: Sequence[Any] | None) -> None:
+    for name, given in (("lists of excluded ids", exclude), ("lists of excluded groups", exclude_group_of)):
+        if given is not None and len(given) != num:
+            raise QueryError(f"{what} need as many {name}, got {len(given)}")
+
+
 def _exclusions(
     view: View,
     num: int,
     exclude: Sequence[Collection[int]] | None,
     exclude_group_of: Sequence[Collection[int]] | None,
 ) -> list[Int64[ndarray, " _"]]:
+    if exclude is None and exclude_group_of is None:
+        return [id_array(())] * num
     return [
         distinct(
             id_array(exclude[i] if exclude is not None else ()),
@@ -496,6 +530,20 @@ def _search_words(
     rankings = lexical.search_many(texts, top_k=top_k, within=request.subset)
     listed = [RankedList(ids=ids, scores=scores) for ids, scores in rankings]
     return without_excluded(listed, queries, trace, "words", depth=depth)
+
+
+def _first(found: Found, excluded: Sequence[Int64[ndarray, " _"]], *, k: int) -> tuple[Ids, Scores]:
+    """The best k of each query that it does not exclude, padded."""
+    kept = found.ids >= 0
+    for row, gone in enumerate(excluded):
+        if len(gone):
+            kept[row] &= ~contains(gone, found.ids[row])
+    order = np.argsort(~kept, axis=1, kind="stable")[:, :k]  # those that stay come first, in their order
+    kept = np.take_along_axis(kept, order, axis=1)
+    ids, scores = padded(len(kept), k)
+    ids[:, : kept.shape[1]] = np.where(kept, np.take_along_axis(found.ids, order, axis=1), NO_ID)
+    scores[:, : kept.shape[1]] = np.where(kept, np.take_along_axis(found.scores, order, axis=1), -np.inf)
+    return ids, scores
 
 
 def _corpus(view: View, *, many: bool) -> Corpus:

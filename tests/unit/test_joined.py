@@ -129,6 +129,15 @@ def test_many_at_once(
         same(got, expected)
 
 
+@pytest.mark.parametrize("where", [None, "width < 110", "dataset = 'odd'"])
+def test_nearest(joined: JoinedKnowledgeBase, whole: KnowledgeBase, where: str | None) -> None:
+    vectors = EMBEDDER.texts(QUERIES)
+    for k, exclude in ((4, None), (PAIRS + 1, [[stored(number).id] for number in range(len(QUERIES))])):
+        ours, theirs = (each.retriever.nearest(vectors, k=k, where=where, exclude=exclude) for each in (joined, whole))
+        np.testing.assert_array_equal(ours[0], theirs[0])
+        np.testing.assert_allclose(ours[1], theirs[1], rtol=1e-5)
+
+
 def test_standing_and_contributions(joined: JoinedKnowledgeBase, whole: KnowledgeBase) -> None:
     ids = [stored(number).id for number in range(0, PAIRS, 17)]
     for pair in ids:

@@ -167,6 +167,57 @@ def test_many_at_once_exclude_each_their_own(frozen: PairStore) -> None:
     assert retriever.search_many([]) == []
 
 
+def nearest_by_hand(
+    store: PairStore, vectors: np.ndarray, *, k: int, where: str | None, exclude: Sequence[Sequence[int]]
+) -> tuple[np.ndarray, np.ndarray]:
+    ids, rows = store.ids_and_vectors(where)
+    found, scores = np.full((len(vectors), k), -1), np.full((len(vectors), k), -np.inf, np.float32)
+    for n, (vector, gone) in enumerate(zip(vectors, exclude, strict=True)):
+        kept = ~np.isin(ids, np.array(gone, dtype=np.int64))
+        products = (rows[kept].astype(np.float64) @ (vector / np.linalg.norm(vector))).astype(np.float32)
+        best = best_first(ids[kept], products.astype(np.float64))[:k]
+        found[n, : len(best)], scores[n, : len(best)] = ids[kept][best], products[best]
+    return found, scores
+
+
+@pytest.mark.parametrize("kind", ["exact", "lance", pytest.param("scann", marks=needs_scann)])
+def test_nearest_is_the_k_best_of_what_is_there_now(store: PairStore, tmp_path: Path, kind: Any) -> None:
+    build_searcher(kind, ArrayRows(*store.ids_and_vectors()), tmp_path / "old", snapshot=store.high_water)
+    retriever = Retriever(store, open_searcher(tmp_path / "old", store))
+    store.remove(store.matching_ids()[::3].tolist())
+    store.add(corpus(20, dataset="birds"))
+    texts = [f"{one} {other}" for one in WORDS for other in WORDS[:3]]
+    vectors = np.stack([3 * unit(text) for text in texts])
+    own = [store.matching_ids()[n % 7 : n % 11].tolist() for n in range(len(texts))]
+    nobody: list[list[int]] = [[]] * len(texts)
+    for where in (None, "dataset = 'birds'", "width > 99"):
+        for k, exclude in ((1, nobody), (5, own), (70, nobody), (70, own)):
+            ids, scores = retriever.nearest(vectors, k=k, where=where, exclude=None if exclude is nobody else exclude)
+            expected, products = nearest_by_hand(store, vectors, k=k, where=where, exclude=exclude)
+            assert (ids.shape, ids.dtype, scores.dtype) == ((30, k), np.int64, np.float32)
+            np.testing.assert_array_equal(ids, expected)
+            np.testing.assert_allclose(scores, products, rtol=1e-5, atol=1e-6)
+    best = retriever.nearest(vectors, k=1, exact=True)[0].tolist()
+    others = retriever.nearest(vectors, k=5, exact=True, exclude_group_of=best)[0]
+    np.testing.assert_array_equal(others, nearest_by_hand(store, vectors, k=5, where=None, exclude=best)[0])
+
+
+@pytest.mark.usefixtures("untyped_caller")
+def test_nearest_says_what_it_cannot_compare(frozen: PairStore) -> None:
+    retriever = exact_retriever(frozen)
+    assert [each.shape for each in retriever.nearest(np.empty((0, DIM), np.float32), k=3)] == [(0, 3), (0, 3)]
+    for given, message in (
+        ({"vectors": np.zeros((1, DIM), np.float32)}, "must be finite and not zero"),
+        ({"vectors": ONES[None], "exclude": []}, "1 vectors need as many lists of excluded ids, got 0"),
+        ({"vectors": ONES[None], "k": 0}, "k must be at least 1"),
+        ({"vectors": ONES[None], "where": "width ="}, "cannot filter by"),
+    ):
+        with pytest.raises(QueryError, match=message):
+            retriever.nearest(**given)
+    with pytest.raises(KnowledgeBaseError, match="the query vector has 3 numbers"):
+        retriever.nearest(np.ones((1, 3), np.float32))
+
+
 def test_excluding_the_best_brings_up_the_next(frozen: PairStore) -> None:
     retriever = exact_retriever(frozen)
     whole = [hit.id for hit in retriever.search("red dog", k=30, exact=True).hits]
