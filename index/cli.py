@@ -15,6 +15,7 @@ from index.commands.query import add_query
 from index.commands.verify import add_verify
 from index.commands.views import add_views
 from index.errors import UserError, damage
+from index.text import one_line
 
 
 def make_app(default_model: str | None = None) -> typer.Typer:
@@ -55,15 +56,21 @@ def run(app: Callable[..., Any], args: Sequence[str] | None = None) -> NoReturn:
             raise
         _fail(f"{_DAMAGED}: {what}", 1)
     except KeyboardInterrupt:
-        _fail(_STOPPED, 130)
+        _fail(_stopped(words), 130)
     except SystemExit as exit_:
         if exit_.code == 130:
-            _fail(_STOPPED, 130)
+            _fail(_stopped(words), 130)
         raise
     sys.exit(0)
 
 
-_STOPPED = "stopped; what was finished is kept, and the same command goes on from there"
+_QUESTIONS = {"query", "compare", "show", "stats", "verify", "plan"}  # commands that leave nothing to go on from
+
+
+def _stopped(words: Sequence[str]) -> str:
+    if _QUESTIONS & set(words[:2]):
+        return "stopped; the same command begins anew"
+    return "stopped; what was finished is kept, and the same command goes on from there"
 
 
 _DAMAGED = (
@@ -73,5 +80,5 @@ _DAMAGED = (
 
 
 def _fail(sentence: str, code: int) -> NoReturn:
-    print(f"error: {' '.join(sentence.split())}", file=sys.stderr)
+    print(f"error: {one_line(sentence)}", file=sys.stderr)
     sys.exit(code)

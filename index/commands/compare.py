@@ -1,14 +1,21 @@
 """`radt index compare`."""
 
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from index.commands.options import JsonOption, ModelOption, open_all_for_query, print_json, read_lines, say
+from index.commands.options import (
+    JsonOption,
+    ModelOption,
+    escape,
+    open_all_for_query,
+    print_json,
+    queries_progress,
+    read_lines,
+    say,
+)
 
 if TYPE_CHECKING:
     from index.search.compare import Difference
@@ -54,7 +61,7 @@ def add_compare(app: typer.Typer, default_model: str | None) -> None:
         a = Side(kb=one, asked={"by": by, "fusion": fusion, "where": where})
         b = Side(kb=other, asked=asked_b)
         lines = read_lines(queries)
-        with _progress(as_json, total=len(lines)) as on_query:
+        with queries_progress(as_json, total=len(lines)) as on_query:
             differences = compare_sides(a, b, lines, k=k, on_query=on_query)
         summary = summarize(differences)
         names = (
@@ -72,27 +79,12 @@ def add_compare(app: typer.Typer, default_model: str | None) -> None:
             _print(differences, summary, names)
 
 
-@contextmanager
-def _progress(is_silent: bool, *, total: int) -> Iterator[Callable[[str], None]]:
-    """A bar on stderr while it runs, on a terminal only: what to call with each query."""
-    if is_silent or not sys.stderr.isatty():
-        yield lambda query: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("queries", total=total)
-        yield lambda query: progress.update(task, advance=1)
-
-
 def _name(kb: str, by: str, fusion: str, *more: str) -> str:
     return ", ".join([f"{kb} by {by}", *(word for word in (fusion * (by == "hybrid"), *more) if word)])
 
 
 def _print(differences: "Sequence[Difference]", summary: dict[str, Any], names: tuple[str, str]) -> None:
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
 
     console = Console()

@@ -1,14 +1,27 @@
 """`radt index query`."""
 
 import secrets
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import typer
 
-from index.commands.options import JsonOption, KbsOption, ModelOption, open_all_for_query, print_json, read_lines, say
+from index.commands.options import (
+    JsonOption,
+    KbsOption,
+    ModelOption,
+    check_datasets,
+    finite,
+    open_all_for_query,
+    print_json,
+    print_json_as_it_comes,
+    queries_progress,
+    read_lines,
+    say,
+)
 from index.errors import QueryError
 
 if TYPE_CHECKING:
@@ -31,11 +44,15 @@ class Question:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answer:
-    """A question, what was found, which words earned each hit's bm25 if told, and what was asked about that."""
+    """A question, what was found, and what was asked about that.
+
+    If told, `terms` are the words that earned each hit's bm25, and `words` says how many captions have each word asked.
+    """
 
     question: Question
     result: "SearchResult"
     terms: list[dict[str, float]]
+    words: dict[str, int]
     exact: "ExactDifference | None" = None
     why_not: "WhyNot | None" = None
 
@@ -58,16 +75,29 @@ class Answer:
             document["why_not"] = self.why_not.to_json()
         if is_explained:
             document["stages"] = [stage.to_json() for stage in self.result.stages]
+            document["words"] = self.words
             for hit, found, terms in zip(hits, self.result.hits, self.terms, strict=True):
                 hit["terms"] = terms
                 hit["ranks"] = {name: self.result.rank(name, found.id) for name in ("vector", "words")}
         return document
 
 
+_JSON_HELP = (
+    "--json prints query, kb, snapshot, timings_ms and hits: each id (a string), rank, score, clip and bm25 (null: not "
+    "asked for), caption, dataset, image (uri, offset, size) and metadata; kb with several knowledge bases, part with "
+    "--decompose. Where they apply also shortfall, parts, note, exact (recall, missed, extra, timings_ms) and why_not "
+    "(id, stage, sentence, where it stands). --explain adds stages, words, searcher, and to each hit terms and ranks. "
+    "With --queries these lie in queries, one for each line."
+)
+
+
+_DEFAULTS = {"k": 5, "by": "hybrid", "fusion": "rrf", "diversity": 0.0, "decompose": "off"}
+
+
 def add_query(app: typer.Typer, default_model: str | None) -> None:
     """Register `query`."""
 
-    @app.command()
+    @app.command(epilog=_JSON_HELP)
     def query(
         kbs: KbsOption,
         text: Annotated[str | None, typer.Argument(help="What to look for.")] = None,
@@ -86,13 +116,16 @@ def add_query(app: typer.Typer, default_model: str | None) -> None:
             Path | None, typer.Option(exists=True, dir_okay=False, help="Look for what is near the vector in a .npy.")
         ] = None,
         queries: Annotated[
-            Path | None, typer.Option(exists=True, dir_okay=False, help="Ask every line of this file.")
+            Path | None,
+            typer.Option(exists=True, dir_okay=False, help="Ask every line of this file; stopped, it begins anew."),
         ] = None,
-        where: Annotated[str | None, typer.Option(help="An SQL filter: width >= 256.")] = None,
+        where: Annotated[
+            str | None, typer.Option(help="An SQL filter: width >= 256. A wrong one is told which fields there are.")
+        ] = None,
         dataset: Annotated[list[str] | None, typer.Option(help="Only pairs of this dataset, or of these.")] = None,
-        min_score: Annotated[float | None, typer.Option(help="Lowest score of a hit.")] = None,
-        min_clip: Annotated[float | None, typer.Option(help="Lowest CLIP score of a hit.")] = None,
-        min_bm25: Annotated[float | None, typer.Option(help="Lowest BM25 score of a hit.")] = None,
+        min_score: Annotated[float | None, typer.Option(callback=finite, help="Lowest score of a hit.")] = None,
+        min_clip: Annotated[float | None, typer.Option(callback=finite, help="Lowest CLIP score of a hit.")] = None,
+        min_bm25: Annotated[float | None, typer.Option(callback=finite, help="Lowest BM25 score of a hit.")] = None,
         diversity: Annotated[
             float, typer.Option(min=0.0, max=1.0, help="Prefer hits unlike those above: 0 off, 1 at any cost.")
         ] = 0.0,
@@ -108,45 +141,89 @@ def add_query(app: typer.Typer, default_model: str | None) -> None:
         ] = False,
         html: Annotated[Path | None, typer.Option(help="Write a page: click a hit for all that is known.")] = None,
         snapshot: Annotated[
-            str | None, typer.Option(help="Search the state that a build left: build-2. `stats` lists them.")
+            str | None, typer.Option(help="Search the state that a build left: build-2, or its number; see `stats`.")
         ] = None,
         model: ModelOption = None,
         as_json: JsonOption = False,
     ) -> None:
         """Find the best pairs for a text, an image, a pair or a vector, and see why."""
-        from index.commands.query_tables import print_answer, print_answers
+        from index.commands.query_tables import print_answer
 
-        ways = sum((image is not None, pair is not None, is_random, vector is not None, queries is not None))
-        if ways > 1 or (text is None and not ways) or (text is not None and queries is not None):
-            raise typer.BadParameter("give a TEXT, or one of --image, --id, --random, --vector and --queries")
-        if seed is not None and not is_random:
-            raise typer.BadParameter("--seed goes with --random")
-        if queries is not None and (html is not None or why_not is not None):
-            raise typer.BadParameter("--html and --why-not are about one query, not about --queries")
+        ways = {"image": image, "id": pair, "random": is_random or None, "vector": vector, "queries": queries}
+        _check_usage(text, ways, seed=seed, about_one=html is not None or why_not is not None)
+        if is_random and seed is None:
+            seed = secrets.randbelow(2**32)
         base = open_all_for_query(kbs, model, default_model, snapshot=snapshot)
+        check_datasets(base, dataset)
         asked: dict[str, Any] = {"k": k, "by": by, "fusion": fusion, "where": where, "dataset": dataset}
         asked |= {"min_score": min_score, "min_clip": min_clip, "min_bm25": min_bm25}
         asked |= {"diversity": diversity, "decompose": decompose}
-        if queries is not None:
-            questions = [Question(label=line, text=line) for line in read_lines(queries)]
-        elif pair is not None or is_random:
-            questions = [_like_a_pair(base, pair, text=text, seed=seed)]
-        else:
-            questions = [_question(base, text, image=image, vector=vector)]
-        needs_terms = explain or html is not None or not (as_json or queries is not None)
-        more: dict[str, Any] = {"exact": exact, "why_not": why_not, "needs_terms": needs_terms}
-        answers = [_answer(base, question, asked, **more) for question in questions]
         head = {"kb": kbs[0] if len(kbs) == 1 else kbs, "snapshot": base.store.version}
+        if queries is not None:
+            _ask_all(base, read_lines(queries), asked, head=head, exact=exact, as_json=as_json, is_explained=explain)
+            return
+        if pair is not None or is_random:
+            question = _like_a_pair(base, pair, text=text, seed=seed)
+        else:
+            question = _question(base, text, image=image, vector=vector)
+        needs_terms = explain or html is not None or not as_json
+        answer = _answer(base, question, asked, exact=exact, why_not=why_not, needs_terms=needs_terms)
         facts = _facts(base) if explain else {}
         if html is not None:
-            _write_page(html, base, answers[0], kbs, is_silent=as_json)
-        if queries is not None:
-            several = [answer.to_json({}, is_explained=explain) for answer in answers]
-            print_json({**head, "queries": several, **facts}) if as_json else print_answers(answers)
-        elif as_json:
-            print_json({**answers[0].to_json(head, is_explained=explain), **facts})
+            more = {"seed": seed, "exact": exact, "why_not": why_not, "explain": explain, "snapshot": snapshot}
+            repeat = _repeated(kbs, text, {**ways, **asked, **more, "model": model})
+            _write_page(html, base, answer, asked, kbs=kbs, repeat=repeat)
+            if not as_json:
+                say(f"the page is {html}; open it in a browser")
+        if as_json:
+            print_json({**answer.to_json(head, is_explained=explain), **facts, **_note(base)})
         else:
-            print_answer(answers[0], head, facts)
+            print_answer(answer, head, facts)
+
+
+def _check_usage(text: str | None, ways: Mapping[str, Any], *, seed: int | None, about_one: bool) -> None:
+    """One way to ask at a time, and nothing that has no effect on it."""
+    given = [name for name, value in ways.items() if value is not None]
+    if len(given) > 1 or (text is None and not given) or (text is not None and "queries" in given):
+        raise typer.BadParameter("give a TEXT, or one of --image, --id, --random, --vector and --queries")
+    if seed is not None and "random" not in given:
+        raise typer.BadParameter("--seed goes with --random")
+    if "queries" in given and about_one:
+        raise typer.BadParameter("--html and --why-not are about one query, not about --queries")
+
+
+def _ask_all(
+    base: "Base",
+    lines: Sequence[str],
+    asked: dict[str, Any],
+    *,
+    head: Mapping[str, Any],
+    exact: bool,
+    as_json: bool,
+    is_explained: bool,
+) -> None:
+    """Every line, one after the other. JSON is written as it comes, so that many queries need no memory."""
+    from index.commands.query_tables import print_answers
+
+    def answers() -> Iterator[Answer]:
+        with queries_progress(as_json, total=len(lines)) as on_query:
+            for line in lines:
+                question = Question(label=line, text=line)
+                yield _answer(base, question, asked, exact=exact, why_not=None, needs_terms=is_explained)
+                on_query(line)
+
+    def last() -> dict[str, Any]:
+        return {**(_facts(base) if is_explained else {}), **_note(base)}
+
+    if as_json:
+        documents = (answer.to_json({}, is_explained=is_explained) for answer in answers())
+        print_json_as_it_comes(head, "queries", documents, last)
+    else:
+        print_answers(list(answers()))
+
+
+def _note(base: "Base") -> dict[str, str]:
+    return {"note": base.note} if base.note else {}
 
 
 def _question(base: "Base", text: str | None, *, image: Path | None, vector: Path | None) -> Question:
@@ -160,12 +237,11 @@ def _question(base: "Base", text: str | None, *, image: Path | None, vector: Pat
 
 
 def _like_a_pair(base: "Base", pair: int | None, *, text: str | None, seed: int | None) -> Question:
-    """By a pair's own vector; one drawn at random if none is named."""
+    """By a pair's own vector; one drawn by `seed` if none is named."""
     import numpy as np
 
     label = ""
     if pair is None:
-        seed = secrets.randbelow(2**32) if seed is None else seed
         ids = np.sort(base.store.matching_ids())
         if not len(ids):
             raise QueryError("there is no pair to draw: the knowledge base is empty")
@@ -179,7 +255,7 @@ def _like_a_pair(base: "Base", pair: int | None, *, text: str | None, seed: int 
 def _answer(
     base: "Base", question: Question, asked: dict[str, Any], *, exact: bool, why_not: int | None, needs_terms: bool
 ) -> Answer:
-    from index.search.explain import exact_difference, term_scores
+    from index.search.explain import exact_difference, term_scores, word_counts
     from index.search.explain import why_not as follow
 
     asked = {**asked, **question.asked}
@@ -189,7 +265,8 @@ def _answer(
     if why_not is not None:
         lost = follow(base.retriever, why_not, question.text, result=result, **asked, exact=exact)
     terms = term_scores(base.retriever, question.text, result.hits) if needs_terms else []
-    return Answer(question=question, result=result, terms=terms, exact=difference, why_not=lost)
+    words = word_counts(base.retriever, question.text, result) if needs_terms else {}
+    return Answer(question=question, result=result, terms=terms, words=words, exact=difference, why_not=lost)
 
 
 def _facts(base: "Base") -> dict[str, Any]:
@@ -199,37 +276,52 @@ def _facts(base: "Base") -> dict[str, Any]:
     return {"searcher": facts[0] if len(facts) == 1 else facts}
 
 
-def _write_page(path: Path, base: "Base", answer: Answer, kbs: Sequence[str], *, is_silent: bool) -> None:
+def _write_page(
+    path: Path, base: "Base", answer: Answer, asked: Mapping[str, Any], *, kbs: Sequence[str], repeat: str
+) -> None:
     from index.search.contact_sheet import write_contact_sheet
-    from index.search.explain import surroundings
+    from index.search.explain import searcher_facts, surroundings
 
     more = [] if answer.why_not is None else [answer.why_not.id]
+    places = " ".join(f"--kb {shlex.quote(_from_anywhere(kb))}" for kb in kbs)
     try:
         write_contact_sheet(
             path,
             answer.question.label,
             answer.result.hits,
             kb=" + ".join(kbs),
+            snapshot=str(base.store.version),
+            asked=asked,
+            searchers=searcher_facts(base),
             query_image=answer.question.asked.get("image"),
             terms=answer.terms,
+            words=answer.words,
             result=answer.result,
             around=surroundings(base, answer.result.hits, more=more),
             exact=answer.exact,
             why_not=answer.why_not,
-            command=_command(kbs),
+            command=f"radt index query {places}",
+            repeat=repeat,
         )
     except OSError as error:
         raise QueryError(f"cannot write {path}: {error.strerror or error}; name another file") from error
-    if not is_silent:
-        say(f"the page is {path}; open it in a browser")
 
 
-def _command(kbs: Sequence[str]) -> str:
-    """What to type to ask the same knowledge base again, from any folder."""
-    import shlex
+def _repeated(kbs: Sequence[str], text: str | None, options: Mapping[str, Any]) -> str:
+    """What to type to ask the same again, from any folder."""
+    words = ["radt", "index", "query", *([text] if text is not None else [])]
+    for name, value in {"kb": list(map(_from_anywhere, kbs)), **options}.items():
+        if value is None or value is False or value == _DEFAULTS.get(name):
+            continue
+        flag = "-k" if name == "k" else f"--{name.replace('_', '-')}"
+        for one in value if isinstance(value, list) else [value]:
+            words += [flag] if one is True else [flag, _from_anywhere(one) if isinstance(one, Path) else str(one)]
+    return shlex.join(words)
 
-    places = [kb if "://" in kb else str(Path(kb).resolve()) for kb in kbs]
-    return " ".join(["radt index query", *(f"--kb {shlex.quote(place)}" for place in places)])
+
+def _from_anywhere(place: str | Path) -> str:
+    """A folder, file or URL as it is called in any folder."""
+    return str(place) if "://" in str(place) else str(Path(place).resolve())
 
 
 def _open_image(path: Path) -> Any:
@@ -247,8 +339,10 @@ def _read_vector(path: Path, *, dim: int) -> Any:
 
     try:
         vector = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise QueryError(f"cannot search by {path}: {error}; numpy.save a vector of {dim} numbers there") from error
+    except (OSError, ValueError, EOFError) as error:  # numpy takes whatever it does not know for a pickle
+        raise QueryError(
+            f"cannot search by {path}: it is no array in a .npy file; numpy.save a vector of {dim} numbers there"
+        ) from error
     if vector.size != dim or vector.dtype.kind not in "fiu":
         raise QueryError(f"{path} has {vector.dtype} of shape {vector.shape}; the vectors here are {dim} numbers")
     return vector.reshape(dim).astype(np.float32)

@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from rich.bar import Bar
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+
+from index.commands.options import escape
+from index.search.explain import describe_searcher
 
 if TYPE_CHECKING:
     from index.commands.query import Answer
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from index.search.retriever import SearchResult
 
 _WORDS_SHOWN = 4  # of a hit
+_LONGEST = 240  # characters of a caption
 _BAR = 20  # characters of the longest bar
 
 
@@ -24,7 +27,7 @@ def print_answer(answer: "Answer", head: Mapping[str, Any], facts: Mapping[str, 
     console, result = Console(), answer.result
     console.print(f"[bold]{escape(answer.question.label)}[/bold]", highlight=False)
     if result.hits:
-        console.print(_hit_table(result.hits, answer.terms))
+        console.print(_hit_table(result, answer.terms, with_ranks=bool(facts)))
     else:
         console.print("nothing found")
     if result.shortfall:
@@ -36,8 +39,7 @@ def print_answer(answer: "Answer", head: Mapping[str, Any], facts: Mapping[str, 
     kb = " + ".join(head["kb"]) if isinstance(head["kb"], list) else head["kb"]
     console.print(f"[dim]{escape(kb)}, snapshot {head['snapshot']}, {took}[/dim]", highlight=False)
     if facts:
-        for searcher in _searchers(facts):
-            console.print(f"[dim]{searcher}[/dim]", highlight=False)
+        _print_facts(console, answer, facts)
         console.print(_waterfall(result))
     if answer.exact is not None:
         _print_difference(console, answer.exact)
@@ -53,7 +55,7 @@ def print_answers(answers: "Sequence[Answer]") -> None:
         table.add_column(name, justify="right", no_wrap=True)
     for answer in answers:
         hits = answer.result.hits
-        best = (escape(hits[0].caption), f"{hits[0].score:.4f}") if hits else ("nothing found", "")
+        best = (escape(_short(hits[0].caption)), f"{hits[0].score:.4f}") if hits else ("nothing found", "")
         recall = "" if answer.exact is None else f" (recall {answer.exact.recall:.2f})"
         times = answer.result.timings_ms
         took = sum(times.values()) - times.get("load", 0.0)
@@ -61,7 +63,8 @@ def print_answers(answers: "Sequence[Answer]") -> None:
     Console().print(table)
 
 
-def _hit_table(hits: "Sequence[Hit]", terms: Sequence[Mapping[str, float]]) -> Table:
+def _hit_table(result: "SearchResult", terms: Sequence[Mapping[str, float]], *, with_ranks: bool) -> Table:
+    hits = result.hits
     table = Table(show_edge=False, pad_edge=False)
     table.add_column("", justify="right")
     table.add_column("score", justify="right", no_wrap=True)
@@ -78,11 +81,38 @@ def _hit_table(hits: "Sequence[Hit]", terms: Sequence[Mapping[str, float]]) -> T
         table.add_column(name)
     table.add_column("id", no_wrap=True)
     for place, (hit, words) in enumerate(zip(hits, terms, strict=True)):
-        clip = "" if hit.clip is None else f"{hit.clip:.3f}"
-        bm25 = "" if hit.bm25 is None else f"{hit.bm25:.2f}{_words(words)}"
+        by_clip = _rank(result, "vector", hit, is_shown=with_ranks)
+        by_words = _rank(result, "words", hit, is_shown=with_ranks)
+        clip = "" if hit.clip is None else f"{hit.clip:.3f}{by_clip}"
+        bm25 = "" if hit.bm25 is None else f"{hit.bm25:.2f}{by_words}{_words(words)}"
         more = [escape(cells[place]) for cells in columns.values()]
-        table.add_row(str(hit.rank), f"{hit.score:.4f}", clip, escape(bm25), escape(hit.caption), *more, str(hit.id))
+        table.add_row(
+            str(hit.rank), f"{hit.score:.4f}", clip, escape(bm25), escape(_short(hit.caption)), *more, str(hit.id)
+        )
     return table
+
+
+def _rank(result: "SearchResult", stage: str, hit: "Hit", *, is_shown: bool) -> str:
+    """` (3)`: the place of a hit in the list of a stage."""
+    place = result.rank(stage, hit.id) if is_shown else None
+    return "" if place is None else f" ({place:,})"
+
+
+def _short(caption: str) -> str:
+    """A caption that leaves room for the others."""
+    return caption if len(caption) <= _LONGEST else f"{caption[:_LONGEST]}..."
+
+
+def _print_facts(console: Console, answer: "Answer", facts: Mapping[str, Any]) -> None:
+    """Who searched each knowledge base, and how common the words of the query are."""
+    found = facts["searcher"]
+    for searcher in found if isinstance(found, list) else [found]:
+        console.print(f"[dim]{describe_searcher(searcher)}[/dim]", highlight=False)
+    if answer.words:
+        counts = ", ".join(
+            f"{word} in {count:,}" if count else f"{word} in none" for word, count in answer.words.items()
+        )
+        console.print(f"[dim]words of the query in captions: {escape(counts)}[/dim]", highlight=False)
 
 
 def _words(terms: Mapping[str, float]) -> str:
@@ -92,17 +122,6 @@ def _words(terms: Mapping[str, float]) -> str:
     heaviest = sorted(terms.items(), key=lambda item: -item[1])
     parts = [f"{word} {score:.1f}" for word, score in heaviest[:_WORDS_SHOWN]]
     return " = " + " + ".join([*parts, *(["..."] if len(heaviest) > _WORDS_SHOWN else [])])
-
-
-def _searchers(facts: Mapping[str, Any]) -> list[str]:
-    """Who searched each knowledge base."""
-    found = facts["searcher"]
-    lines = []
-    for one in found if isinstance(found, list) else [found]:
-        recall = f", recall@10 {one['recall_at_10']:.3f}" if "recall_at_10" in one else ""
-        newer = f", {one['newer']:,} newer compared one by one" if one["newer"] else ""
-        lines.append(f"{one['pairs']:,} pairs by {one['kind']}{recall}{newer}")
-    return lines
 
 
 def _waterfall(result: "SearchResult") -> Table:
@@ -127,12 +146,8 @@ def _waterfall(result: "SearchResult") -> Table:
 
 
 def _print_difference(console: Console, exact: "ExactDifference") -> None:
-    times = exact.timings_ms
-    console.print(
-        f"[bold]compared with every pair: recall {exact.recall:.2f}[/bold]; the searcher took "
-        f"{times['approximate']:.1f} ms, comparing every pair {times['exact']:.1f} ms",
-        highlight=False,
-    )
+    console.print(f"[bold]compared with every pair: recall {exact.recall:.2f}[/bold]; {exact.summary}", highlight=False)
     for verb, hits in (("missed", exact.missed), ("had instead", exact.extra)):
         for hit in hits:
-            console.print(f"  {verb} number {hit.rank}: {escape(hit.caption)} [dim]{hit.id}[/dim]", highlight=False)
+            line = f"  {verb} number {hit.rank}: {escape(_short(hit.caption))} [dim]{hit.id}[/dim]"
+            console.print(line, highlight=False)

@@ -84,7 +84,7 @@ async function copy(text, button) {
   } catch {  // a page from a file may not be let near the clipboard
     const area = make("textarea");
     area.value = text;
-    dialog.append(area);
+    button.after(area);
     area.select();
     document.execCommand("copy");
     area.remove();
@@ -109,7 +109,8 @@ function show(id) {
   const left = make("div", {}, imageOf(id, "whole"),
     ...section("Nearest pairs", others(pair.neighbors)), ...section("The same picture", others(pair.repeats)));
   const right = make("div", {}, make("h3", {}, "Caption"), make("p", { class: "text" }, pair.caption),
-    ...section("Scores", pair.scores ? bars(pair.scores) : null), ...section("Words that earned bm25", termBars(pair.terms)),
+    ...section("Scores", pair.scores ? bars(pair.scores) : null),
+    pair.made ? make("p", { class: "made" }, `score = ${pair.made}`) : null, ...section("Words that earned bm25", termBars(pair.terms)),
     ...section("Look for what is like it", commandLine(id)), ...section("The pair", table(pair.facts)),
     ...section("Metadata", Object.keys(pair.metadata).length ? table(Object.entries(pair.metadata)) : null));
   dialog.replaceChildren(head, make("div", { class: "panel" }, left, right));
@@ -119,6 +120,9 @@ function show(id) {
   close.focus();
 }
 
+for (const button of document.querySelectorAll(".repeat button")) {
+  button.addEventListener("click", () => copy(button.previousElementSibling.textContent, button));
+}
 for (const card of cards) {
   card.addEventListener("click", () => show(card.dataset.id));
   card.addEventListener("keydown", (event) => {

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from index.errors import UserError
 from index.records import Hit, StoredPair
-from index.search.explain import ExactDifference, Surroundings, WhyNot
+from index.search.explain import ExactDifference, Surroundings, WhyNot, describe_searcher, how_fused
 from index.search.pictures import data_uri, open_picture, picture
 
 if TYPE_CHECKING:
@@ -39,41 +39,50 @@ def write_contact_sheet(
     *,
     timings_ms: Mapping[str, float] | None = None,
     kb: str = "",
+    snapshot: str = "",
+    asked: Mapping[str, Any] | None = None,
+    searchers: Sequence[Mapping[str, Any]] = (),
     query_image: "PIL.Image.Image | None" = None,
     terms: Sequence[Mapping[str, float]] | None = None,
+    words: Mapping[str, int] | None = None,
     result: "SearchResult | None" = None,
     around: Surroundings | None = None,
     exact: ExactDifference | None = None,
     why_not: WhyNot | None = None,
     command: str = "",
+    repeat: str = "",
 ) -> None:
     """Write one HTML file with everything inside it: pictures in order, captions, every score, a panel for each.
 
-    `terms` says for each hit which words of the query earned its bm25. `result` adds the stages and the ranks in each
-    list, `around` what lies around the hits, `command` the shell command to which `--id ID` is added.
+    `terms` says for each hit which words of the query earned its bm25, `words` how many captions have each of them.
+    `result` adds the stages and the ranks in each list, `around` what lies around the hits. `asked` are the arguments
+    of the query and `searchers` its `searcher_facts`, for the head of the page. `repeat` is the shell command that
+    asks the same, `command` the one to which `--id ID` is added.
     """
     folder = files("index.search")
     template = Template(folder.joinpath("contact_sheet.html").read_text(encoding="utf-8"))
-    around = around or Surroundings()
+    around, asked = around or Surroundings(), asked or {}
     all_terms = terms or [{} for _ in hits]
     best = {name: max((value for hit in hits if (value := getattr(hit, name))), default=0.0) for name in _SCORES}
     cards = [
-        _card(hit, best, words, picture(around.pairs.get(hit.id, hit), pixels=_THUMBNAIL))
-        for hit, words in zip(hits, all_terms, strict=True)
+        _card(hit, best, earned, picture(around.pairs.get(hit.id, hit), pixels=_THUMBNAIL))
+        for hit, earned in zip(hits, all_terms, strict=True)
     ]
     pairs = {str(pair.id): _about_pair(pair, around) for pair in around.pairs.values()}
-    for hit, words in zip(hits, all_terms, strict=True):
+    for hit, earned in zip(hits, all_terms, strict=True):
         about = pairs.get(str(hit.id), _about_hit(hit))
         found_in = [["found in", hit.kb]] if hit.kb is not None else []
-        scores = _about_score(hit, best, words, result)
+        scores = _about_score(hit, best, earned, result)
+        if result is not None:
+            scores["made"] = how_fused(hit, result, asked.get("fusion", "rrf"))
         pairs[str(hit.id)] = {**about, **scores, "facts": found_in + about["facts"]}
-    count = f"<b>{len(hits)}</b> {'hit' if len(hits) == 1 else 'hits'}"
     page = template.substitute(
         title=html.escape(query),
         query=html.escape(query),
         query_image=_query_image(query_image),
-        facts=" &middot; ".join([count, *([f"from <b>{html.escape(kb)}</b>"] if kb else [])]),
+        facts=_facts(len(hits), kb=kb, snapshot=snapshot, asked=asked, searchers=searchers, words=words or {}),
         stages=_stages(result, timings_ms or {}),
+        repeat=_command_line(repeat),
         notes=_notes(result, exact, why_not, around),
         hits=f"<main>\n{''.join(cards)}</main>" if cards else '<p class="none">Nothing found.</p>',
         pairs=_script_json({"command": command, "pairs": pairs}),
@@ -91,13 +100,14 @@ def _card(hit: Hit, best: Mapping[str, float], terms: Mapping[str, float], image
     # A single component is the score itself: one bar is enough.
     bars = "".join(_bar(name, value, best[name]) for name, value in values if value is not None)
     chips = "".join(f"<li>{html.escape(term)}<span>{value:.2f}</span></li>" for term, value in terms.items())
+    where = html.escape(hit.dataset if hit.kb is None else f"{hit.dataset} in {hit.kb}")
     part = f'<p class="part">for {html.escape(hit.part)}</p>\n' if hit.part else ""
     return (
         f'<article tabindex="0" role="button" aria-haspopup="dialog" data-id="{hit.id}">\n'
         f'<figure><span class="rank">{hit.rank}</span>{image}</figure>\n<div class="body">\n{part}'
         f'<p class="caption" title="{html.escape(hit.caption)}">{html.escape(hit.caption)}</p>\n'
         f"{f'<ul class=terms>{chips}</ul>' if chips else ''}<dl>{bars}</dl>\n"
-        f'<p class="id">{html.escape(hit.dataset)}<br>{hit.id}</p>\n</div>\n</article>\n'
+        f'<p class="id">{where}<br>{hit.id}</p>\n</div>\n</article>\n'
     )
 
 
@@ -121,6 +131,49 @@ def _query_image(image: "PIL.Image.Image | None") -> str:
 
 
 # The head of the page
+
+
+def _facts(
+    hits: int,
+    *,
+    kb: str,
+    snapshot: str,
+    asked: Mapping[str, Any],
+    searchers: Sequence[Mapping[str, Any]],
+    words: Mapping[str, int],
+) -> str:
+    """Lines under the title: what was searched, how it was asked, by whom, and how common the words are."""
+    searched = [f"<b>{hits}</b> {'hit' if hits == 1 else 'hits'}"]
+    searched += [f"from <b>{html.escape(kb)}</b>"] if kb else []
+    searched += [f"snapshot {html.escape(snapshot)}"] if snapshot else []
+    counts = [f"<b>{html.escape(word)}</b> {f'in {n:,}' if n else 'in none'}" for word, n in words.items()]
+    lines = [
+        searched,
+        _options(asked),
+        [html.escape(describe_searcher(fact)) for fact in searchers],
+        ["words of the query in captions: " + ", ".join(counts)] if counts else [],
+    ]
+    return "".join(f'<p class="facts">{" &middot; ".join(line)}</p>\n' for line in lines if line)
+
+
+def _options(asked: Mapping[str, Any]) -> list[str]:
+    """What was asked for, but for what says nothing."""
+    by = str(asked.get("by", ""))
+    told = [f"by {by}, {asked['fusion']}" if by == "hybrid" and "fusion" in asked else f"by {by}"] if by else []
+    silent = ("by", "fusion", "image", "vector", "exclude")
+    for name, value in asked.items():
+        if name not in silent and value not in (None, 0.0, "off", False):
+            text = ", ".join(value) if isinstance(value, list | tuple) else str(value)
+            told.append(f"{name.replace('_', '-')} <b>{html.escape(text)}</b>")
+    return told
+
+
+def _command_line(command: str) -> str:
+    """A shell command with a button that copies it."""
+    if not command:
+        return ""
+    button = '<button type="button">copy</button>'
+    return f'<div class="command repeat"><code>{html.escape(command)}</code>{button}</div>\n'
 
 
 def _stages(result: "SearchResult | None", timings_ms: Mapping[str, float]) -> str:
@@ -177,8 +230,7 @@ def _note(title: str, content: str, image: str = "") -> str:
 
 
 def _difference(exact: ExactDifference) -> str:
-    times = exact.timings_ms
-    sentence = f"{times['approximate']:.1f} ms by the searcher, {times['exact']:.1f} ms comparing every pair."
+    sentence = html.escape(f"{exact.summary[0].upper()}{exact.summary[1:]}.")
     lines = [
         f"<li>{verb} number {hit.rank}, {html.escape(hit.caption)}</li>"
         for verb, hits in (("missed", exact.missed), ("had instead", exact.extra))

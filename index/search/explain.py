@@ -3,13 +3,16 @@
 The retriever answers; this module asks it again in other ways and compares. `contact_sheet.py` draws what it finds.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from index.records import Hit, StoredPair
+from index.search.decompose import Corpus, CountedWords
+from index.search.fusion import RANK_CONSTANT, FusionRule
 from index.search.retriever import Retriever, SearchResult, Standing
 
 if TYPE_CHECKING:
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
 
 NEIGHBORS = 4  # nearest pairs that are told of each hit
 _REPEATS = 8
+_MANY_NEWER = 20_000  # rows that cost every query some milliseconds
 _OF_STANDING = ("image", "vector", "by", "fusion", "where", "dataset")  # what decides where a pair stands
 
 
@@ -63,6 +67,21 @@ class ExactDifference:
         """The share of the exact hits that the approximate search found too; 1 when there are none."""
         total = len(self.exact.hits)
         return 1 - len(self.missed) / total if total else 1.0
+
+    @property
+    def is_moot(self) -> bool:
+        """Whether the searcher looked at every pair as well, or no vectors were compared: it cannot have missed any."""
+        return self.approximate.examined >= self.approximate.matching or "vector" not in self.approximate.lists
+
+    @property
+    def summary(self) -> str:
+        """What it cost, in a sentence."""
+        times, first = self.timings_ms, "the searcher"
+        if self.is_moot:
+            first = "the search, which compares every pair here too,"
+            if "vector" not in self.approximate.lists:
+                first = "the search, which compares words alone and all of them,"
+        return f"{first} took {times['approximate']:.1f} ms, ranking every pair {times['exact']:.1f} ms"
 
     @property
     def timings_ms(self) -> dict[str, float]:
@@ -112,6 +131,43 @@ def term_scores(retriever: Retriever, text: str | None, hits: Sequence[Hit]) -> 
     ]
 
 
+def word_counts(retriever: Retriever, text: str | None, result: SearchResult) -> dict[str, int]:
+    """How many captions have each word of a text that was searched for by its words; 0 for a word that nobody has.
+
+    Words that carry grammar are not searched for, so they are not among them.
+    """
+    if text is None or "words" not in result.lists:
+        return {}
+    lexical = retriever.view.lexical("bm25")
+    assert isinstance(lexical, CountedWords), type(lexical)
+    corpus = Corpus(lexical)
+    counts = corpus.statistics(text).frequencies
+    return {term: counts.get(term, 0) for term in corpus.terms(text)}
+
+
+def how_fused(hit: Hit, result: SearchResult, rule: FusionRule) -> str:
+    """The sum or product by which `rule` made the score of a hit; empty where one component is the score.
+
+    By `rrf` also where no rank of the lists gives the score, as for a hit of several parts of a prompt.
+    """
+    if hit.clip is None or hit.bm25 is None:
+        return ""
+    clip = max(hit.clip, 0.0)
+    if rule == "sum":
+        return f"{clip:.4f} by clip + {hit.score - clip:.4f} by bm25 (1 for the best candidate)"
+    if rule == "product":
+        return f"{clip:.4f} by clip x {hit.score / clip:.4f} by bm25 (1 for the best candidate)" if clip else ""
+    ranks = {"clip": result.rank("vector", hit.id)} | ({"bm25": result.rank("words", hit.id)} if hit.bm25 else {})
+    known = {name: 1 / (RANK_CONSTANT + rank) for name, rank in ranks.items() if rank is not None}
+    rest = hit.score - sum(known.values())
+    if len(known) == len(ranks) - 1 and rest > 0:  # below the end of one list: the rank that makes the score whole
+        ranks |= {name: round(1 / rest) - RANK_CONSTANT for name in ranks if name not in known}
+    places = {name: rank for name, rank in ranks.items() if rank is not None and rank > 0}
+    if not math.isclose(sum(1 / (RANK_CONSTANT + rank) for rank in places.values()), hit.score, rel_tol=1e-9):
+        return ""
+    return " + ".join(f"1/({RANK_CONSTANT} + {rank:,}) by {name}" for name, rank in places.items())
+
+
 def surroundings(
     base: "KnowledgeBase | JoinedKnowledgeBase", hits: Sequence[Hit], *, more: Sequence[int] = ()
 ) -> Surroundings:
@@ -145,6 +201,14 @@ def searcher_facts(base: "KnowledgeBase | JoinedKnowledgeBase") -> list[dict[str
     return facts
 
 
+def describe_searcher(fact: Mapping[str, Any]) -> str:
+    """One of `searcher_facts` in a line, and what to do when many rows lie outside it."""
+    recall = f", recall@10 {fact['recall_at_10']:.3f}" if "recall_at_10" in fact else ""
+    newer = f"; {fact['newer']:,} newer ones compared one by one" if fact["newer"] else ""
+    fold = ": `radt index compact` folds them in" if fact["newer"] > _MANY_NEWER else ""
+    return f"{fact['pairs']:,} pairs by {fact['kind']}{recall}{newer}{fold}"
+
+
 # Why a pair is not a hit
 
 
@@ -165,6 +229,8 @@ def why_not(
         stores = getattr(retriever.store, "parts", [retriever.store])
         fate = "was taken down" if any(pair_id in store.removed_ids() for store in stores) else "was never added"
         sentence = f"{pair_id} is not in the knowledge base: it {fate}."
+        if fate == "was never added" and (bad := sum(store.count_bad() for store in stores)):
+            sentence += f" What could not be used, {bad:,} so far, is listed by `radt index stats --quarantine`."
         return WhyNot(id=pair_id, stage="store", sentence=sentence)
     if pair_id in _excluded(retriever, asked):
         return WhyNot(id=pair_id, stage="excluded", sentence=f"{pair_id} is excluded by the query itself.")

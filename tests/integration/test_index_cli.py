@@ -116,7 +116,7 @@ def test_query_within_a_filter_and_above_a_score(shell: Shell, kb: Path) -> None
     hits = shell.json("query", "red", "--kb", kb, "-k", 50, "--where", "caption LIKE '%square%'")["hits"]
     assert hits
     assert all("square" in hit["caption"] for hit in hits)
-    assert shell.json("query", "red", "--kb", kb, "--dataset", "nobody")["hits"] == []
+    assert "the datasets here are pets (30 pairs)" in shell.error("query", "red", "--kb", kb, "--dataset", "nobody")
     assert shell.json("query", "red", "--kb", kb, "--by", "clip", "--min-score", "2")["hits"] == []
     assert len(shell.json("query", "red", "--kb", kb, "-k", 50, "--exact")["hits"]) == 30
 
