@@ -1,12 +1,13 @@
 """Which settings calibration chooses, on machines and searchers made up for it: no clock is looked at."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
 
 from index.search import calibration as module
-from index.search.calibration import calibrate, enough, finalists, goal_for
+from index.search.calibration import calibrate, enough, finalists, goal_for, ladder
 from index.search.searcher import CurvePoint, ExactSearcher, Ids, Queries, Scores, shifted_queries
 
 
@@ -26,15 +27,30 @@ class MadeUp:
 
 
 @pytest.mark.parametrize("goal", [0.8, 0.9, 0.96, 0.99])
-@pytest.mark.parametrize("reorder_cost", [0.01, 1.0, 10.0])
-def test_the_choice_is_near_the_fastest_of_all_that_reach_the_goal(goal: float, reorder_cost: float) -> None:
-    trial = MadeUp(reorder_cost=reorder_cost)
+@pytest.mark.parametrize("reorder_cost", [0.01, 0.3, 1.0, 10.0])
+@pytest.mark.parametrize("leaves_needed", [0.5, 20.0, 300.0])
+def test_the_choice_is_the_cheapest_of_the_whole_grid(goal: float, reorder_cost: float, leaves_needed: float) -> None:
+    trial = MadeUp(reorder_cost=reorder_cost, leaves_needed=leaves_needed)
     reached = finalists(trial.run, 1000, goal)
     assert all(point.recall_at_10 >= goal for point in reached)
-    chosen = max(reached, key=lambda point: point.qps)
-    every = [trial.run(leaves, reorder) for leaves in range(1, 400) for reorder in module._REORDERS]
-    fastest = max((point for point in every if point.recall_at_10 >= goal), key=lambda point: point.qps)
-    assert chosen.qps >= 0.8 * fastest.qps
+    every = [trial.run(leaves, reorder) for leaves in ladder(1000) for reorder in module._REORDERS]
+    cheapest = max((point for point in every if point.recall_at_10 >= goal), key=lambda point: point.qps)
+    assert max(reached, key=lambda point: point.qps) == cheapest
+
+
+def test_few_exact_scores_are_taken_where_they_are_what_costs() -> None:
+    cheap, dear = (finalists(MadeUp(reorder_cost=cost).run, 1000, 0.8) for cost in (0.01, 10.0))
+    few, many = (max(reached, key=lambda point: point.qps) for reached in (dear, cheap))
+    assert few.reorder == 35 < many.reorder
+    assert few.leaves_to_search > many.leaves_to_search
+
+
+def test_the_ladder_leaves_no_gap_where_leaves_are_few() -> None:
+    rungs = ladder(1000)
+    assert rungs[:8] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert rungs[-1] == 1000
+    assert all(after <= max(before + 1, 1.2 * before) for before, after in pairwise(rungs))
+    assert ladder(1) == [1]
 
 
 def test_few_settings_are_tried() -> None:
@@ -55,13 +71,13 @@ def test_more_effort_is_taken_when_the_other_half_finds_too_little() -> None:
     chosen = CurvePoint(leaves_to_search=20, reorder=100, recall_at_10=0.95, qps=1.0)
     taken = enough(other.run, chosen, 1000, 0.9)
     assert taken.recall_at_10 >= 0.9 > other.points[-2].recall_at_10
-    assert (taken.leaves_to_search, taken.reorder) == (25, 100)
+    assert (taken.leaves_to_search, taken.reorder) == (25, 140)
 
 
 def test_more_exact_scores_are_taken_when_leaves_are_not_what_is_missing() -> None:
     chosen = CurvePoint(leaves_to_search=40, reorder=50, recall_at_10=0.95, qps=1.0)
     taken = enough(MadeUp().run, chosen, 1000, 0.95)
-    assert (taken.leaves_to_search, taken.reorder) == (80, 100)
+    assert (taken.leaves_to_search, taken.reorder) == (50, 70)
 
 
 def test_what_suffices_is_measured_once_and_kept() -> None:
