@@ -39,6 +39,7 @@ from index.search.searcher import (
 from index.search.sizes import choose_structure
 from index.snapshots import Snapshot, snapshots, tag_build
 from index.store import CREATE_SECONDS, PairStore
+from index.text import one_line
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -273,7 +274,7 @@ class KnowledgeBase:
         The images are copied into the knowledge base. The same picture with the same caption has the same id, so
         adding it again changes nothing. CorpusError for a file that is no image, or for an empty caption.
         """
-        caption = " ".join(caption.split())
+        caption = one_line(caption)
         if not caption:
             raise CorpusError("the caption is empty; say what the image shows")
         several = images if isinstance(images, Sequence) and not isinstance(images, str) else [images]

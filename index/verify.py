@@ -24,6 +24,7 @@ from index.search.ids import contains
 from index.search.lexical import LanceBM25, has_fts
 from index.search.searcher import Searcher
 from index.search.words import Tokenizer
+from index.text import one_line
 
 if TYPE_CHECKING:
     from index.ingest.shards import Shard
@@ -274,7 +275,8 @@ def _captions(shard: "Shard", keys: set[str]) -> Iterator[tuple[str, str]]:
 def _unlike(row: StoredPair, caption: str | None) -> str | None:
     if caption is None:
         return f"shard {row.shard!r} has no sample {row.key!r}"
-    return None if caption == row.caption else f"it is {row.caption!r} here and {caption!r} in shard {row.shard!r}"
+    is_same = caption in (row.caption, one_line(row.caption))  # as it comes in now, and as it did before
+    return None if is_same else f"it is {row.caption!r} here and {caption!r} in shard {row.shard!r}"
 
 
 class _SearcherCheck:

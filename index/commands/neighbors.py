@@ -15,6 +15,7 @@ from index.commands.options import (
     open_for_query,
     print_json,
     print_table,
+    say,
 )
 
 if TYPE_CHECKING:
@@ -87,4 +88,4 @@ def _print_report(report: "NeighborsReport", config: "NeighborsConfig") -> None:
     }
     print_table(report.out, list(rows.items()))
     for shard in report.skipped:
-        print(f"skipped {shard.name}: {shard.reason}", file=sys.stderr)
+        say(f"skipped {shard.name}: {shard.reason}")

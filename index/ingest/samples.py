@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from index.ingest.shards import Sample, Shard
 from index.records import ImageLocation, Pair
+from index.text import one_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,7 +40,7 @@ def make_sample(
         caption = text.decode() if text is not None else first_text(metadata, CAPTION_NAMES)
     except UnicodeDecodeError:
         return shard.bad(key, image.offset, "the caption is not UTF-8")
-    caption = " ".join(caption.split())
+    caption = one_line(caption)
     if not caption:
         return shard.bad(key, image.offset, "no caption")
     return Pair(
