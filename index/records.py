@@ -87,6 +87,7 @@ class ShardRecord:
     bad: int
     bytes: int
     layout: str = ""  # of its source, as the reader names it; empty in a ledger of format 1
+    foreign_dim: int = 0  # of vectors it brings that are not of the model's width: their images were embedded again
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -98,6 +98,8 @@ def ledger_row(record: ShardRecord) -> dict[str, Any]:
     counts: dict[str, Any] = {"stamp": record.stamp, "pairs": record.pairs, "bad": record.bad, "bytes": record.bytes}
     if record.layout:
         counts["layout"] = record.layout
+    if record.foreign_dim:
+        counts["foreign_dim"] = record.foreign_dim
     return {
         "kind": "shard",
         "dataset": record.dataset,

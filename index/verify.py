@@ -77,6 +77,7 @@ class Verification:
     checked: Counter[str] = field(default_factory=Counter)  # by link
     failures: list[Failure] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)  # images and sources, and why
+    notes: dict[Link, str] = field(default_factory=dict)  # why a link was not checked, or not for all rows
 
     @property
     def is_sound(self) -> bool:
@@ -102,10 +103,14 @@ class Verification:
             "rows": self.rows,
             "sampled": self.sampled,
             "sound": self.is_sound,
-            "checks": {link: {"checked": self.checked[link], "failed": self.failed(link)} for link in LINKS},
+            "checks": {link: self._outcome(link) for link in LINKS},
             "failures": [failure.to_json() for failure in self.failures],
             "unreadable": self.unreadable,
         }
+
+    def _outcome(self, link: Link) -> dict[str, Any]:
+        note = {"note": self.notes[link]} if link in self.notes else {}
+        return {"checked": self.checked[link], "failed": self.failed(link), **note}
 
 
 def verify(
@@ -234,6 +239,7 @@ class _Sources:
             return
         if self._budget is not None:
             if record.bytes > self._budget:
+                self._report.notes["caption"] = "not read for all rows: the shards are large; --all reads them"
                 return
             self._budget -= record.bytes
         try:
@@ -286,14 +292,18 @@ class _SearcherCheck:
         self._store, self._report = kb.store, report
         self._searcher: Searcher | None = None
         self._asked, self._found, self._wrong = 0, 0, set[int]()
+        self._least = LEAST_FOUND
         manifest = kb.searcher_manifest()
-        if manifest is None or manifest.kind == "exact":  # compares the rows of the table themselves
+        if manifest is None or manifest.kind == "exact":
+            built = "no searcher yet" if manifest is None else "exact search"
+            report.notes["searcher"] = f"{built}: the vectors above are compared themselves, nothing else can be wrong"
             return
         try:
             self._searcher = kb.open_searcher()
         except KnowledgeBaseError as error:
             report.check("searcher", None, str(error))
             return
+        self._least = min(LEAST_FOUND, manifest.target_recall, manifest.recall_at_10)  # of one that is to find less
         covers = max(manifest.snapshot or 0, kb.manifest.covers or 0)
         self._newer = np.sort(kb.store.rows_after(covers)[0])
 
@@ -314,7 +324,7 @@ class _SearcherCheck:
 
     def finish(self) -> None:
         """An approximate searcher may miss a few, but not many."""
-        if self._asked and self._found < LEAST_FOUND * self._asked:
+        if self._asked and self._found < self._least * self._asked:
             wrong = f"it finds {self._found} of {self._asked} rows by their own vectors; build the searcher again"
             self._report.check("searcher", None, wrong)
 
@@ -341,6 +351,8 @@ class _WordsCheck:
         self._report = report
         self._lexical = LanceBM25(kb.store) if has_fts(kb.store) else None
         self._tokenizer = Tokenizer()
+        if self._lexical is None:
+            report.notes["words"] = "there is no word index yet; a build makes it"
 
     def check(self, rows: Sequence[StoredPair]) -> None:
         """Each caption that has a word."""

@@ -21,13 +21,17 @@ from index.commands.options import (
     print_json,
     print_table,
     say,
+    usage_of,
 )
 from index.errors import ModelError
 
 if TYPE_CHECKING:
     from index.ingest.build import BuildReport
     from index.ingest.meter import Meter
+    from index.ingest.parts import Part
     from index.knowledge_base import KnowledgeBase
+
+_SHOWN = 20  # skipped shards; --json has all of them
 
 
 def add_build(app: typer.Typer, default_model: str | None) -> None:
@@ -55,7 +59,11 @@ def add_build(app: typer.Typer, default_model: str | None) -> None:
         ] = None,
         part: Annotated[
             str | None,
-            typer.Option(metavar="I/N", help="Only the I-th of N shares of the shards, beside the other N-1 builds."),
+            typer.Option(
+                metavar="I/N",
+                callback=usage_of(_parse_part),
+                help="Only the I-th of N shares of the shards, beside the other N-1 builds.",
+            ),
         ] = None,
         copy_images: Annotated[
             bool,
@@ -94,6 +102,10 @@ def add_build(app: typer.Typer, default_model: str | None) -> None:
         from index.ingest.parts import Part
         from index.search.sizes import parse_bytes
 
+        if ray_address is not None and engine != "ray":
+            raise typer.BadParameter("--ray-address goes with --engine ray")
+        if prune and part is not None:
+            raise typer.BadParameter("--prune looks at all shards, and --part at its own: prune without --part")
         config = BuildConfig(
             dataset=dataset,
             searcher=searcher,
@@ -117,12 +129,12 @@ def add_build(app: typer.Typer, default_model: str | None) -> None:
         with _live_line(meter, is_silent=as_json):
             report = build_knowledge_base(base, sources, config, on_wait=say, meter=meter)
         print_json(report.to_json()) if as_json else _print_report(report)
-        if (copy_images or thumbnails) and report.shards_unchanged and not as_json:
-            say("unchanged shards keep what they have: --copy-images and --thumbnails are for shards that are read now")
-        if part:
-            say(f"part {part} is in; after the last one, the same command without --part makes the searcher")
-        elif report.pairs_added and not as_json:
-            say(f"ask it: radt index query TEXT --kb {shlex.quote(str(kb))}")
+
+
+def _parse_part(text: str) -> "Part":
+    from index.ingest.parts import Part
+
+    return Part.parse(text)
 
 
 def _open_or_create(kb: Path, model: str | None, default_model: str | None) -> "KnowledgeBase":
@@ -164,9 +176,10 @@ def _print_report(report: "BuildReport") -> None:
     from index.search.sizes import gigabytes
 
     shards = f"{report.shards_done} read, {report.shards_unchanged} unchanged, {report.shards_skipped} skipped"
+    again = f", {report.pairs_replaced:,} read again" if report.pairs_replaced else ""
     rows = {
-        "pairs": f"{report.pairs_total:,} ({report.pairs_added:,} added, {report.pairs_per_second:,.0f}/s)",
-        "quarantined": str(report.quarantined),
+        "pairs": f"{report.pairs_total:,} ({report.pairs_added:,} added{again}, {report.pairs_per_second:,.0f}/s)",
+        "quarantined": f"{report.quarantined:,}",
         "shards": shards + (f", {report.shards_pruned} pruned" if report.shards_pruned else ""),
         "layouts": ", ".join(f"{layout} ({count})" for layout, count in report.layouts.items()),
         "searcher": f"{report.searcher}, recall@10 {report.recall_at_10:.3f}" if report.searcher else "not yet",
@@ -177,8 +190,17 @@ def _print_report(report: "BuildReport") -> None:
     print_table(report.kb, list(rows.items()))
     if report.warning:
         say(f"warning: {report.warning}")
-    for shard in report.skipped:
-        print(f"skipped {shard.name}: {shard.reason}", file=sys.stderr)
+    for shard in report.skipped[:_SHOWN]:
+        say(f"skipped {shard.name}: {shard.reason}")
+    if len(report.skipped) > _SHOWN:
+        say(f"... and {len(report.skipped) - _SHOWN:,} more; --json has all of them")
+    for note in report.notes:
+        say(f"note: {note}")
+    kb = shlex.quote(report.kb)
+    if report.quarantined:
+        say(f"what is in quarantine, and why: radt index stats --quarantine --kb {kb}")
+    if report.pairs_added and report.searcher:
+        say(f"ask it: radt index query TEXT --kb {kb}")
 
 
 def _waiting(report: "BuildReport") -> str:

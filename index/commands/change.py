@@ -1,8 +1,9 @@
 """`radt index add`, `remove` and `compact`."""
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,6 +12,7 @@ from index.commands.options import (
     JsonOption,
     KbOption,
     WaitOption,
+    check_datasets,
     names,
     print_json,
     print_table,
@@ -18,9 +20,11 @@ from index.commands.options import (
     say,
 )
 from index.errors import QueryError
+from index.filters import listed_datasets
 
 if TYPE_CHECKING:
     from index.compaction import CompactReport
+    from index.ingest.build import BuildReport
     from index.knowledge_base import KnowledgeBase
 
 
@@ -42,25 +46,30 @@ def add_changes(app: typer.Typer, default_model: str | None) -> None:
         from index.knowledge_base import ADDED, KnowledgeBase
 
         base = KnowledgeBase.open(kb, models=names(default_model))
-        layouts: dict[str, int] = {}
+        report: BuildReport | None = None
         with base.store.lock(wait, on_wait=say):
             if caption is not None:
                 ids = base.add(_images_of(source), caption, dataset=dataset or ADDED)
             else:
-                ids, layouts = _add_source(base, source, dataset)
-        texts = [str(i) for i in ids]
+                ids, report = _add_source(base, source, dataset)
+        document: dict[str, Any] = {"kb": str(kb), "ids": [str(i) for i in ids], "layouts": {}, "notes": []}
+        if report is not None:
+            document |= {"layouts": report.layouts, "notes": report.notes, "quarantined": report.quarantined}
         if as_json:
-            print_json({"kb": str(kb), "ids": texts, "layouts": layouts, "snapshot": base.store.version})
-            return
-        for layout, count in layouts.items():
-            say(f"{layout}: {count} shard" + "s" * (count > 1))
-        print("\n".join(texts))
+            print_json({**document, "snapshot": base.store.version})
+        else:
+            _print_added(document)
 
     @app.command()
     def remove(
         kb: KbOption,
         ids: Annotated[list[int] | None, typer.Option("--id", help="A pair to take down; may be repeated.")] = None,
-        where: Annotated[str | None, typer.Option(help="An SQL filter: dataset = 'pets'.")] = None,
+        where: Annotated[
+            str | None, typer.Option(help="An SQL filter: caption LIKE '%dog%', metadata LIKE '%example.org%'.")
+        ] = None,
+        dataset: Annotated[
+            str | None, typer.Option(help="A whole dataset, or with --where what the filter leaves of it.")
+        ] = None,
         ids_file: Annotated[
             Path | None, typer.Option(exists=True, dir_okay=False, help="A file of ids, one a line.")
         ] = None,
@@ -73,20 +82,16 @@ def add_changes(app: typer.Typer, default_model: str | None) -> None:
         """Take pairs down. The next query obeys, and no later build brings them back; `compact` purges their bytes."""
         from index.knowledge_base import KnowledgeBase
 
+        is_filter = where is not None or dataset is not None
+        if is_filter == (ids is not None or ids_file is not None):
+            raise typer.BadParameter("give either --id or --ids-file, or --where or --dataset")
         wanted = [*(ids or []), *(_read_ids(ids_file) if ids_file else [])]
-        if (where is None) == (ids is None and ids_file is None):
-            raise typer.BadParameter("give either --id or --ids-file, or --where")
         base = KnowledgeBase.open(kb, models=names(default_model))
         with base.store.lock(wait, on_wait=say):
-            gone = base.remove(None if where is not None else wanted, where=where, same_image=same_image)
-        missing = sorted(set(wanted) - set(gone))
-        if as_json:
-            document = {"kb": str(kb), "removed": len(gone), "ids": [str(i) for i in gone]}
-            print_json({**document, "missing": [str(i) for i in missing], "snapshot": base.store.version})
-        else:
-            print(f"removed {len(gone)}" + (f"; {len(missing)} were not there" if missing else ""))
-            if gone:
-                say(f"to purge their bytes: radt index compact --kb {shlex.quote(str(kb))}")
+            chosen = _filter(base, where, dataset)
+            gone = base.remove(None if is_filter else wanted, where=chosen, same_image=same_image)
+        document = _removal(base, gone, wanted, is_filter=is_filter)
+        print_json(document) if as_json else _print_removal(document)
 
     @app.command()
     def compact(
@@ -102,6 +107,50 @@ def add_changes(app: typer.Typer, default_model: str | None) -> None:
         base = KnowledgeBase.open(kb, models=names(default_model))
         report = compact_knowledge_base(base, keep=keep, wait=wait, on_wait=say)
         print_json(report.to_json()) if as_json else _print_compaction(report)
+
+
+def _print_added(document: dict[str, Any]) -> None:
+    """The ids, and on stderr what else a person wants to know."""
+    for layout, count in document["layouts"].items():
+        say(f"{layout}: {count} shard" + "s" * (count > 1))
+    for note in document["notes"]:
+        say(f"note: {note}")
+    kb = shlex.quote(document["kb"])
+    if document.get("quarantined"):
+        say(f"{document['quarantined']:,} samples are in quarantine; why: radt index stats --quarantine --kb {kb}")
+    if not document["ids"]:
+        say("nothing is new: all of it is there already")
+    for pair in document["ids"]:
+        print(pair)
+
+
+def _filter(base: "KnowledgeBase", where: str | None, dataset: str | None) -> str | None:
+    """One filter of both. QueryError, with those there are, for a dataset that is not there."""
+    from index.search.request import condition
+
+    check_datasets(base, None if dataset is None else [dataset])
+    return where if dataset is None else condition(where, dataset)
+
+
+def _removal(base: "KnowledgeBase", gone: Sequence[int], wanted: Sequence[int], *, is_filter: bool) -> dict[str, Any]:
+    is_in_vain = is_filter and not gone
+    return {
+        "kb": base.name,
+        "removed": len(gone),
+        "ids": [str(i) for i in gone],
+        "notes": [f"the filter matches no pair; {listed_datasets(base.store.datasets())}"] if is_in_vain else [],
+        "missing": [str(i) for i in sorted(set(wanted) - set(gone))],
+        "snapshot": base.store.version,
+    }
+
+
+def _print_removal(document: dict[str, Any]) -> None:
+    missing = f"; {len(document['missing']):,} were not there" if document["missing"] else ""
+    print(f"removed {document['removed']:,}{missing}")
+    for note in document["notes"]:
+        say(f"note: {note}")
+    if document["removed"]:
+        say(f"to purge their bytes: radt index compact --kb {shlex.quote(document['kb'])}")
 
 
 def _print_compaction(report: "CompactReport") -> None:
@@ -134,8 +183,8 @@ def _images_of(source: str) -> list[str]:
     return found
 
 
-def _add_source(base: "KnowledgeBase", source: str, dataset: str | None) -> tuple[list[int], dict[str, int]]:
-    """The new ids, and how many shards of which layout the source has."""
+def _add_source(base: "KnowledgeBase", source: str, dataset: str | None) -> "tuple[list[int], BuildReport]":
+    """The new ids, and what a build of the source has to tell."""
     import numpy as np
 
     from index.ingest.build import BuildConfig, build
@@ -143,11 +192,10 @@ def _add_source(base: "KnowledgeBase", source: str, dataset: str | None) -> tupl
 
     if Path(source).suffix[1:].lower() in IMAGE_SUFFIXES:
         raise typer.BadParameter("an image needs a --caption")
+    base.refresh()
     before = base.store.matching_ids()
     report = build(base, [source], BuildConfig(dataset=dataset, searcher=base.searcher_choice()))
-    return [int(i) for i in np.setdiff1d(base.store.matching_ids(), before)], {
-        str(layout): count for layout, count in report.layouts.items()
-    }
+    return [int(i) for i in np.setdiff1d(base.store.matching_ids(), before)], report
 
 
 def _read_ids(path: Path) -> list[int]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from index.commands.options import JsonOption, KbOption, ModelOption, open_for_query, print_json, say
+from index.commands.options import JsonOption, KbOption, ModelOption, escape, open_for_query, print_json, say
 
 if TYPE_CHECKING:
     from index.verify import Verification
@@ -53,7 +53,6 @@ def _progress(rows: int, *, is_silent: bool) -> Iterator[Callable[[int], None]]:
 
 def _print(report: "Verification") -> None:
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
 
     from index.verify import LINKS
@@ -61,9 +60,12 @@ def _print(report: "Verification") -> None:
     table = Table("link", "what must hold", "checked", "wrong", title=escape(f"{report.sampled:,} rows of {report.kb}"))
     for link, meaning in LINKS.items():
         failed = report.failed(link)
-        table.add_row(link, meaning, f"{report.checked[link]:,}", f"[red]{failed:,}[/red]" if failed else "0")
+        checked = f"{report.checked[link]:,}" if report.checked[link] or link not in report.notes else "-"
+        table.add_row(link, meaning, checked, f"[red]{failed:,}[/red]" if failed else "0")
     console = Console()
     console.print(table)
+    for link, note in report.notes.items():
+        console.print(escape(f"{link}: {note}"))
     for failure in report.failures[:_SHOWN]:
         console.print(escape(f"{failure.link}: {f'{failure.id}: ' if failure.id is not None else ''}{failure.what}"))
     if len(report.failures) > _SHOWN:

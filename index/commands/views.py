@@ -41,16 +41,18 @@ def add_views(app: typer.Typer) -> None:
             str | None,
             typer.Option(help="With --quarantine, an SQL filter over dataset, shard, key, image_offset and reason."),
         ] = None,
-        limit: Annotated[int, typer.Option(min=0, help="With --quarantine, so many samples at most.")] = 100,
+        limit: Annotated[
+            int | None, typer.Option(min=0, help="With --quarantine, so many samples at most; 100 if not given.")
+        ] = None,
         as_json: JsonOption = False,
     ) -> None:
         """What is there, what was left out or taken out, what lags behind, earlier snapshots, and bytes."""
         from index.knowledge_base import KnowledgeBase
 
-        if where is not None and not quarantine:
-            raise typer.BadParameter("--where goes with --quarantine")
+        if not quarantine and (where is not None or limit is not None):
+            raise typer.BadParameter(f"{'--limit' if where is None else '--where'} goes with --quarantine")
         base = KnowledgeBase.open(kb)
-        document = _quarantine_json(base, where, limit) if quarantine else base.stats()
+        document = _quarantine_json(base, where, 100 if limit is None else limit) if quarantine else base.stats()
         if words:
             from index.search.words import report_captions
 

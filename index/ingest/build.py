@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from index.atomic import new_file, one_sentence
 from index.errors import ConfigError, CorpusError
-from index.ingest.decode import KeepImages
+from index.ingest.decode import KeepImages, foreign_vectors
 from index.ingest.engines import StagedShard, run_local
 from index.ingest.ledger import Ledger
 from index.ingest.meter import Meter, Stage
@@ -76,7 +76,8 @@ class BuildReport:
 
     kb: str
     pairs_total: int
-    pairs_added: int
+    pairs_added: int  # that were not there before
+    pairs_replaced: int  # that were, and were read again because their shard has changed
     pairs_in_sources: int
     quarantined: int
     shards_done: int
@@ -93,6 +94,7 @@ class BuildReport:
     searcher: str | None  # None after a part: the searcher is built when all of them are in
     recall_at_10: float | None
     warning: str  # a sentence when the searcher does not reach the recall that was asked for
+    notes: tuple[str, ...]  # sentences on what a user may not expect
     snapshot: int
 
     def to_json(self) -> dict[str, Any]:
@@ -104,7 +106,8 @@ class BuildReport:
 class _Tally:
     unchanged: int = 0
     done: int = 0
-    pairs: int = 0
+    added: int = 0
+    replaced: int = 0
     pruned: int = 0
     touched: list[ShardRecord] = field(default_factory=list)  # unchanged, with their new stamps
     layouts: Counter[Layout] = field(default_factory=Counter)
@@ -158,7 +161,8 @@ def build(
     return BuildReport(
         kb=str(kb.directory),
         pairs_total=kb.store.count(),
-        pairs_added=tally.pairs,
+        pairs_added=tally.added,
+        pairs_replaced=tally.replaced,
         pairs_in_sources=sum(record.pairs for record in ledger.met()),
         quarantined=sum(record.bad for record in ledger.met()),
         shards_done=tally.done,
@@ -168,13 +172,14 @@ def build(
         layouts=dict(tally.layouts),
         skipped=tuple(tally.skipped),
         seconds=round(seconds, 3),
-        pairs_per_second=round(tally.pairs / seconds, 3),
+        pairs_per_second=round((tally.added + tally.replaced) / seconds, 3),
         stages={stage: round(share, 3) for stage, share in progress.stages.items()},
         bottleneck=progress.bottleneck,
         bytes=folder_bytes(kb.directory),
         searcher=searcher.kind if searcher else None,
         recall_at_10=searcher.recall_at_10 if searcher else None,
         warning=searcher.warning if searcher else "",
+        notes=_notes(kb, config, ledger, tally),
         snapshot=kb.store.version,
     )
 
@@ -202,6 +207,30 @@ def _finish(
     else:
         move_newest(kb.store)
     return searcher
+
+
+def _notes(kb: KnowledgeBase, config: BuildConfig, ledger: Ledger, tally: _Tally) -> tuple[str, ...]:
+    """What was done otherwise than a user may think, and what can be done about it."""
+    notes = []
+    foreign = [record for record in ledger.met() if record.foreign_dim]
+    if foreign:
+        widths = " and ".join(str(width) for width in sorted({record.foreign_dim for record in foreign}))
+        notes.append(foreign_vectors(widths, model=kb.manifest.model, dim=kb.manifest.dim))
+    if (config.keep.copy or config.keep.thumbnail) and tally.unchanged:
+        notes.append(
+            f"{tally.unchanged} unchanged shards keep what they have: --copy-images and --thumbnails are for shards "
+            "that are read now; to have them for all pairs, build in another folder"
+        )
+    if twice := ledger.named_otherwise():
+        notes.append(
+            f"{len(twice)} of these shards are here under the name of dataset {twice[0].dataset!r} too, so that their "
+            "pairs are here twice; `radt index remove --dataset NAME` takes a dataset out"
+        )
+    if config.part is not None:
+        notes.append(
+            f"part {config.part} is in; after the last one, the same command without --part makes the searcher"
+        )
+    return tuple(notes)
 
 
 def _engine(config: BuildConfig) -> Callable[..., Generator[StagedShard, None, None]]:
@@ -256,7 +285,9 @@ class _Landing:
         for shard in group:
             self._ledger.enter(shard.record)
             self._tally.done += 1
-            self._tally.pairs += shard.record.pairs
+            known = min(self._ledger.replaced(shard.record), shard.pairs)
+            self._tally.replaced += known
+            self._tally.added += shard.pairs - known
             self._on_shard(shard.record)
 
 

@@ -41,6 +41,7 @@ class Decoded:
     dhash: int | None = None
     copy: bytes | None = None
     thumbnail: bytes | None = None
+    foreign_dim: int = 0  # numbers of the vector it brought, where that was of another width than the model's
 
 
 def chunks(samples: Iterable[Sample]) -> Iterator[list[Sample]]:
@@ -66,7 +67,8 @@ def _decode(pair: Pair, embedder: Embedder, keep: KeepImages) -> Decoded | BadSa
     if pair.vector is not None and pair.vector.shape != (embedder.dim,):
         if pair.encoded is None:
             return bad(pair, f"its vector has {pair.vector.size} numbers, the model's have {embedder.dim}")
-        pair = replace(pair, vector=None)  # another model's: the image is embedded again
+        again = _decode(replace(pair, vector=None), embedder, keep)  # another model's: the image is embedded again
+        return again if isinstance(again, BadSample) else replace(again, foreign_dim=pair.vector.size)
     try:
         if pair.encoded is None:
             return _without_image(pair)
@@ -116,6 +118,15 @@ def _side(embedder: Embedder, keep: KeepImages) -> int | None:
     """How many pixels are needed of an image, for the network and for the thumbnail."""
     side = embedder.image_side()
     return None if side is None else max(side, keep.thumbnail or 0)
+
+
+def foreign_vectors(width: int | str, *, model: str, dim: int) -> str:
+    """What is to be said of a source whose vectors are not of the model's width."""
+    return (
+        f"the vectors that the source brings have {width} numbers, and those of the model {model} have {dim}: they are "
+        "not used, and the images are embedded again; to keep them, build a new knowledge base with the model that "
+        "made them (--model NAME)"
+    )
 
 
 def bad(pair: Pair, reason: str) -> BadSample:

@@ -3,6 +3,7 @@
 Its entries are rows of the store itself (see `index/store.py`), so there is nothing that could disagree with the data.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from posixpath import join
@@ -35,6 +36,7 @@ class Ledger:
         self._store = store
         self._records = {(record.dataset, record.shard): record for record in store.shards()}
         self._met: dict[tuple[str, str], str] = {}  # the shards of this build, and their sources
+        self._replaced: Counter[tuple[str, str]] = Counter()  # pairs of these shards that were there already
         self._known = KnownIds(store.matching_ids())
         self._high_water = store.high_water
 
@@ -59,6 +61,15 @@ class Ledger:
             )
         self._met[name] = shard.source
         return not earlier
+
+    def replaced(self, record: ShardRecord) -> int:
+        """How many of the pairs claimed for a shard of this build were in the store before."""
+        return self._replaced[record.dataset, record.shard]
+
+    def named_otherwise(self) -> list[ShardRecord]:
+        """Entries of the very shards that this build has met, made under the name of another dataset."""
+        met = {(source, shard): dataset for (dataset, shard), source in self._met.items()}
+        return [r for r in self._records.values() if met.get((r.source, r.shard), r.dataset) != r.dataset]
 
     def enter(self, record: ShardRecord) -> None:
         """Note a shard that has just been committed."""
@@ -106,6 +117,7 @@ class Ledger:
                     "the dataset differently with --dataset"
                 )
             claimed.add(pair.id)
+            self._replaced[pair.dataset, pair.shard] += is_own
         self._known.add(ids)
 
 

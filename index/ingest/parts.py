@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from index.atomic import one_sentence
 from index.errors import ConfigError, KnowledgeBaseError
@@ -131,14 +131,7 @@ class DeferredClaims:
 
 def _has_lost_pairs(shard: StagedShard, names: Sequence[PairName], removed: set[int]) -> bool:
     """Staging drops what was taken down before: are there more such pairs now than rows are missing?"""
-    complete = shard.record.pairs + shard.record.bad + 1  # and the ledger's entry
-    missing = complete - sum(_rows(fragment) for fragment in shard.fragments)
-    return len(removed.intersection(name.id for name in names)) > missing
-
-
-def _rows(staged: Any) -> int:
-    """Of a table in memory, or of a fragment on disk."""
-    return int(staged.physical_rows if hasattr(staged, "physical_rows") else staged.num_rows)
+    return len(removed.intersection(name.id for name in names)) > shard.record.pairs - shard.pairs
 
 
 @contextmanager

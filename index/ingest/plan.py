@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from posixpath import dirname
@@ -23,7 +23,7 @@ import numpy as np
 
 from index.embedder import Embedder
 from index.errors import ConfigError, CorpusError
-from index.ingest.decode import Decoded, KeepImages, decode_chunk
+from index.ingest.decode import Decoded, KeepImages, decode_chunk, foreign_vectors
 from index.ingest.engines import stored_pair
 from index.ingest.meter import STAGES, Stage
 from index.ingest.parquet_reader import DamagedTableError, open_table
@@ -87,6 +87,7 @@ class UnitCosts:
     source_bytes: float  # of a pair in its shard
     process_bytes: float  # of the process with its model, before any row
     bad_share: float = 0.0
+    foreign_dim: int = 0  # of vectors that the pairs bring and that are not of the model's width
     measured_on: str = ""
 
 
@@ -140,7 +141,11 @@ def plan_sources(
         costs = probe(_spread(shards, _PROBE_SHARDS), embedder, keep=keep or KeepImages())
     good = count.pairs if count.pairs is not None else round(count.bytes / max(costs.source_bytes, 1.0))
     total = pairs if pairs is not None else max(1, round(good * (1 - costs.bad_share)))
-    return count, costs, make_plan(total, costs, **wanted)
+    plan = make_plan(total, costs, **wanted)
+    if costs.foreign_dim:
+        warning = foreign_vectors(costs.foreign_dim, model=embedder.name, dim=costs.dim)
+        plan = replace(plan, warnings=(*plan.warnings, warning))
+    return count, costs, plan
 
 
 def make_plan(
@@ -309,6 +314,7 @@ def probe(shards: Sequence[Shard], embedder: Embedder, *, keep: KeepImages) -> U
         caption_bytes=float(np.mean([len(item.pair.caption.encode()) for item in good])),
         source_bytes=_source_bytes(pairs),
         process_bytes=_most_memory(),
+        foreign_dim=max(item.foreign_dim for item in good),
         bad_share=1 - sum(isinstance(outcome, Decoded) for outcome in outcomes) / len(outcomes),
         measured_on=f"{len(good)} pairs of {len(shards)} shards on {os.cpu_count()} processors",
     )

@@ -77,7 +77,7 @@ def test_a_changed_shard_is_made_again_and_no_other(corpus: Path, tmp_path: Path
     build_at(tmp_path / "kb", corpus)
     write_tar(corpus / "00001.tar", sample(77, key="000000005") | sample(78, key="new"))
     report = build_at(tmp_path / "kb", corpus)
-    assert (report.pairs_total, report.pairs_added, report.shards_done) == (12, 2, 1)
+    assert (report.pairs_total, report.pairs_added, report.pairs_replaced, report.shards_done) == (12, 1, 1, 1)
     build_at(tmp_path / "fresh", corpus)
     assert contents(tmp_path / "kb") == contents(tmp_path / "fresh")
 
