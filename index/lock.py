@@ -1,5 +1,6 @@
 """The lock of a knowledge base: one writer at a time. The operating system drops it when the process dies."""
 
+import errno
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from index.atomic import one_sentence
 from index.errors import KnowledgeBaseError
 
 LOCK = "writer.lock"
+TAKEN = {errno.EAGAIN, errno.EACCES, errno.EWOULDBLOCK, errno.EDEADLK}  # the last is what Windows says
 POLL_SECONDS = 0.2
 
 
@@ -20,7 +22,7 @@ def writer_lock(
 ) -> Iterator[IO[str]]:
     """Hold the lock of this folder; wait up to `wait` seconds for it, after telling `on_wait` who has it.
 
-    KnowledgeBaseError when another process still has it then.
+    KnowledgeBaseError when another process still has it then, and when the file system knows no locks.
     """
     with one_sentence(directory):
         file = open(directory / LOCK, "a+", encoding="ascii")  # noqa: SIM115 - closed below
@@ -39,6 +41,8 @@ def _wait_for(file: IO[str], directory: Path, *, wait: float, on_wait: Callable[
         try:
             return _lock(file)
         except OSError as error:
+            if error.errno not in TAKEN:
+                raise _no_locks(directory, error) from error
             file.seek(0)
             owner = file.read().strip() or "unknown"
             if time.monotonic() >= deadline:
@@ -64,9 +68,19 @@ def _lock(file: IO[str]) -> None:
 
 
 def try_lock(file: IO[str]) -> bool:
-    """Take the advisory lock of an open file, unless another process has it."""
+    """Take the advisory lock of an open file, unless another process has it. KnowledgeBaseError as `writer_lock`."""
     try:
         _lock(file)
-    except OSError:
+    except OSError as error:
+        if error.errno not in TAKEN:
+            raise _no_locks(Path(file.name).parent, error) from error
         return False
     return True
+
+
+def _no_locks(directory: Path, error: OSError) -> KnowledgeBaseError:
+    """Lustre without `flock`, and some NFS."""
+    return KnowledgeBaseError(
+        f"the file system of {directory} lacks locks ({error.strerror or error}), which keep two writers apart; build "
+        "the knowledge base on another disk, and copy it here to be read"
+    )
