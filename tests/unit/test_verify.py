@@ -4,6 +4,7 @@ import json
 import shutil
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from index.embedder import decode_scaled
 from index.ingest.build import BuildConfig, build
 from index.knowledge_base import KnowledgeBase
 from index.search.lexical import _fts_segments
+from index.search.searcher import ExactSearcher, SearcherManifest
 from index.verify import LINKS, Verification, verify
 from tests.fakes import HashEmbedder, caption_of, draw, encode, write_img2dataset, write_tar
 
@@ -206,6 +208,26 @@ def test_a_searcher_of_other_vectors(base: KnowledgeBase, tmp_path: Path) -> Non
     shutil.rmtree(base.directory / str(base.manifest.searcher))
     shutil.copytree(other.directory / str(other.manifest.searcher), base.directory / str(base.manifest.searcher))
     assert set(broken(verify(base))) == {"searcher"}
+
+
+@pytest.mark.parametrize(("target", "is_sound"), [(0.6, True), (0.95, False)])
+def test_a_searcher_is_held_to_what_was_asked_of_it(
+    base: KnowledgeBase, monkeypatch: pytest.MonkeyPatch, *, target: float, is_sound: bool
+) -> None:
+    ids, vectors = base.store.ids_and_vectors()
+    some = len(ids) * 7 // 10
+
+    class Forgetful(ExactSearcher):
+        def search(self, queries: Any, *, top_k: int, above: Any = None) -> Any:
+            return ExactSearcher(ids[:some], vectors[:some]).search(queries, top_k=top_k)
+
+    folder = base.directory / str(base.manifest.searcher)
+    built = SearcherManifest.read(folder)
+    replace(built, kind="lance", target_recall=target, recall_at_10=target).write(folder)
+    monkeypatch.setattr(base, "open_searcher", lambda: Forgetful(ids, vectors, snapshot=base.store.high_water))
+    report = verify(base)
+    assert report.is_sound == is_sound
+    assert "by their own vectors" in "".join(failure.what for failure in report.failures) or is_sound
 
 
 def test_a_searcher_that_does_not_open(base: KnowledgeBase) -> None:
