@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Float, Float32, UInt8
 
 from index.errors import CorpusError, KnowledgeBaseError, ModelError
+from index.matrix_rate import count_operations, matrix_rate
 from index.preprocessing import DevicePixels, Framing, split
 
 if TYPE_CHECKING:
@@ -76,11 +77,20 @@ class Embedder(Protocol):
         ...
 
 
+@runtime_checkable
+class Measurable(Protocol):
+    """An embedder that knows what its network costs and what its device can do."""
+
+    def most_images_per_second(self) -> float | None:
+        """How many a device could embed that did nothing but the network's matrix products; None: not known."""
+        ...
+
+
 class ClipEmbedder:
     """An open_clip model in evaluation mode, on the GPU where there is one.
 
-    On a CPU it computes in float32. `fast`, the default on a GPU, runs images in bfloat16 and compiles the network once
-    that pays; vectors then differ in the third decimal of a component, by less than 0.001 in cosine.
+    On a CPU it computes in float32. `fast`, the default on a GPU from Ampere on, runs images in bfloat16 and compiles
+    the network once that pays; vectors then differ in the third decimal of a component, by less than 0.001 in cosine.
     `resize_on_device`, the default on a GPU, leaves resizing to it, too, and only decoding to the processors. On a CPU
     Pillow in threads takes a third of the time and gives open_clip's pixels to the last bit.
     """
@@ -180,6 +190,16 @@ class ClipEmbedder:
         """The batch size it was made with; on a GPU several of them, so that sending overlaps computing."""
         return self.batch_size * (BATCHES_IN_FLIGHT if self._device.type == "cuda" else 1)
 
+    def most_images_per_second(self) -> float | None:
+        """By a measurement that takes the time of a few images."""
+        import PIL.Image
+
+        side = self.image_side()
+        if side is None:
+            return None
+        blank = self.prepare(PIL.Image.new("RGB", (side, side)))
+        return self._network.most_images_per_second(self._on_device([blank]))
+
     def _on_device(self, batch: Sequence[Prepared]) -> Any:
         """Prepared images as the network takes them, [n c h w]."""
         import torch
@@ -208,12 +228,21 @@ class _Network:
         import torch
 
         self._encode = encode
-        self._device = device.type
+        self._device = device
         self._rows = rows
-        self.is_fast = device.type == "cuda" if fast is None else fast
+        self.is_fast = _has_bfloat16(device) if fast is None else fast
         self._full_batches = 0
         self._compile: Callable[[Callable[[Any], Any]], Callable[[Any], Any]] = torch.compile
         self._compiled: Callable[[Any], Any] | None = None
+
+    def most_images_per_second(self, pixels: Any) -> float | None:
+        """By the operations of these, and the rate of a large plain matrix product in the same numbers."""
+        import torch
+
+        numbers = torch.bfloat16 if self.is_fast else torch.float32
+        with suppress(Exception):  # of any kind, out of a network of any make: a build does not fail for a figure
+            return matrix_rate(self._device, numbers) * len(pixels) / count_operations(self._encode, pixels)
+        return None
 
     def __call__(self, pixels: Any) -> Any:
         """Features [n d] of normalised pixels [n c h w]."""
@@ -221,7 +250,7 @@ class _Network:
 
         if not self.is_fast:
             return self._encode(pixels)
-        with torch.autocast(self._device, torch.bfloat16):
+        with torch.autocast(self._device.type, torch.bfloat16):
             return self._fast_encode(pixels)(pixels)
 
     def _fast_encode(self, pixels: Any) -> Callable[[Any], Any]:
@@ -241,6 +270,13 @@ class _Network:
             logging.getLogger(__name__).warning("the network runs uncompiled: %s", str(error).partition("\n")[0])
             return None
         return compiled
+
+
+def _has_bfloat16(device: Any) -> bool:
+    """GPUs older than Ampere only emulate it, slower than float32. A processor stays with open_clip's own numbers."""
+    import torch
+
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 class DeferredEmbedder:
@@ -283,6 +319,11 @@ class DeferredEmbedder:
     def batch_rows(self) -> int:
         """How many images are best embedded at once."""
         return self._embedder().batch_rows()
+
+    def most_images_per_second(self) -> float | None:
+        """What the network could do at best."""
+        embedder = self._embedder()
+        return embedder.most_images_per_second() if isinstance(embedder, Measurable) else None
 
     def load_now(self) -> None:
         """Load the model, unless it is loaded."""
@@ -492,8 +533,8 @@ def _quiet_retries() -> Iterator[None]:
 # Fingerprint
 #
 # It covers what the vectors are meant to be, not how a machine comes near that: bfloat16, compiling and resizing on the
-# device are left out. Their vectors agree with the plain ones to 0.999 in cosine, less than two JPEG qualities of one
-# picture, and a knowledge base that a GPU has built must take the queries of a laptop.
+# device are left out. Their vectors agree with the plain ones to 0.999 in cosine, and a knowledge base that a GPU has
+# built must take the queries of a laptop.
 
 
 def _fingerprint(model: Any, tokenizer: Any, preprocess: Any) -> str:

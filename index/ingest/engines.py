@@ -10,6 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Generic, TypeVar
@@ -17,7 +18,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 from jaxtyping import Float32
 
-from index.embedder import Embedder
+from index.embedder import Embedder, Measurable, Prepared
 from index.ingest.decode import Decoded, KeepImages, bad, chunks, decode_chunk
 from index.ingest.meter import Meter, Stage
 from index.ingest.readers import Sample, Shard
@@ -30,6 +31,8 @@ STAGE_ROWS = 16_384  # rows held in memory before they go to disk, so that a sha
 STAGE_BYTES = 64 << 20  # of image copies and thumbnails, likewise
 PENDING_BLOCKS = 3  # blocks of rows that wait for the disk
 AHEAD_CHUNKS = 32  # chunks of samples read and decoded ahead of the network, and two for each decoding thread
+LEFT_BATCHES = 1  # with the network while rows are put away and the next batch is gathered
+MEASURE_AFTER = 10.0  # seconds, of a build that is long enough to find out what the device could do at best
 
 Outcomes = list[Decoded | BadSample]
 
@@ -40,6 +43,11 @@ class StagedShard:
 
     record: ShardRecord
     fragments: Sequence[Any]
+
+    @property
+    def pairs(self) -> int:
+        """How many will be there: those of the record, but for what was taken down before."""
+        return sum(_rows(fragment) for fragment in self.fragments) - self.record.bad - 1  # and the ledger's entry
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,6 +70,19 @@ class _ShardInHand:
     bad: list[BadSample] = field(default_factory=list)
     writes: list[Future[list[Any]]] = field(default_factory=list)
     pairs: int = 0
+    batches: int = 0  # with the network
+    is_read: bool = False  # no more samples will come
+    is_staged: bool = False  # all its rows are with the writer
+    foreign_dim: int = 0  # of the vectors that could not be used
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """Images with the network."""
+
+    hand: _ShardInHand
+    items: Sequence[Decoded]
+    vectors: Future[Any]
 
 
 def run_local(
@@ -83,9 +104,9 @@ def run_local(
     """
     workers = workers or os.cpu_count() or 1
     meter = meter or Meter()
-    with ThreadPoolExecutor(workers) as threads, ThreadPoolExecutor(1) as writer:
+    with ThreadPoolExecutor(workers) as threads, ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as writer:
         decoders = _Decoders(threads, workers, embedder, keep or KeepImages())
-        line = _Line(embedder, store, writer, claim=claim, on_batch=on_batch, meter=meter)
+        line = _Line(_Network(embedder, one, meter), store, writer, claim=claim, on_batch=on_batch, meter=meter)
         events = _prefetch(_events(shards, decoders), size=AHEAD_CHUNKS + 2 * workers)
         try:
             for event in _metered(events, meter):
@@ -96,14 +117,18 @@ def run_local(
                 else:
                     line.take(_wait_for(event, decoders, meter))
                 yield from line.finished()
+            line.await_network()
             yield from line.finished(wait=True)
         except Exception:
+            with suppress(Exception):  # the first error is the one to tell
+                line.await_network()
             yield from line.finished(wait=True)
             raise
         finally:
             meter.stop()
             events.close()
-            threads.shutdown(cancel_futures=True)
+            for pool in (threads, one):
+                pool.shutdown(cancel_futures=True)
 
 
 # Reading and decoding
@@ -163,12 +188,36 @@ def _wait_for(chunk: "Future[Outcomes]", decoders: _Decoders, meter: Meter) -> O
 # Embedding and writing
 
 
+class _Network:
+    """The embedder in a thread of its own, so that it is at work while rows are put away."""
+
+    def __init__(self, embedder: Embedder, thread: ThreadPoolExecutor, meter: Meter):
+        self._embedder, self._thread, self._meter = embedder, thread, meter
+        self._is_measured = False
+
+    @cached_property
+    def batch_rows(self) -> int:
+        """How many images are best embedded at once."""
+        return self._embedder.batch_rows()
+
+    def submit(self, prepared: Sequence[Prepared]) -> "Future[Any]":
+        """Their vectors, in time."""
+        return self._thread.submit(self._embed, prepared)
+
+    def _embed(self, prepared: Sequence[Prepared]) -> Float32[np.ndarray, "n d"]:
+        if not self._is_measured and self._meter.progress.seconds > MEASURE_AFTER:
+            self._is_measured = True
+            if isinstance(self._embedder, Measurable):
+                self._meter.most_images_per_second = self._embedder.most_images_per_second()
+        return self._embedder.embed(prepared)
+
+
 class _Line:
     """Takes the samples of one shard after the other, embeds them in batches and hands blocks of rows to the writer."""
 
     def __init__(
         self,
-        embedder: Embedder,
+        network: _Network,
         store: PairStore,
         writer: ThreadPoolExecutor,
         *,
@@ -176,9 +225,10 @@ class _Line:
         on_batch: Callable[[int], None],
         meter: Meter,
     ):
-        self._embedder, self._store, self._writer = embedder, store, writer
+        self._network, self._store, self._writer = network, store, writer
         self._claim, self._on_batch, self._meter = claim, on_batch, meter
         self._hand: _ShardInHand | None = None
+        self._batches: deque[_Batch] = deque()
         self._ended: deque[_ShardInHand] = deque()
         self._pending: deque[Future[list[Any]]] = deque()
 
@@ -190,48 +240,60 @@ class _Line:
         """More samples of the shard; embedded and written as soon as there are enough of them."""
         hand = self._shard()
         for outcome in outcomes:
+            hand.foreign_dim = getattr(outcome, "foreign_dim", 0) or hand.foreign_dim
             if isinstance(outcome, BadSample):
                 hand.bad.append(outcome)
             elif outcome.prepared is None:
                 self._keep(hand, [outcome], [outcome.vector])
             else:
                 hand.decoded.append(outcome)
-        while hand.decoded and len(hand.decoded) >= self._batch_rows:
+        while hand.decoded and len(hand.decoded) >= self._network.batch_rows:
             self._embed(hand)
-        if len(hand.rows) >= STAGE_ROWS or hand.rows_bytes >= STAGE_BYTES:
-            self._write(hand, is_end=False)
+        self._write_due(hand)
 
     def end(self) -> None:
         """The shard has no more samples. Batches start anew with every shard, so that a resumed build repeats them."""
         hand, self._hand = self._shard(), None
         while hand.decoded:
             self._embed(hand)
-        self._write(hand, is_end=True)
+        hand.is_read = True
         self._ended.append(hand)
+        self._write_due(hand)
+
+    def await_network(self, *, but: int = 0) -> None:
+        """Put away what the network has made, until at most `but` batches are with it."""
+        while len(self._batches) > but:
+            self._meter.enter("embed")
+            batch = self._batches.popleft()
+            vectors = batch.vectors.result()
+            batch.hand.batches -= 1
+            self._meter.images += len(batch.items)
+            self._keep(batch.hand, batch.items, list(vectors))
+            self._write_due(batch.hand)
 
     def finished(self, *, wait: bool = False) -> Iterator[StagedShard]:
-        """The ended shards whose rows are ready, in order; with `wait`, all that have ended."""
-        while self._ended and (wait or all(write.done() for write in self._ended[0].writes)):
+        """The ended shards whose rows are ready, in order; with `wait`, all whose rows the writer has."""
+        while self._ended and self._ended[0].is_staged:
+            if not wait and not all(write.done() for write in self._ended[0].writes):
+                return
             self._meter.enter("write")
             hand = self._ended.popleft()
             fragments = [fragment for write in hand.writes for fragment in write.result()]
             self._meter.shards += 1
             yield StagedShard(record=_record(hand), fragments=fragments)
 
-    @cached_property
-    def _batch_rows(self) -> int:
-        return self._embedder.batch_rows()
-
     def _shard(self) -> _ShardInHand:
         assert self._hand is not None, "samples come after their shard"
         return self._hand
 
     def _embed(self, hand: _ShardInHand) -> None:
-        batch, hand.decoded = hand.decoded[: self._batch_rows], hand.decoded[self._batch_rows :]
-        self._meter.enter("embed")
-        self._on_batch(len(batch))
-        vectors = self._embedder.embed([item.prepared for item in batch if item.prepared is not None])
-        self._keep(hand, batch, list(vectors))
+        rows = self._network.batch_rows
+        items, hand.decoded = hand.decoded[:rows], hand.decoded[rows:]
+        self._on_batch(len(items))
+        vectors = self._network.submit([item.prepared for item in items if item.prepared is not None])
+        self._batches.append(_Batch(hand, items, vectors))
+        hand.batches += 1
+        self.await_network(but=LEFT_BATCHES)
 
     def _keep(self, hand: _ShardInHand, items: Sequence[Decoded], vectors: Sequence[np.ndarray | None]) -> None:
         self._meter.enter("write")
@@ -243,6 +305,13 @@ class _Line:
             hand.rows_bytes += len(item.copy or b"") + len(item.thumbnail or b"")
             hand.pairs += 1
             self._meter.pairs += 1
+
+    def _write_due(self, hand: _ShardInHand) -> None:
+        """Write once there is a block of rows, and when nothing more will come."""
+        is_end = hand.is_read and not hand.batches
+        if is_end or len(hand.rows) >= STAGE_ROWS or hand.rows_bytes >= STAGE_BYTES:
+            self._write(hand, is_end=is_end)
+            hand.is_staged = is_end
 
     def _write(self, hand: _ShardInHand, *, is_end: bool) -> None:
         """Hand the rows to the writing thread, the last with the ledger entry, once it has few enough waiting."""
@@ -297,7 +366,13 @@ def _record(hand: _ShardInHand) -> ShardRecord:
         bad=len(hand.bad),
         bytes=hand.work.shard.bytes,
         layout=hand.work.shard.layout,
+        foreign_dim=hand.foreign_dim,
     )
+
+
+def _rows(staged: Any) -> int:
+    """Of a table in memory, or of a fragment on disk."""
+    return int(staged.physical_rows if hasattr(staged, "physical_rows") else staged.num_rows)
 
 
 def _prefetch(items: Iterator[T], *, size: int) -> Generator[T, None, None]:

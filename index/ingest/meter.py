@@ -17,13 +17,19 @@ REMEDIES: dict[Stage, str] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Progress:
-    """A build so far. `seconds` since it began to read; `stages` are shares of 1, of all machines together."""
+    """A build so far. `seconds` since it began to read; `stages` are shares of 1, of all machines together.
+
+    `matrix_share` is the images that were embedded beside those that the device could embed in that time if it did
+    nothing but the network's matrix products, at the rate it reaches in a large plain one. None while that is not
+    known: in the first seconds, and on Ray.
+    """
 
     pairs: int
     shards: int
     shards_found: int | None  # to be done, in the sources listed so far; None: nothing is listed yet
     seconds: float
     stages: dict[Stage, float]
+    matrix_share: float | None = None
 
     @property
     def pairs_per_second(self) -> float:
@@ -54,6 +60,8 @@ class Meter:
         self._begun: float | None = None
         self._ended = 0.0
         self.pairs = 0
+        self.images = 0  # embedded here
+        self.most_images_per_second: float | None = None  # that the device could embed at best
         self.shards = 0
         self.shards_found: int | None = None
         self.note = ""  # what goes on instead, when it is none of the stages
@@ -98,13 +106,21 @@ class Meter:
         seconds = self.seconds
         total = sum(seconds.values())
         until = self._ended if self._now is None else self._clock()
+        since_start = 0.0 if self._begun is None else until - self._begun
+        at_best = since_start * (self.most_images_per_second or 0.0)
         return Progress(
             pairs=self.pairs,
             shards=self.shards,
             shards_found=self.shards_found,
-            seconds=0.0 if self._begun is None else until - self._begun,
+            seconds=since_start,
             stages={stage: value / total if total else 0.0 for stage, value in seconds.items()},
+            matrix_share=self.images / at_best if at_best else None,
         )
+
+
+def matrix_words(share: float) -> str:
+    """`matrix units 41 %`."""
+    return f"matrix units {100 * share:.0f} %"
 
 
 def progress_line(progress: Progress) -> str:
@@ -115,6 +131,8 @@ def progress_line(progress: Progress) -> str:
     if progress.bottleneck is not None:
         parts.append(" ".join(f"{stage} {share:.0%}".replace("%", " %") for stage, share in progress.stages.items()))
         parts.append(f"bottleneck: {progress.bottleneck} ({REMEDIES[progress.bottleneck]})")
+    if progress.matrix_share is not None:
+        parts.append(matrix_words(progress.matrix_share))
     if progress.seconds_left is not None:
         minutes, seconds = divmod(round(progress.seconds_left), 60)
         parts.append(f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d} left")

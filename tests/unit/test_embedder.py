@@ -143,6 +143,45 @@ def test_a_network_that_cannot_be_compiled_runs_uncompiled(
     assert [record.message for record in caplog.records] == ["the network runs uncompiled: no C compiler"]
 
 
+@pytest.mark.slow
+def test_a_compiled_network_gives_the_vectors_of_the_plain_one(
+    tiny_clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By torch's own compiler, with what this machine has for it."""
+    if shutil.which("g++") is None and shutil.which("clang++") is None:
+        pytest.skip("torch needs a C++ compiler to compile for a processor")
+    check_compiled(str(tiny_clip), monkeypatch)
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_vectors_of_the_plain_network(tiny_clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bfloat16, compiled or not, resized there: beside open_clip in float32 on the processor."""
+    import open_clip
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device")
+    check_compiled(str(tiny_clip), monkeypatch)
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{tiny_clip}")
+    images = [photo(40 + i, 50, seed=i) for i in range(6)]
+    with torch.inference_mode():
+        twins = model.eval().encode_image(torch.stack([preprocess(i) for i in images]), normalize=True).numpy()
+    for fast in (None, False):
+        embedder = ClipEmbedder.load(str(tiny_clip), batch_size=4, fast=fast)
+        assert embedder.prepare(images[0]).shape == (50, 40, 3)
+        assert (embedder.images(images) * twins).sum(1).min() > 0.999
+
+
+def check_compiled(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = [photo(40 + i, 50, seed=i) for i in range(8)]
+    eager = ClipEmbedder.load(model, batch_size=4, fast=True).images(images)
+    monkeypatch.setattr("index.embedder.COMPILE_AFTER", 1)
+    embedder = ClipEmbedder.load(model, batch_size=4, fast=True)
+    vectors = embedder.images(images)
+    assert embedder._network._compiled is not None
+    assert (vectors * eager).sum(1).min() > 0.9999
+
+
 def photo(width: int, height: int, *, seed: int = 0) -> PIL.Image.Image:
     """Smooth shapes with some grain, so that resampling has something to do."""
     random = np.random.default_rng(seed)

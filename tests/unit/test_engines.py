@@ -198,6 +198,71 @@ def test_whole_shards_are_handed_over_before_a_failure_is_raised(store: PairStor
     assert seen == ["0.tar"]
 
 
+class Failing(HashEmbedder):
+    """Its network gives out at the given calls."""
+
+    def __init__(self, *calls: int) -> None:
+        super().__init__()
+        self._calls, self._called = calls, 0
+
+    def embed(self, prepared: Sequence[np.ndarray]) -> np.ndarray:
+        self._called += 1
+        if self._called in self._calls:
+            raise RuntimeError(f"call {self._called}")
+        return super().embed(prepared)
+
+
+@pytest.mark.parametrize("calls", [(3,), (3, 4)])
+def test_shards_before_the_one_whose_network_fails_are_handed_over(store: PairStore, calls: tuple[int, ...]) -> None:
+    staged = stage(store, [shard_of(f"{i}.tar", pairs_of(f"{i}.tar", 3)) for i in range(6)], embedder=Failing(*calls))
+    handed: list[str] = []
+    with pytest.raises(RuntimeError, match="call 3"):
+        handed.extend(shard.record.shard for shard in staged)
+    assert handed[:2] == ["0.tar", "1.tar"]
+    assert "2.tar" not in handed
+
+
+def test_the_network_has_work_while_rows_are_put_away(store: PairStore) -> None:
+    """The rows of a shard are claimed only after the network has begun with the next one."""
+    begun = [threading.Event() for _ in range(4)]
+
+    class Noted(HashEmbedder):
+        def embed(self, prepared: Sequence[np.ndarray]) -> np.ndarray:
+            next(event for event in begun if not event.is_set()).set()
+            return super().embed(prepared)
+
+    claimed: list[str] = []
+
+    def claim(rows: Sequence[StoredPair]) -> None:
+        claimed.append(rows[0].shard)
+        assert begun[min(len(claimed), 3)].wait(20)
+
+    shards = [shard_of(f"{i}.tar", pairs_of(f"{i}.tar", 3)) for i in range(4)]
+    rows = commit(store, stage(store, shards, embedder=Noted(), claim=claim))
+    assert claimed == [f"{i}.tar" for i in range(4)]
+    assert len(rows) == 12
+
+
+def test_a_long_build_finds_out_what_the_device_could_do(store: PairStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Known(HashEmbedder):
+        def most_images_per_second(self) -> float | None:
+            return 1e6
+
+    def build_share(embedder: HashEmbedder) -> float | None:
+        meter = Meter()
+        list(stage(store, [shard_of("0.tar", pairs_of("0.tar", 5))], embedder=embedder, meter=meter))
+        progress = meter.progress
+        assert meter.images == 5
+        if progress.matrix_share is not None:
+            assert progress.matrix_share == pytest.approx(5 / (1e6 * progress.seconds))
+        return progress.matrix_share
+
+    assert build_share(Known()) is None  # a short one
+    monkeypatch.setattr("index.ingest.engines.MEASURE_AFTER", -1)
+    assert build_share(HashEmbedder()) is None
+    assert build_share(Known()) is not None
+
+
 def test_a_claim_that_is_refused_stops_the_build(store: PairStore) -> None:
     def claim(rows: Sequence[StoredPair]) -> None:
         if rows[0].shard == "1.tar":

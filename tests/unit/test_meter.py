@@ -54,6 +54,17 @@ def test_rate_and_time_left() -> None:
     assert meter.progress.seconds_left == 0
 
 
+def test_the_share_of_what_the_device_could_do() -> None:
+    clock = Clock()
+    meter = Meter(clock)
+    meter.enter("embed")
+    clock.now += 10
+    meter.images = 500
+    assert meter.progress.matrix_share is None
+    meter.most_images_per_second = 200.0
+    assert meter.progress.matrix_share == 0.25
+
+
 def test_work_done_elsewhere_is_added_up() -> None:
     clock = Clock()
     meter = Meter(clock)
@@ -75,6 +86,8 @@ def test_the_line() -> None:
     known = Progress(pairs=12_400, shards=31, shards_found=11_191, seconds=10, stages=stages)
     assert progress_line(known).endswith(" \u00b7 1:00:00 left")
     assert "31 of 11,191 shards" in progress_line(known)
+    measured = Progress(pairs=12_400, shards=31, shards_found=None, seconds=10, stages=stages, matrix_share=0.412)
+    assert progress_line(measured).endswith("bottleneck: decode (raise --workers) \u00b7 matrix units 41 %")
     nothing = Progress(pairs=0, shards=0, shards_found=None, seconds=0, stages=dict.fromkeys(STAGES, 0.0))
     assert progress_line(nothing) == "0 pairs \u00b7 0 pairs/s"
 
