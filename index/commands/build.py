@@ -76,9 +76,20 @@ def add_build(app: typer.Typer, default_model: str | None) -> None:
             bool, typer.Option("--allow-partial/--no-allow-partial", help="Take shards that are not complete.")
         ] = False,
         max_bad_fraction: Annotated[
-            float, typer.Option(min=0.0, max=1.0, help="Share of bad samples above which the build fails.")
+            float,
+            typer.Option(
+                min=0.0,
+                max=1.0,
+                help="Share of bad samples above which the build fails: in the end, or after any shard from 10,000 on.",
+            ),
         ] = 0.1,
         recall: RecallOption = None,
+        min_recall: Annotated[
+            float | None,
+            typer.Option(
+                min=0.01, max=1.0, help="Fail (exit 1) when the searcher, once measured, finds less of the true ten."
+            ),
+        ] = None,
         ram: RamOption = None,
         seed: Annotated[int, typer.Option(help="Seed of the searcher's training.")] = 0,
         duplicates: Annotated[
@@ -110,6 +121,7 @@ def add_build(app: typer.Typer, default_model: str | None) -> None:
             dataset=dataset,
             searcher=searcher,
             recall=recall,
+            min_recall=min_recall,
             ram=parse_bytes(ram) if ram else None,
             allow_partial=allow_partial,
             max_bad_fraction=max_bad_fraction,

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from index.atomic import new_file, one_sentence
-from index.errors import ConfigError, CorpusError
+from index.errors import ConfigError, CorpusError, KnowledgeBaseError
 from index.ingest.decode import KeepImages, foreign_vectors
 from index.ingest.engines import StagedShard, run_local
 from index.ingest.ledger import Ledger
@@ -32,6 +32,7 @@ from index.stats import folder_bytes
 from index.store import PairStore
 
 QUARANTINE = "quarantine.jsonl"
+JUDGED_FROM = 10_000  # samples of a build that say whether the rest is worth reading
 GROUP_ROWS = 16_384  # one commit for so many rows, or bytes in memory, or after so long: each commit costs the same
 GROUP_BYTES = 64 << 20
 GROUP_SECONDS = 10.0
@@ -44,6 +45,7 @@ class BuildConfig:
     dataset: str | None = None  # None: named after the source's folder
     searcher: SearcherChoice = "auto"
     recall: float | None = None  # of the searcher; None: as it was built before, 0.95 at first
+    min_recall: float | None = None  # below which the build fails once the searcher is measured; None: it never does
     ram: int | None = None  # bytes the searcher may take; None: as before, most of the machine's at first
     allow_partial: bool = False  # take shards that are not complete
     max_bad_fraction: float = 0.1  # of the samples of these sources
@@ -62,6 +64,10 @@ class BuildConfig:
             raise ConfigError(f"max_bad_fraction is a share of 1, got {self.max_bad_fraction}")
         if self.recall is not None and not 0 < self.recall <= 1:
             raise ConfigError(f"recall is a share of 1, got {self.recall}")
+        if self.min_recall is not None and not 0 < self.min_recall <= (self.recall or 1):
+            raise ConfigError(f"min_recall is a share of 1, and at most what recall aims at, got {self.min_recall}")
+        if self.min_recall is not None and self.part is not None:
+            raise ConfigError("min_recall judges the searcher, so it is for the build without --part that makes it")
         if self.workers is not None and self.workers < 1:
             raise ConfigError(f"workers must be at least 1, got {self.workers}")
         if not self.wait >= 0:
@@ -128,7 +134,8 @@ def build(
 
     `on_batch` hears how many images go into the network, `on_shard` of every shard that lands, `on_wait` of another
     process that is writing. CorpusError when a source cannot be read, when more than `max_bad_fraction` of the samples
-    are bad, or when none is good; what has landed stays.
+    are bad (of all, or after any shard from `JUDGED_FROM` samples on), or when none is good. KnowledgeBaseError when
+    the searcher misses `min_recall`. What has landed stays.
     """
     started = time.perf_counter()
     meter = meter or Meter()
@@ -149,14 +156,21 @@ def build(
             meter=meter,
         )
         landing = _Landing(kb.store, ledger, tally, on_shard, claims=claims)
+        quality = _Quality(ledger.unmet(sources), config.max_bad_fraction)
         with closing(staged):  # when landing fails, reading and decoding stop at once
             try:
                 for shard in staged:
                     landing.take(shard)
+                    if quality.is_hopeless(shard.record):
+                        break
             finally:  # what is whole lands, also when the build is interrupted
                 landing.commit()
+        if quality.complaint:
+            _write_quarantine(kb.store)
+            raise CorpusError(quality.complaint)
         meter.note = "all is read in; making it searchable"
         searcher = _finish(kb, sources, config, ledger=ledger, tally=tally) if config.part is None else None
+    _check_recall(searcher, config)
     seconds, progress = time.perf_counter() - started, meter.progress
     return BuildReport(
         kb=str(kb.directory),
@@ -350,6 +364,41 @@ def _check_quality(store: PairStore, records: Sequence[ShardRecord], config: Bui
             f"{bad} of {pairs + bad} samples are bad, a share of {share:.3f} above --max-bad-fraction "
             f"{config.max_bad_fraction}; {QUARANTINE} in the knowledge base says why for each"
         )
+
+
+def _check_recall(searcher: SearcherManifest | None, config: BuildConfig) -> None:
+    if searcher is not None and config.min_recall is not None and searcher.recall_at_10 < config.min_recall:
+        raise KnowledgeBaseError(
+            f"the searcher finds {searcher.recall_at_10:.3f} of the true ten, below --min-recall {config.min_recall}; "
+            f"all pairs are in and it serves them, and a larger --recall (it was {searcher.target_recall}), more --ram "
+            "or --searcher exact finds more"
+        )
+
+
+class _Quality:
+    """Judges the sources while they are read: `earlier` are the ledger's entries of them, from before this build."""
+
+    def __init__(self, earlier: Sequence[ShardRecord], max_bad_fraction: float) -> None:
+        self._earlier = {(record.dataset, record.shard): record for record in earlier}
+        self._most = max_bad_fraction
+        self._pairs, self._bad = sum(record.pairs for record in earlier), sum(record.bad for record in earlier)
+        self._read = 0
+        self.complaint = ""
+
+    def is_hopeless(self, record: ShardRecord) -> bool:
+        """Whether too many samples are bad, with this shard, of enough that have been read."""
+        before = self._earlier.pop((record.dataset, record.shard), None)
+        self._pairs += record.pairs - (before.pairs if before else 0)
+        self._bad += record.bad - (before.bad if before else 0)
+        self._read += record.pairs + record.bad
+        share = self._bad / max(self._pairs + self._bad, 1)
+        if self._read >= JUDGED_FROM and share > self._most:
+            self.complaint = (
+                f"{self._bad} of the {self._pairs + self._bad} samples so far are bad, a share of {share:.3f} above "
+                f"--max-bad-fraction {self._most}, so no more are read; {QUARANTINE} in the knowledge base says why "
+                "for each, and with a larger fraction the same command goes on"
+            )
+        return bool(self.complaint)
 
 
 def _first_reason(store: PairStore, records: Sequence[ShardRecord]) -> str:

@@ -12,6 +12,7 @@ import pytest
 
 from index.cli import make_app, run
 from index.knowledge_base import KnowledgeBase
+from index.search.calibration import Calibration
 from index.search.duplicates import build_duplicates
 from tests.fakes import caption_of, draw, encode, needs_scann, sample, write_img2dataset, write_tar
 
@@ -142,6 +143,25 @@ def test_query_says_what_comparing_every_pair_changes(shell: Shell, kb: Path) ->
     exact = document["exact"]
     assert (exact["recall"], exact["missed"], exact["extra"]) == (1, [], [])
     assert "compared with every pair: recall 1.00" in shell("query", "a red circle", "--kb", kb, "--exact")[1]
+
+
+def test_a_searcher_that_finds_too_little_fails_the_build(
+    shell: Shell, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = ("build", corpus, "--kb", tmp_path / "kb", "--no-duplicates", "--searcher", "lance")
+    measured = iter([0.9, 0.9])
+
+    def measure(searcher: Any, queries: Any, truth: Any, *, target: float) -> Any:
+        return Calibration(settings={}, recall_at_10=next(measured), curve=(), warning="too little")
+
+    monkeypatch.setattr("index.search.calibration.calibrate", measure)
+    sentence = shell.error(*build, "--min-recall", 0.92)
+    assert "finds 0.900 of the true ten, below --min-recall 0.92" in sentence
+    assert "too little" not in shell(*build, "--json", "--min-recall", 0.92)[1]  # nothing has changed: it fails again
+    assert len(shell.json("query", "red", "--kb", tmp_path / "kb")["hits"]) == 5  # and all is there
+    assert shell.json(*build, "--min-recall", 0.9)["recall_at_10"] == 0.9
+    assert "is for the build without --part" in shell.error(*build, "--min-recall", 0.9, "--part", "1/2")
+    assert "at most what recall aims at" in shell.error(*build, "--min-recall", 0.9, "--recall", 0.8)
 
 
 @needs_scann

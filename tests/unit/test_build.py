@@ -129,6 +129,32 @@ def test_too_many_bad_samples_fail_the_build(tmp_path: Path) -> None:
     assert (report.pairs_total, report.quarantined) == (8, 2)
 
 
+def test_a_wrong_source_is_not_read_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Judged after each shard once enough is read; what the ledger had of these sources counts too."""
+    monkeypatch.setattr("index.ingest.build.JUDGED_FROM", 10)
+    for number in range(8):
+        rest = {f"bad{i}.{suffix}": b"?" for i in range(4) for suffix in ("png", "txt")}
+        write_tar(tmp_path / "d" / f"{number}.tar", sample(number) | rest)
+    with pytest.raises(CorpusError, match=r"^8 of the 10 samples so far are bad, a share of 0\.800 above.*no more are"):
+        build_at(tmp_path / "kb", tmp_path / "d")
+    store = PairStore(tmp_path / "kb")
+    assert [record.shard for record in store.shards()] == ["0.tar", "1.tar"]
+    assert len((tmp_path / "kb" / QUARANTINE).read_text().splitlines()) == 8
+    report = build_at(tmp_path / "kb", tmp_path / "d", max_bad_fraction=0.8)
+    assert (report.shards_done, report.shards_unchanged, report.pairs_total) == (6, 2, 8)
+
+
+def test_bad_shards_beside_many_good_ones_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("index.ingest.build.JUDGED_FROM", 10)
+    write_tar(tmp_path / "d" / "0.tar", [item for i in range(200) for item in sample(i).items()])
+    build_at(tmp_path / "kb", tmp_path / "d")
+    bad = {f"bad{i}.{suffix}": b"?" for i in range(12) for suffix in ("png", "txt")}
+    write_tar(tmp_path / "d" / "1.tar", bad)
+    assert build_at(tmp_path / "kb", tmp_path / "d").quarantined == 12
+    write_tar(tmp_path / "d" / "1.tar", bad | sample(1))  # what is made again is not counted twice
+    assert build_at(tmp_path / "kb", tmp_path / "d").quarantined == 12
+
+
 def test_no_good_pair_fails_the_build_whatever_is_allowed(tmp_path: Path) -> None:
     write_tar(tmp_path / "d" / "a.tar", [("x.png", b"?"), ("x.txt", b"x")])
     with pytest.raises(CorpusError, match="no sample of 1 could be used"):
