@@ -61,6 +61,11 @@ class Pair:
         return pair_id(self.dataset, self.shard, self.key)
 
 
+def shard_title(shard: str) -> str:
+    """A shard as people are told of it: the images at the top of a source are the shard ".", which says nothing."""
+    return "(top folder)" if shard == "." else shard
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BadSample:
     """A sample that cannot be used, and why. `offset` is its byte position in a tar shard, None elsewhere."""

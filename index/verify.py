@@ -19,7 +19,7 @@ from index.embedder import Embedder, Prepared, decode_scaled
 from index.errors import CorpusError, ImageError, KnowledgeBaseError
 from index.images import try_read_images
 from index.knowledge_base import ADDED_SHARD
-from index.records import Pair, ShardRecord, StoredPair, pair_id
+from index.records import Pair, ShardRecord, StoredPair, pair_id, shard_title
 from index.search.ids import contains
 from index.search.lexical import LanceBM25, has_fts
 from index.search.searcher import Searcher
@@ -151,7 +151,7 @@ def verify(
 def _check_row(row: StoredPair, report: Verification) -> bool:
     """What the row says of itself; whether its vector can be compared."""
     expected = pair_id(row.dataset, row.shard, row.key)
-    wrong = f"the id of {row.key!r} in shard {row.shard!r} of dataset {row.dataset!r} is {expected}"
+    wrong = f"the id of {row.key!r} in shard {shard_title(row.shard)!r} of dataset {row.dataset!r} is {expected}"
     report.check("id", row.id, None if expected == row.id else wrong)
     if row.vector is None or not np.isfinite(row.vector).all():
         return report.check("vector", row.id, "its vector is not finite")
@@ -247,10 +247,10 @@ class _Sources:
             is_same = shard.stamp == record.stamp or shard.digest() == record.digest
             captions = dict(_captions(shard, set(rows))) if is_same else {}
         except (CorpusError, OSError) as error:
-            self._report.unreadable.append(f"shard {record.shard!r} of dataset {record.dataset!r}: {error}")
+            self._report.unreadable.append(f"{_named(record.dataset, record.shard)}: {error}")
             return
         if not is_same:
-            where = f"shard {record.shard!r} of dataset {record.dataset!r}"
+            where = _named(record.dataset, record.shard)
             self._report.unreadable.append(f"{where}: it has changed since it was read in; build again to take it in")
             return
         for key, row in rows.items():
@@ -278,11 +278,15 @@ def _captions(shard: "Shard", keys: set[str]) -> Iterator[tuple[str, str]]:
                 return
 
 
+def _named(dataset: str, shard: str) -> str:
+    return f"shard {shard_title(shard)!r} of dataset {dataset!r}"
+
+
 def _unlike(row: StoredPair, caption: str | None) -> str | None:
     if caption is None:
-        return f"shard {row.shard!r} has no sample {row.key!r}"
+        return f"shard {shard_title(row.shard)!r} has no sample {row.key!r}"
     is_same = caption in (row.caption, one_line(row.caption))  # as it comes in now, and as it did before
-    return None if is_same else f"it is {row.caption!r} here and {caption!r} in shard {row.shard!r}"
+    return None if is_same else f"it is {row.caption!r} here and {caption!r} in shard {shard_title(row.shard)!r}"
 
 
 class _SearcherCheck:
@@ -388,11 +392,15 @@ def _check_ledger(kb: "KnowledgeBase", report: Verification) -> None:
             wrong = f"{pairs} rows, {removed} taken down, and the ledger says {record.pairs}"
         elif bad != record.bad:
             wrong = f"{bad} bad samples, and the ledger says {record.bad}"
-        report.check("ledger", None, wrong and f"shard {name[1]!r} of dataset {name[0]!r}: {wrong}")
+        report.check("ledger", None, wrong and f"{_named(name[0], name[1])}: {wrong}")
     for (kind, dataset, shard), rows in counts.items():
         if kind in ("pair", "bad") and shard != ADDED_SHARD:
             what = "rows" if kind == "pair" else "bad samples"
-            report.check("ledger", None, f"{rows} {what} of shard {shard!r} of dataset {dataset!r}, which has no entry")
+            report.check(
+                "ledger",
+                None,
+                f"{rows} {what} of {_named(dataset, shard)}, which has no entry",
+            )
 
 
 def _rows_by_shard(kb: "KnowledgeBase") -> dict[tuple[str, str, str], int]:

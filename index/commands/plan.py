@@ -65,10 +65,10 @@ def _rows(count: "Count", plan: "Plan") -> list[tuple[str, str]]:
 
     structure = plan.structure
     about = "about " if count.is_estimate else ""
-    layouts = ", ".join(f"{number} of {layout}" for layout, number in count.layouts.items())
-    known = "how many pairs is not known before" if count.pairs is None else f"{about}{count.pairs:,} pairs"
+    layouts = ", ".join(f"{layout} ({number:,})" for layout, number in count.layouts.items())
+    known = "pairs estimated by size" if count.pairs is None else f"{about}{count.pairs:,} pairs"
     rows = [
-        ("sources", f"{count.shards} shards ({layouts}), {gigabytes(count.bytes)}, {known}"),
+        ("sources", f"{layouts}, {gigabytes(count.bytes)}, {known}"),
         ("pairs", f"{plan.pairs:,}" + (f" on {plan.machines} machines" if plan.machines > 1 else "")),
         ("searcher", f"{structure.kind}{_form(structure)}: {structure.reason}"),
         ("expected recall@10", f"{plan.expected_recall:g}"),

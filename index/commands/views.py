@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from index.commands.options import JsonOption, KbOption, plain, print_columns, print_json, print_table
+from index.records import shard_title
 
 if TYPE_CHECKING:
     from index.knowledge_base import KnowledgeBase
@@ -26,7 +27,11 @@ def add_views(app: typer.Typer) -> None:
         from index.knowledge_base import KnowledgeBase
 
         document = _pair_json(KnowledgeBase.open(kb).show(pair))
-        print_json(document) if as_json else print_table(str(pair), [(k, plain(v)) for k, v in document.items()])
+        if as_json:
+            print_json(document)
+        else:
+            told = {**document, "shard": shard_title(document["shard"])}
+            print_table(str(pair), [(name, plain(value)) for name, value in told.items()])
 
     @app.command()
     def stats(
@@ -85,7 +90,7 @@ def _print_quarantine(document: dict[str, Any], where: str | None) -> None:
     )
     samples = document["samples"]
     places = [
-        (each["shard"], each["key"], "" if each["offset"] is None else str(each["offset"]), each["reason"])
+        (shard_title(each["shard"]), each["key"], "" if each["offset"] is None else str(each["offset"]), each["reason"])
         for each in samples
     ]
     if places:
@@ -97,32 +102,42 @@ def _print_stats(document: dict[str, Any]) -> None:
     from index.search.sizes import gigabytes
 
     tables = ("snapshots", "searcher_manifest", "bytes_by_part", "quarantined_by_reason", "duplicates", "words")
-    facts = {name: plain(value) for name, value in document.items() if name not in tables}
+    facts = {name: value for name, value in document.items() if name not in (*tables, "kb")}
     for name in ("datasets", "layouts"):
         facts[name] = ", ".join(f"{part} {number:,}" for part, number in document[name].items())
     facts["bytes"] = gigabytes(document["bytes"])
-    print_table(document["kb"], list(facts.items()))
-    if document["quarantined_by_reason"]:
-        reasons = [(reason, f"{number:,}") for reason, number in document["quarantined_by_reason"].items()]
-        print_table("quarantined_by_reason", reasons)
-    if document["bytes_by_part"]:
-        print_table("bytes_by_part", [(part, gigabytes(size)) for part, size in document["bytes_by_part"].items()])
-    if "words" in document:
-        print_table("words", [(name, plain(value)) for name, value in document["words"].items()])
-    if document["duplicates"]:
-        print_table("duplicates", [(name, plain(value)) for name, value in document["duplicates"].items()])
+    print_table(document["kb"], _rows(facts))
+    sizes = {part: gigabytes(size) for part, size in document["bytes_by_part"].items()}
+    searcher = dict(document["searcher_manifest"] or {})
+    curve = searcher.pop("curve", ())
+    for name, table in (
+        ("quarantined, by reason", document["quarantined_by_reason"]),
+        ("bytes, by part", sizes),
+        ("words", document.get("words")),
+        ("duplicates", document["duplicates"]),
+    ):
+        if table:
+            print_table(name, _rows(table))
     if document["snapshots"]:
         _print_records("snapshots", document["snapshots"])
-    searcher = document["searcher_manifest"] or {}
-    curve = searcher.pop("curve", ())
     if searcher:
-        print_table("searcher", [(name, plain(value)) for name, value in searcher.items()])
+        print_table("searcher", _rows(searcher))
     if curve:
         _print_records("recall against speed", curve)
 
 
+def _rows(values: dict[str, Any]) -> list[tuple[str, str]]:
+    """Names and values for a table, without those that say nothing."""
+    return [(name, _cell(value)) for name, value in values.items() if value not in (None, "", {})]
+
+
+def _cell(value: Any) -> str:
+    is_count = isinstance(value, int) and not isinstance(value, bool)
+    return f"{value:,}" if is_count else plain(value)
+
+
 def _print_records(title: str, records: Sequence[dict[str, Any]]) -> None:
-    print_columns(title, list(records[0]), [tuple(plain(value) for value in each.values()) for each in records])
+    print_columns(title, list(records[0]), [tuple(map(_cell, each.values())) for each in records])
 
 
 def _pair_json(pair: "StoredPair") -> dict[str, Any]:

@@ -14,7 +14,7 @@ from jaxtyping import Int64
 from index.errors import CorpusError
 from index.ingest.readers import Shard
 from index.ingest.sources import FRAGMENT
-from index.records import ShardRecord, StoredPair
+from index.records import ShardRecord, StoredPair, shard_title
 from index.search.ids import contains
 from index.store import PairStore
 
@@ -56,8 +56,8 @@ class Ledger:
         other = earlier or (record.source if record is not None else "")
         if other not in ("", shard.source) and (earlier or (record is not None and _is_there(record))):
             raise CorpusError(
-                f"shard {shard.name!r} of dataset {shard.dataset!r} is in {other} and in {shard.source} too; give one "
-                "of them another name with --dataset"
+                f"shard {shard_title(shard.name)!r} of dataset {shard.dataset!r} is in {other} and in {shard.source} "
+                "too; give one of them another name with --dataset"
             )
         self._met[name] = shard.source
         return not earlier
@@ -113,8 +113,8 @@ class Ledger:
             is_own = (pair.id, pair.dataset, pair.shard, pair.key) in own  # its shard is being made again
             if pair.id in claimed or (pair.id in taken and not is_own):
                 raise CorpusError(
-                    f"the id {pair.id} of {pair.key!r} in shard {pair.shard!r} belongs to another pair already; name "
-                    "the dataset differently with --dataset"
+                    f"the id {pair.id} of {pair.key!r} in shard {shard_title(pair.shard)!r} belongs to another pair "
+                    "already; name the dataset differently with --dataset"
                 )
             claimed.add(pair.id)
             self._replaced[pair.dataset, pair.shard] += is_own

@@ -141,3 +141,20 @@ def test_a_lost_table_is_one_sentence_for_every_command(shell: Shell, kb: Path, 
     shutil.rmtree(kb / "pairs.lance")
     for words in (["stats"], ["query", "red"], ["build", corpus], ["compact"], ["verify"], ["remove", "--id", 1]):
         assert "the table of the knowledge base is missing" in shell.error(*words, "--kb", kb)
+
+
+def test_the_images_at_the_top_of_a_source_have_a_name_for_people(shell: Shell, tmp_path: Path) -> None:
+    source, kb = tmp_path / "photos", tmp_path / "kb"
+    source.mkdir()
+    for i in range(12):
+        (source / f"{i}.png").write_bytes(encode(draw(i)))
+        (source / f"{i}.txt").write_text(caption_of(i))
+    (source / "silent.png").write_bytes(encode(draw(99)))
+    shell.json("build", source, "--kb", kb)
+    assert "(top folder)" in shell("stats", "--quarantine", "--kb", kb)[1]
+    assert shell.json("stats", "--quarantine", "--kb", kb)["samples"][0]["shard"] == "."  # as filters have it
+    pair = shell.json("query", "red", "--by", "bm25", "--kb", kb)["hits"][0]["id"]
+    assert "(top folder)" in shell("show", pair, "--kb", kb)[1]
+    assert shell.json("show", pair, "--kb", kb)["shard"] == "."
+    (source / "0.png").write_bytes(encode(draw(7)))
+    assert "shard '(top folder)' of dataset 'photos'" in shell("verify", "--kb", kb)[1].replace("\n", " ")

@@ -668,3 +668,11 @@ def test_a_small_tail_waits_outside_searcher_and_word_index(
     compact(kb)
     assert (kb.unsearched(), kb.store.count_unindexed(FTS_NAME)) == (0, 0)
     assert kb.stats()["searcher"] == "lance"  # what was asked for once
+
+
+def test_compaction_keeps_the_searcher_that_another_process_has_built_meanwhile(corpus: Path, tmp_path: Path) -> None:
+    build_at(tmp_path / "kb", corpus)
+    early = reopen(tmp_path / "kb")
+    assert early.searcher_choice() == "auto"
+    build_at(tmp_path / "kb", corpus, searcher="lance")
+    assert compact(early).searcher == "lance"
