@@ -217,9 +217,10 @@ def _print_report(report: "BuildReport") -> None:
 
 def _waiting(report: "BuildReport") -> str:
     """What the time until all was read in went to, and what would shorten it."""
-    from index.ingest.meter import REMEDIES
+    from index.ingest.meter import REMEDIES, matrix_words
 
     if report.bottleneck is None or not report.shards_done:
         return "nothing to do"
     shares = ", ".join(f"{stage} {100 * share:.0f} %" for stage, share in report.stages.items())
-    return f"{shares}; bottleneck: {report.bottleneck} ({REMEDIES[report.bottleneck]})"
+    matrices = "" if report.matrix_share is None else f"; {matrix_words(report.matrix_share)}"
+    return f"{shares}; bottleneck: {report.bottleneck} ({REMEDIES[report.bottleneck]}){matrices}"

@@ -25,7 +25,7 @@ from index.ingest.parts import TURN_SECONDS, DeferredClaims, Part, admitted
 from index.ingest.readers import Layout, Shard, SkippedShard, check_source, read
 from index.ingest.sources import sources_blamed
 from index.knowledge_base import KnowledgeBase, SearcherChoice
-from index.records import ShardRecord
+from index.records import ShardRecord, shard_title
 from index.search.searcher import SearcherManifest
 from index.snapshots import has_snapshot, move_newest
 from index.stats import folder_bytes
@@ -96,6 +96,7 @@ class BuildReport:
     pairs_per_second: float
     stages: dict[Stage, float]  # shares of the time until all is read in, by what was waited for
     bottleneck: Stage | None
+    matrix_share: float | None  # of the device's matrix rate, as `Progress` has it; None after a short build
     bytes: int  # of the knowledge base on disk
     searcher: str | None  # None after a part: the searcher is built when all of them are in
     recall_at_10: float | None
@@ -189,6 +190,7 @@ def build(
         pairs_per_second=round((tally.added + tally.replaced) / seconds, 3),
         stages={stage: round(share, 3) for stage, share in progress.stages.items()},
         bottleneck=progress.bottleneck,
+        matrix_share=None if progress.matrix_share is None else round(progress.matrix_share, 3),
         bytes=folder_bytes(kb.directory),
         searcher=searcher.kind if searcher else None,
         recall_at_10=searcher.recall_at_10 if searcher else None,
@@ -405,7 +407,7 @@ def _first_reason(store: PairStore, records: Sequence[ShardRecord]) -> str:
     shards = [record.shard for record in records if record.bad]
     name = shards[0].replace("'", "''") if shards else ""
     bad = store.bad_samples(f"shard = '{name}'", limit=1)
-    return f" (in {bad[0].shard}: {bad[0].reason})" if bad else ""
+    return f" (in {shard_title(bad[0].shard)}: {bad[0].reason})" if bad else ""
 
 
 def _write_quarantine(store: PairStore) -> None:
