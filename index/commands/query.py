@@ -170,8 +170,8 @@ def add_query(app: typer.Typer, default_model: str | None) -> None:
         answer = _answer(base, question, asked, exact=exact, why_not=why_not, needs_terms=needs_terms)
         facts = _facts(base) if explain else {}
         if html is not None:
-            more = {"seed": seed, "exact": exact, "why_not": why_not, "explain": explain, "snapshot": snapshot}
-            repeat = _repeated(kbs, text, {**ways, **asked, **more, "model": model})
+            more = {"exact": exact, "why_not": why_not, "explain": explain, "snapshot": snapshot, "model": model}
+            repeat = _repeated(kbs, text, {**ways, "seed": seed, **asked, **more})
             _write_page(html, base, answer, asked, kbs=kbs, repeat=repeat)
             if not as_json:
                 say(f"the page is {html}; open it in a browser")
@@ -290,7 +290,7 @@ def _write_page(
             answer.question.label,
             answer.result.hits,
             kb=" + ".join(kbs),
-            snapshot=str(base.store.version),
+            snapshot=base.store.version,
             asked=asked,
             searchers=searcher_facts(base),
             query_image=answer.question.asked.get("image"),

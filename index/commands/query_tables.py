@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from index.search.retriever import SearchResult
 
 _WORDS_SHOWN = 4  # of a hit
-_LONGEST = 240  # characters of a caption
+_LONGEST = 160  # characters of a caption
 _BAR = 20  # characters of the longest bar
 
 
@@ -36,8 +36,9 @@ def print_answer(answer: "Answer", head: Mapping[str, Any], facts: Mapping[str, 
     took = f"{sum(result.timings_ms.values()) - load:.1f} ms" + f", and {load / 1e3:.1f} s to load the model" * (
         load > 1
     )
-    kb = " + ".join(head["kb"]) if isinstance(head["kb"], list) else head["kb"]
-    console.print(f"[dim]{escape(kb)}, snapshot {head['snapshot']}, {took}[/dim]", highlight=False)
+    console.print(
+        f"[dim]{escape(_joined(head['kb']))}, snapshot {_joined(head['snapshot'])}, {took}[/dim]", highlight=False
+    )
     if facts:
         _print_facts(console, answer, facts)
         console.print(_waterfall(result))
@@ -61,6 +62,11 @@ def print_answers(answers: "Sequence[Answer]") -> None:
         took = sum(times.values()) - times.get("load", 0.0)
         table.add_row(escape(answer.question.label), *best, f"{len(hits)}{recall}", f"{took:.1f}")
     Console().print(table)
+
+
+def _joined(value: Any) -> str:
+    """One, or what stands there for several knowledge bases."""
+    return " + ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def _hit_table(result: "SearchResult", terms: Sequence[Mapping[str, float]], *, with_ranks: bool) -> Table:
@@ -125,10 +131,10 @@ def _words(terms: Mapping[str, float]) -> str:
 
 
 def _waterfall(result: "SearchResult") -> Table:
-    """Each stage with how many candidates it left, and when it ran."""
+    """Each stage with how many candidates it left, of all parts of the prompt together, and when it ran."""
     table = Table(show_edge=False, pad_edge=False)
     table.add_column("stage")
-    table.add_column("kept", justify="right")
+    table.add_column(f"kept, of {len(result.parts)} parts" if len(result.parts) > 1 else "kept", justify="right")
     table.add_column("")
     table.add_column("ms", justify="right")
     table.add_column("")

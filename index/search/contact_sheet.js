@@ -60,6 +60,16 @@ function termBars(terms) {
   return bars(entries.map(([name, score]) => ({ name, share: score / most, text: score.toFixed(3), kind: "bm25" })));
 }
 
+// The words of the query that a hit does not have; of a pair that is no hit, nobody asked.
+function missingWords(terms) {
+  const missing = terms ? page.words.filter((word) => !(word in terms)) : [];
+  return missing.length ? `not in the caption: ${missing.join(", ")}` : "";
+}
+
+function note(text) {
+  return text ? make("p", { class: "made" }, text) : "";
+}
+
 function others(list) {
   if (!list || !list.length) return null;
   const buttons = list.filter((one) => one.id in page.pairs).map(({ id, score }) => {
@@ -109,8 +119,8 @@ function show(id) {
   const left = make("div", {}, imageOf(id, "whole"),
     ...section("Nearest pairs", others(pair.neighbors)), ...section("The same picture", others(pair.repeats)));
   const right = make("div", {}, make("h3", {}, "Caption"), make("p", { class: "text" }, pair.caption),
-    ...section("Scores", pair.scores ? bars(pair.scores) : null),
-    pair.made ? make("p", { class: "made" }, `score = ${pair.made}`) : null, ...section("Words that earned bm25", termBars(pair.terms)),
+    ...section("Scores", pair.scores ? bars(pair.scores) : null), note(pair.made ? `score = ${pair.made}` : ""),
+    ...section("Words that earned bm25", termBars(pair.terms)), note(missingWords(pair.terms)),
     ...section("Look for what is like it", commandLine(id)), ...section("The pair", table(pair.facts)),
     ...section("Metadata", Object.keys(pair.metadata).length ? table(Object.entries(pair.metadata)) : null));
   dialog.replaceChildren(head, make("div", { class: "panel" }, left, right));

@@ -39,7 +39,7 @@ def write_contact_sheet(
     *,
     timings_ms: Mapping[str, float] | None = None,
     kb: str = "",
-    snapshot: str = "",
+    snapshot: int | tuple[int, ...] | None = None,
     asked: Mapping[str, Any] | None = None,
     searchers: Sequence[Mapping[str, Any]] = (),
     query_image: "PIL.Image.Image | None" = None,
@@ -80,12 +80,12 @@ def write_contact_sheet(
         title=html.escape(query),
         query=html.escape(query),
         query_image=_query_image(query_image),
-        facts=_facts(len(hits), kb=kb, snapshot=snapshot, asked=asked, searchers=searchers, words=words or {}),
+        facts=_facts(len(hits), result, kb=kb, snapshot=snapshot, asked=asked, searchers=searchers, words=words or {}),
         stages=_stages(result, timings_ms or {}),
         repeat=_command_line(repeat),
         notes=_notes(result, exact, why_not, around),
         hits=f"<main>\n{''.join(cards)}</main>" if cards else '<p class="none">Nothing found.</p>',
-        pairs=_script_json({"command": command, "pairs": pairs}),
+        pairs=_script_json({"command": command, "words": list(words or ()), "pairs": pairs}),
         script=folder.joinpath("contact_sheet.js").read_text(encoding="utf-8"),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -135,9 +135,10 @@ def _query_image(image: "PIL.Image.Image | None") -> str:
 
 def _facts(
     hits: int,
+    result: "SearchResult | None",
     *,
     kb: str,
-    snapshot: str,
+    snapshot: int | tuple[int, ...] | None,
     asked: Mapping[str, Any],
     searchers: Sequence[Mapping[str, Any]],
     words: Mapping[str, int],
@@ -145,11 +146,15 @@ def _facts(
     """Lines under the title: what was searched, how it was asked, by whom, and how common the words are."""
     searched = [f"<b>{hits}</b> {'hit' if hits == 1 else 'hits'}"]
     searched += [f"from <b>{html.escape(kb)}</b>"] if kb else []
-    searched += [f"snapshot {html.escape(snapshot)}"] if snapshot else []
+    if snapshot is not None:
+        numbers = snapshot if isinstance(snapshot, tuple) else (snapshot,)
+        searched.append(f"snapshot {' + '.join(map(str, numbers))}")
+    parts = [] if result is None else [f"<b>{html.escape(part)}</b>" for part in result.parts]
     counts = [f"<b>{html.escape(word)}</b> {f'in {n:,}' if n else 'in none'}" for word, n in words.items()]
     lines = [
         searched,
         _options(asked),
+        [f"searched for {', '.join(parts)}, counted together below"] if len(parts) > 1 else [],
         [html.escape(describe_searcher(fact)) for fact in searchers],
         ["words of the query in captions: " + ", ".join(counts)] if counts else [],
     ]
@@ -160,9 +165,9 @@ def _options(asked: Mapping[str, Any]) -> list[str]:
     """What was asked for, but for what says nothing."""
     by = str(asked.get("by", ""))
     told = [f"by {by}, {asked['fusion']}" if by == "hybrid" and "fusion" in asked else f"by {by}"] if by else []
-    silent = ("by", "fusion", "image", "vector", "exclude")
+    silent = {"by", "fusion"} | {name for name in ("diversity", "decompose") if asked.get(name) in (0.0, "off")}
     for name, value in asked.items():
-        if name not in silent and value not in (None, 0.0, "off", False):
+        if name not in silent and value is not None:
             text = ", ".join(value) if isinstance(value, list | tuple) else str(value)
             told.append(f"{name.replace('_', '-')} <b>{html.escape(text)}</b>")
     return told

@@ -70,8 +70,9 @@ class ExactDifference:
 
     @property
     def is_moot(self) -> bool:
-        """Whether the searcher looked at every pair as well, or no vectors were compared: it cannot have missed any."""
-        return self.approximate.examined >= self.approximate.matching or "vector" not in self.approximate.lists
+        """Whether the searcher looked at every pair as well, or no vectors were compared: there is nothing to miss."""
+        looked_at_all = self.approximate.examined >= self.approximate.matching
+        return (looked_at_all or "vector" not in self.approximate.lists) and not self.missed
 
     @property
     def summary(self) -> str:

@@ -150,12 +150,12 @@ def condition(where: str | None, dataset: str | Sequence[str] | None) -> str | N
     """One SQL filter of a filter and the names of data sets."""
     if where is not None:
         check_filter(where)
-    parts = [] if where is None else [f"({where})"]
-    if dataset:
-        names = [dataset] if isinstance(dataset, str) else dataset
-        quoted = ["'" + name.replace("'", "''") + "'" for name in names]
-        parts.append(f"dataset IN ({', '.join(quoted)})")
-    return " AND ".join(parts) or None
+    if not dataset:
+        return where
+    names = [dataset] if isinstance(dataset, str) else dataset
+    quoted = ["'" + name.replace("'", "''") + "'" for name in names]
+    of_dataset = f"dataset IN ({', '.join(quoted)})"
+    return of_dataset if where is None else f"({where}) AND {of_dataset}"
 
 
 def unit_rows(vectors: Queries) -> Queries:

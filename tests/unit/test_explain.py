@@ -6,7 +6,7 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import PIL.Image
@@ -15,7 +15,16 @@ import pytest
 from index.knowledge_base import KnowledgeBase
 from index.records import Hit, ImageLocation, StoredPair, pair_id
 from index.search.contact_sheet import write_contact_sheet
-from index.search.explain import exact_difference, searcher_facts, surroundings, term_scores, why_not
+from index.search.explain import (
+    describe_searcher,
+    exact_difference,
+    how_fused,
+    searcher_facts,
+    surroundings,
+    term_scores,
+    why_not,
+)
+from index.search.fusion import FusionRule
 from index.search.joined import JoinedKnowledgeBase
 from index.search.lexical import build_fts
 from index.search.retriever import Retriever
@@ -255,6 +264,7 @@ def test_what_the_approximate_search_missed(tmp_path: Path) -> None:
     assert told.to_json()["clip_rank"] == 2
     difference = exact_difference(retriever.search, None, **asked)
     assert [hit.id for hit in difference.exact.hits] == [name(str(n)) for n in (0, 1, 2, 3)]
+    assert not difference.is_moot
     document = difference.to_json()
     assert document["recall"] == 0.75
     assert [(hit["id"], hit["rank"]) for hit in document["missed"]] == [(str(name("1")), 2)]
@@ -368,3 +378,42 @@ def test_fifty_hits_are_a_page_of_a_few_megabytes(tmp_path: Path) -> None:
     PIL.Image.fromarray(noise).resize((900, 600)).save(tmp_path / "photo.jpg")
     hits = [hit(tmp_path, rank, image=ImageLocation(uri=str(tmp_path / "photo.jpg"))) for rank in range(1, 51)]
     assert len(sheet(tmp_path, hits)) < 4_000_000
+
+
+# What the head of a page and the panel say of the scores
+
+
+def value_of(made: str) -> float:
+    """The number that a line of `how_fused` comes to."""
+    numbers = re.sub(r" by \w+| \(1 for the best candidate\)|,", "", made).replace("x", "*")
+    assert re.fullmatch(r"[0-9.()+*/ -]+", numbers), numbers
+    return float(eval(numbers))
+
+
+@pytest.mark.parametrize("rule", get_args(FusionRule))
+def test_a_fused_score_is_taken_apart(tmp_path: Path, rule: FusionRule) -> None:
+    store = PairStore.create(tmp_path, dim=2)
+    far = [stored(f"far{n}", "a red dog", 0.1 + n / 100) for n in range(5)]
+    store.add([stored(str(n), "a dog" if n < 3 else "a cat", 0.9 - n / 1000) for n in range(110)] + far)
+    build_fts(store)
+    retriever = Retriever(store, exact_searcher(store))
+    result = retriever.search("red dog", **{**ASKED, "by": "hybrid", "k": 10, "fusion": rule})
+    for hit in result.hits:
+        assert value_of(how_fused(hit, result, rule)) == pytest.approx(hit.score, abs=1e-9 if rule == "rrf" else 2e-4)
+    if rule == "rrf":  # some are in one list only, and have no rank in the other
+        assert any(result.rank("vector", hit.id) is None for hit in result.hits)
+    alone = retriever.search("red dog", by="bm25")
+    assert how_fused(alone.hits[0], alone, rule) == ""
+
+
+def test_a_search_that_compares_all_cannot_have_missed_any(base: KnowledgeBase) -> None:
+    assert exact_difference(base.query, "a red circle", k=2).is_moot
+    assert "compares every pair here too" in exact_difference(base.query, "a red circle", k=2).summary
+    assert "compares words alone" in exact_difference(base.query, "a red circle", k=2, by="bm25").summary
+
+
+def test_many_rows_outside_the_searcher_are_told_with_what_folds_them_in() -> None:
+    known = {"kind": "scann", "rows": 10, "recall_at_10": 0.95, "pairs": 1_000_000}
+    assert describe_searcher({**known, "newer": 0}) == "1,000,000 pairs by scann, recall@10 0.950"
+    assert describe_searcher({**known, "newer": 7}).endswith("; 7 newer ones compared one by one")
+    assert "`radt index compact` folds them in" in describe_searcher({**known, "newer": 30_000})

@@ -1,0 +1,226 @@
+"""`radt index query` as a user meets it: mistakes that are told what there is, answers that explain themselves."""
+
+import json
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from index.cli import make_app, run
+from tests.fakes import caption_of, write_img2dataset, write_tar
+
+NUM_PAIRS = 30
+
+
+class Shell:
+    """Runs the commands in this process, and keeps what they print."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str], default_model: str):
+        self.capsys = capsys
+        self.app = make_app(default_model)
+
+    def __call__(self, *words: object) -> tuple[int, str, str]:
+        self.capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            run(self.app, [str(word) for word in words])
+        out, err = self.capsys.readouterr()
+        assert isinstance(exit_.value.code, int)
+        return exit_.value.code, out, err
+
+    def json(self, *words: object) -> dict[str, Any]:
+        code, out, err = self(*words, "--json")
+        assert (code, out.count("\n")) == (0, 1), err
+        document: dict[str, Any] = json.loads(out)
+        return document
+
+    def error(self, *words: object) -> str:
+        code, out, err = self(*words)
+        assert (code, out, err.count("\n")) == (1, "", 1), (code, out, err)
+        return err
+
+
+@pytest.fixture
+def shell(capsys: pytest.CaptureFixture[str], tiny_clip: Path) -> Shell:
+    return Shell(capsys, str(tiny_clip))
+
+
+@pytest.fixture(scope="module")
+def kb(tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Thirty pairs and a bad sample; a knowledge base that no test changes."""
+    from index.embedder import ClipEmbedder
+    from index.ingest.build import BuildConfig, build
+    from index.knowledge_base import KnowledgeBase
+
+    folder = tmp_path_factory.mktemp("query")
+    write_img2dataset(folder / "pets", shards=2, per_shard=NUM_PAIRS // 2)
+    (folder / "broken").mkdir()
+    write_tar(folder / "broken" / "0.tar", [("000.jpg", b"no picture"), ("000.txt", b"a bad one")])
+    base = KnowledgeBase.create(folder / "kb", ClipEmbedder.load(str(tiny_clip)))
+    build(base, [str(folder / "pets"), str(folder / "broken")], BuildConfig(max_bad_fraction=1.0))
+    return folder / "kb"
+
+
+def test_a_snapshot_goes_by_its_name_and_by_its_number(shell: Shell, kb: Path) -> None:
+    (snapshot,) = shell.json("stats", "--kb", kb)["snapshots"]
+    assert snapshot["tag"] == "build-1"
+    words = ["query", "yellow", "--kb", kb, "--by", "bm25"]
+    by_name, by_number = (shell.json(*words, "--snapshot", name) for name in ("build-1", snapshot["version"]))
+    assert by_name["hits"] == by_number["hits"] != []
+    assert by_name["snapshot"] == by_number["snapshot"] == snapshot["version"]
+    there = f"has no snapshot 'build-7': it has build-1 (number {snapshot['version']})"
+    assert there in shell.error(*words, "--snapshot", "build-7")
+    assert there in shell.error("compare", kb, kb, "--queries", __file__, "--snapshot-b", "build-7")
+
+
+@pytest.mark.parametrize("option", ["--min-score", "--min-clip", "--min-bm25", "--diversity"])
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_a_bound_that_is_no_number_is_wrong_usage(shell: Shell, kb: Path, option: str, value: str) -> None:
+    code, out, err = shell("query", "red", "--kb", kb, option, value)
+    assert (code, out) == (2, "")
+    assert option in err
+
+
+def test_an_unknown_dataset_or_field_is_told_those_there_are(shell: Shell, kb: Path) -> None:
+    error = shell.error("query", "red", "--kb", kb, "--dataset", "pets", "--dataset", "pet")
+    assert "there is no dataset 'pet' (did you mean 'pets'?); the datasets here are pets (30 pairs)" in error
+    error = shell.error("query", "red", "--kb", kb, "--where", "widht > 3")
+    assert "cannot filter by 'widht > 3'" in error
+    assert "did you mean width?); the fields are id, dataset, source" in error
+    assert shell.json("query", "red", "--kb", kb, "--dataset", "pets", "--where", "width > 3")["hits"]
+
+
+def test_a_pair_that_never_came_in_may_be_in_quarantine(shell: Shell, kb: Path) -> None:
+    why = shell.json("query", "red", "--kb", kb, "--why-not", 5)["why_not"]
+    assert why["stage"] == "store"
+    assert why["sentence"].endswith("What could not be used, 1 so far, is listed by `radt index stats --quarantine`.")
+
+
+def test_every_field_of_the_documents_is_in_the_help(shell: Shell, kb: Path, tmp_path: Path) -> None:
+    words = re.findall("[a-z0-9_]+", shell("query", "--help")[1].partition("--json prints")[2])
+    asked = ["--explain", "--exact", "--why-not", 5, "-k", 31, "--decompose", "phrases"]
+    document = shell.json("query", "a red circle left of a yellow square", "--kb", kb, *asked)
+    (tmp_path / "q.txt").write_text("red")
+    hit = document["hits"][0]
+    several = shell.json("query", "--queries", tmp_path / "q.txt", "--kb", kb)
+    for name in {*document, *hit, *hit["image"], *document["exact"], "stage", "sentence", *several, "kb", "note"}:
+        assert name in words, name
+
+
+def test_the_answer_says_how_common_its_words_are(shell: Shell, kb: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    document = shell.json("query", "a yellow zeppelin", "--kb", kb, "--explain")
+    yellow = sum("yellow" in caption_of(i) for i in range(NUM_PAIRS))
+    assert document["words"] == {"yellow": yellow, "zeppelin": 0}
+    out = shell("query", "a yellow zeppelin", "--kb", kb, "--explain")[1]
+    assert f"words of the query in captions: yellow in {yellow}, zeppelin in none" in out
+    assert shell.json("query", "a yellow zeppelin", "--kb", kb, "--explain", "--by", "clip")["words"] == {}
+
+
+def test_many_queries_are_written_as_they_are_answered(
+    shell: Shell, kb: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [caption_of(i) for i in range(3)]
+    (tmp_path / "q.txt").write_text("\n".join(lines))
+    words = ["query", "--queries", tmp_path / "q.txt", "--kb", kb, "--by", "bm25", "--explain"]
+    whole = shell.json(*words)
+    assert list(whole) == ["kb", "snapshot", "queries", "searcher"]
+    for line, told in zip(lines, whole["queries"], strict=True):
+        alone = shell.json("query", line, "--kb", kb, "--by", "bm25", "--explain")
+        assert told["hits"] == alone["hits"]
+        assert told.keys() == alone.keys() - {"kb", "snapshot", "searcher"}
+    from index.search.retriever import Retriever
+
+    search, asked = Retriever.search, []
+
+    def stop_at_the_third(self: Retriever, text: str | None = None, **more: Any) -> Any:
+        asked.append(text)
+        if text == lines[2]:
+            raise KeyboardInterrupt
+        return search(self, text, **more)
+
+    monkeypatch.setattr(Retriever, "search", stop_at_the_third)
+    code, out, err = shell(*words, "--json")
+    assert (code, err) == (130, "error: stopped; the same command begins anew\n")
+    assert [answer["query"] for answer in json.loads(out + "]}")["queries"]] == lines[:2]  # and as it is, no document
+    assert "cannot filter by" in shell.error(*words, "--json", "--where", "colour = 3")
+
+
+def test_the_page_carries_the_command_that_asks_it_again(
+    shell: Shell, kb: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from html import unescape
+
+    monkeypatch.chdir(kb.parent)
+    asked = [
+        "-k",
+        3,
+        "--by",
+        "bm25",
+        "--where",
+        "caption <> 'it''s'",
+        "--min-bm25",
+        "0",
+        "--exact",
+        "--dataset",
+        "pets",
+    ]
+    page = tmp_path / "page.html"
+    document = shell.json("query", "a red circle", "--kb", "kb", *asked, "--html", page)
+    text = page.read_text()
+    start = '<div class="command repeat"><code>'
+    words = shlex.split(unescape(text.partition(start)[2].partition("</code>")[0]))
+    monkeypatch.chdir("/")
+    assert words[:3] == ["radt", "index", "query"]
+    again = shell.json(*words[2:])
+    assert again["hits"] == document["hits"]
+    for fact in ("by bm25", "where <b>caption &lt;&gt;", "min-bm25 <b>0.0</b>", "30 pairs by exact", "<b>red</b> in "):
+        assert fact in text, fact
+
+
+def test_a_random_page_can_be_drawn_again(shell: Shell, kb: Path, tmp_path: Path) -> None:
+    drawn = shell.json("query", "--random", "--kb", kb, "--html", tmp_path / "page.html")
+    seed = drawn["query"].rpartition(" ")[2].rstrip(")")
+    assert f"--random --seed {seed}</code>" in (tmp_path / "page.html").read_text()
+
+
+def test_a_long_caption_leaves_room_for_the_other_hits(
+    shell: Shell, tmp_path: Path, tiny_clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from index.embedder import ClipEmbedder
+    from index.knowledge_base import KnowledgeBase
+    from tests.fakes import draw
+
+    base = KnowledgeBase.create(tmp_path / "kb", ClipEmbedder.load(str(tiny_clip)))
+    long = "a red fox " + "standing still " * 100
+    base.add([draw(1)], long)
+    monkeypatch.setenv("COLUMNS", "100")
+    out = shell("query", "fox", "--kb", tmp_path / "kb", "--by", "bm25")[1]
+    assert out.count("\n") < 15
+    assert shell.json("query", "fox", "--kb", tmp_path / "kb", "--by", "bm25")["hits"][0]["caption"] == long.strip()
+
+
+@pytest.mark.slow
+def test_a_closed_pipe_and_an_interrupt_end_quietly(kb: Path, tmp_path: Path) -> None:
+    (tmp_path / "q.txt").write_text("a red circle\n" * 20_000)
+    command = [sys.executable, "-m", "radt.cli", "index", "query", "--queries", str(tmp_path / "q.txt")]
+    command += ["--kb", str(kb), "--by", "bm25", "--json"]
+    for end in ("close", "interrupt"):
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            assert process.stderr is not None
+            assert process.stdout.read(1000).startswith('{"kb"')
+            if end == "close":
+                process.stdout.close()
+            else:
+                time.sleep(0.1)
+                process.send_signal(signal.SIGINT)
+                process.stdout.read()
+            err = process.stderr.read()
+        assert process.returncode == (1 if end == "close" else 130), err
+        assert err == ("" if end == "close" else "error: stopped; the same command begins anew\n")
