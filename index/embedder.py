@@ -114,10 +114,10 @@ class ClipEmbedder:
         self._model = model.eval().to(self._device)  # open_clip hands models over in training mode
         self._tokenizer = tokenizer
         self._preprocess = preprocess
-        self._resize, normalise = split(preprocess)
+        self._parts = split(preprocess)
         is_wanted = self._device.type == "cuda" if resize_on_device is None else resize_on_device
         self._framing = Framing.of(model, preprocess) if is_wanted else None
-        self._pixels = DevicePixels(normalise, self._framing, self._device)
+        self._pixels = DevicePixels(self._parts, self._framing, self._device) if self._parts else None
         self._network = _Network(self._model.encode_image, self._device, rows=self.batch_size, fast=fast)
         self.fingerprint = _fingerprint(model, tokenizer, preprocess)
         self.dim = self.texts([""]).shape[1]
@@ -168,12 +168,12 @@ class ClipEmbedder:
 
         What is much larger than the network's size is resized here all the same, or a batch would fill the memory.
         """
-        if self._resize is None:
+        if self._parts is None:
             prepared: np.ndarray = self._preprocess(image).numpy()
             return prepared
         if self._framing is not None and image.width * image.height <= (DRAFT_MARGIN * max(self._framing.size)) ** 2:
             return np.asarray(image if image.mode == "RGB" else image.convert("RGB"), np.uint8)
-        return np.asarray(self._resize(image), np.uint8)
+        return np.asarray(self._parts.resize(image), np.uint8)
 
     def embed(self, prepared: Sequence[Prepared]) -> Float32[np.ndarray, "n d"]:
         """Embed prepared images."""
@@ -204,7 +204,7 @@ class ClipEmbedder:
         """Prepared images as the network takes them, [n c h w]."""
         import torch
 
-        if batch[0].dtype == np.uint8:
+        if self._pixels is not None:
             return self._pixels(batch)
         return torch.from_numpy(np.stack(batch)).to(self._device)
 

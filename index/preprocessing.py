@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
@@ -18,18 +18,22 @@ WORK_BYTES = 256 << 20  # of the device, for the numbers of the images that are 
 SPARE_ROOM = 1.25  # a pinned buffer grows seldom: pinning memory is slow, and other work on the device waits for it
 
 
-def split(preprocess: Any) -> tuple[Callable[[Any], Any] | None, Callable[[Any], Any]]:
-    """Preprocessing as what Pillow does to one image, and the normalisation of a batch, on the device.
+class Split(NamedTuple):
+    """Preprocessing as what Pillow does to one image, and the numbers by which a batch is normalised on the device."""
 
-    (None, identity) for one that does not end in to-tensor and normalise: it is then used as a whole.
-    """
+    resize: Callable[[Any], Any]
+    mean: Sequence[float]
+    std: Sequence[float]
+
+
+def split(preprocess: Any) -> Split | None:
+    """None for one that does not end in to-tensor and normalise: it is then used as a whole."""
     from torchvision.transforms import Compose, Normalize
 
     steps = list(getattr(preprocess, "transforms", ()))
     if len(steps) < 2 or not isinstance(steps[-1], Normalize) or "ToTensor" not in type(steps[-2]).__name__:
-        return None, lambda pixels: pixels
-    normalise = Normalize(steps[-1].mean, steps[-1].std, inplace=True)
-    return Compose(steps[:-2]), normalise
+        return None
+    return Split(Compose(steps[:-2]), steps[-1].mean, steps[-1].std)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,10 +81,16 @@ class Framing:
 
 
 class DevicePixels:
-    """Batches of images as the network takes them: sent as bytes, brought to its size and normalised on the device."""
+    """Batches of images as the network takes them: sent as bytes, brought to its size and normalised on the device.
 
-    def __init__(self, normalise: Callable[[Any], Any], framing: Framing | None, device: Any):
-        self._normalise = normalise
+    Nothing in it waits for the device, so that batches queue up there. (torchvision's Normalize does wait, twice.)
+    """
+
+    def __init__(self, parts: Split, framing: Framing | None, device: Any):
+        import torch
+
+        self._mean = torch.tensor(parts.mean, device=device).view(-1, 1, 1)
+        self._std = torch.tensor(parts.std, device=device).view(-1, 1, 1)
         self._framing = framing
         self._device = device
         self._courier = Courier(device)
@@ -98,7 +108,7 @@ class DevicePixels:
             pixels = sent[taken : taken + size].view(count, *shape).permute(0, 3, 1, 2).float()
             self._frame(pixels, batch[row : row + count])
             taken, row = taken + size, row + count
-        return self._normalise(batch.div_(255))
+        return batch.div_(255).sub_(self._mean).div_(self._std)
 
     def _groups(self, images: Sequence[np.ndarray]) -> Iterator[tuple[tuple[int, ...], int]]:
         """(shape, count) of neighbours that are alike, no more of them than can be worked on at once."""

@@ -82,8 +82,8 @@ def without_network(tars: Path, scratch: Path, workers: int) -> dict[str, Any]:
 
     from index.preprocessing import split
 
-    resize, _ = split(image_transform(SIDE, is_train=False))
-    assert resize is not None
+    parts = split(image_transform(SIDE, is_train=False))
+    assert parts is not None
     vector = np.zeros(512, np.float32)
     vector[0] = 1
 
@@ -96,7 +96,7 @@ def without_network(tars: Path, scratch: Path, workers: int) -> dict[str, Any]:
         images = embed = texts
 
         def prepare(self, image: Any) -> Any:
-            return np.asarray(resize(image), np.uint8)
+            return np.asarray(parts.resize(image), np.uint8)
 
         def image_side(self) -> int:
             return SIDE

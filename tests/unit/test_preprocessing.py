@@ -59,9 +59,10 @@ def device_pixels(clip: Path, device: str) -> tuple[DevicePixels, Any]:
     import torch
 
     model, _, preprocess, _ = open_model(str(clip))
-    framing = Framing.of(model, preprocess)
+    framing, parts = Framing.of(model, preprocess), split(preprocess)
     assert framing is not None
-    return DevicePixels(split(preprocess)[1], framing, torch.device(device)), preprocess
+    assert parts is not None
+    return DevicePixels(parts, framing, torch.device(device)), preprocess
 
 
 def levels_apart(ours: Any, twins: Any, preprocess: Any) -> np.ndarray:
@@ -123,11 +124,10 @@ def test_frames_are_laid_as_open_clip_lays_them(mode: Any, size: tuple[int, int]
     from open_clip.transform import image_transform
 
     preprocess = image_transform(size, is_train=False, resize_mode=mode, fill_color=77)
-    pixels = DevicePixels(
-        split(preprocess)[1],
-        Framing(size=size, resize_mode=mode, interpolation="bicubic", fill=77),
-        torch.device("cpu"),
-    )
+    parts = split(preprocess)
+    assert parts is not None
+    framing = Framing(size=size, resize_mode=mode, interpolation="bicubic", fill=77)
+    pixels = DevicePixels(parts, framing, torch.device("cpu"))
     random = np.random.default_rng(0)
     sizes = [tuple(int(side) for side in random.integers(1, 12, 2) * random.choice([1, 7, 11])) for _ in range(30)]
     images = [PIL.Image.new("RGB", size, (200, 10, 90)) for size in sizes]
@@ -215,6 +215,20 @@ def test_many_images_of_one_size_are_worked_on_in_parts(tiny_clip: Path, monkeyp
     monkeypatch.setattr(preprocessing, "WORK_BYTES", 2 * 12 * 40 * 50)
     assert [count for _, count in pixels._groups(images)] == [2, 2, 2, 1]
     assert torch.equal(pixels(images), whole)
+
+
+@pytest.mark.gpu
+def test_nothing_waits_for_the_gpu(tiny_clip: Path, cuda: str) -> None:
+    import torch
+
+    pixels, _ = device_pixels(tiny_clip, cuda)
+    images = [np.asarray(photo(*size)) for size in SIZES]
+    pixels(images)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        pixels(images)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def check_courier(device: str, keep_busy: Callable[[], object]) -> None:
