@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -80,6 +81,23 @@ def pair_row(pair: StoredPair) -> dict[str, Any]:
         "image": pair.image_bytes,
         "thumbnail": pair.thumbnail,
     }
+
+
+def removed_row(pair: StoredPair | Mapping[str, Any], *, with_image: bool) -> dict[str, Any]:
+    """What stays of a pair, or of its row, that is taken down: its id; `with_image`, its image's digest and address."""
+    row = pair_row(pair) if isinstance(pair, StoredPair) else pair
+    kept = {name: row[name] for name in ("id", "dataset", "shard")}
+    if not with_image:
+        return {"kind": "removed", **kept}
+    url = address(json.loads(row["metadata"]))
+    named = {"metadata": json.dumps({"url": url})} if url else {}
+    return {"kind": "removed", **kept, "image_sha256": row["image_sha256"], **named}
+
+
+def address(metadata: Mapping[str, Any]) -> str:
+    """Where an image was downloaded from, as img2dataset writes it; empty when that is not known."""
+    url = metadata.get("url")
+    return url if isinstance(url, str) else ""
 
 
 def shard_record(row: dict[str, Any]) -> ShardRecord:

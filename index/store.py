@@ -4,6 +4,7 @@ Everything that must change together is one Lance commit: a shard's pairs, its b
 removal and its tombstone. One writer at a time, by a lock file; readers need no lock.
 """
 
+import json
 import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -27,10 +28,12 @@ from index.rows import (
     PAIR_COLUMNS,
     SHARD_COLUMNS,
     TABLE,
+    address,
     arrow_table,
     bad_row,
     ledger_row,
     pair_row,
+    removed_row,
     shard_record,
     stored_pair,
 )
@@ -49,6 +52,19 @@ FRAGMENT_ROWS = 262_144  # of a compacted fragment: what one removal makes the n
 BATCH_BYTES = 64 << 20  # held while fragments are written anew
 MAP_ROWS = 1 << 25  # pairs up to which it is held in memory where each lies: 24 bytes each, and 0.2 s for a million,
 MAP_SHARE = 0.001  # which so many look-ups repay; a command that asks once goes without
+
+
+@dataclass(frozen=True, slots=True)
+class Removed:
+    """What has been taken down for good: pairs, and images that no pair may show, by content or by address."""
+
+    ids: frozenset[int]
+    digests: frozenset[str]
+    urls: frozenset[str]
+
+    def forbids(self, pair: StoredPair) -> bool:
+        """Whether it shows such an image."""
+        return pair.sha256 in self.digests or bool(self.urls and address(pair.metadata) in self.urls)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,7 +97,7 @@ class PairStore:
             self._dataset = self._dataset.checkout_version(self.snapshot)
         self.hidden = self._hidden() if snapshot is not None else frozenset[int]()
         self._table: Any = None
-        self._removed: set[int] | None = None
+        self._removed: Removed | None = None
         self._lock_file: IO[str] | None = None
         self._mutex = threading.RLock()  # the file keeps other processes out, this the other threads
         self._map_mutex = threading.Lock()
@@ -349,18 +365,22 @@ class PairStore:
     ) -> list[Any]:
         """Make rows ready, not yet visible; hand the result to `commit_shards`. Removed ids are dropped.
 
+        A pair that shows an image which `remove` has forbidden is dropped too, and counts as removed from then on.
         The last rows of a shard bring its ledger entry and its bad samples with them. Many rows go to disk at once;
         a few stay in memory until the commit, where they share a fragment with those of other shards.
         """
-        removed = self._removed_among([pair.id for pair in pairs])
-        rows = [pair_row(pair) for pair in pairs if pair.id not in removed]
+        removed = self._taken_down()
+        pairs = [pair for pair in pairs if pair.id not in removed.ids]
+        forbidden = [removed_row(pair, with_image=False) for pair in pairs if removed.forbids(pair)]
+        rows = [pair_row(pair) for pair in pairs if not removed.forbids(pair)]
         if record is not None:
             rows += [*(bad_row(record, sample) for sample in bad), ledger_row(record)]
-        if not rows:
-            return []
-        table = arrow_table(rows, self._dataset.schema)
-        is_small = table.num_rows < SMALL_ROWS and table.nbytes < SMALL_BYTES
-        return [table] if is_small else self._write_fragments(table)
+        staged = [arrow_table(forbidden, self._dataset.schema)] if forbidden else []  # by themselves: see `tombstones`
+        if rows:
+            table = arrow_table(rows, self._dataset.schema)
+            is_small = table.num_rows < SMALL_ROWS and table.nbytes < SMALL_BYTES
+            staged += [table] if is_small else self._write_fragments(table)
+        return staged
 
     def commit_shard(self, record: ShardRecord, staged: Sequence[Any], *, is_new: bool = False) -> None:
         """`commit_shards` of one."""
@@ -409,7 +429,8 @@ class PairStore:
     ) -> list[int]:
         """Take pairs down, by ids or by an SQL filter, at once; the ids that were there. No build brings them back.
 
-        `same_image` takes every pair that shows the very image of one of them, too; a later build may bring others.
+        `same_image` takes every pair that shows the very image of one of them, too, and no build brings that image,
+        or one from its address, in again: not under another key, in another shard or as another dataset.
         """
         if (ids is None) == (where is None):
             raise QueryError("say which pairs to remove, either by ids or by a filter")
@@ -418,11 +439,12 @@ class PairStore:
             with filter_errors(where):
                 if same_image:
                     condition = f"({condition}) OR {self._shows_image_of(condition)}"
-                columns = ["id", "dataset", "shard"]
+                columns = ["id", "dataset", "shard", "image_sha256", "metadata"]
                 rows = self._dataset.to_table(columns=columns, filter=self._pairs_where(condition)).to_pylist()
             if rows:
                 gone = [row["id"] for row in rows]
-                table = arrow_table([{**row, "kind": "removed"} for row in rows], self._dataset.schema)
+                graves = [removed_row(row, with_image=same_image) for row in rows]
+                table = arrow_table(graves, self._dataset.schema)
                 self._commit(_id_in(gone), self._write_fragments(table))
                 self._removed = None
         return [row["id"] for row in rows]
@@ -578,11 +600,17 @@ class PairStore:
                 trimmed.append(rest)
         return emptied, trimmed
 
-    def _removed_among(self, ids: list[int]) -> set[int]:
+    def _taken_down(self) -> Removed:
         removed = self._removed  # another thread may take the lock, and forget them, at any moment
         if removed is None or self._lock_file is None:  # only who holds the lock knows that none is added
-            removed = self._removed = self.removed_ids()
-        return removed.intersection(ids)
+            removed = self._removed = self._read_removed()
+        return removed
+
+    def _read_removed(self) -> Removed:
+        table = self._dataset.to_table(columns=["id", "image_sha256", "metadata"], filter="kind = 'removed'")
+        ids, digests, named = (column.to_pylist() for column in table.columns)
+        urls = {address(json.loads(text)) for text in named if text}
+        return Removed(frozenset(ids), frozenset(digests) - {None}, frozenset(urls) - {""})
 
     def _arrays(self, batches: Iterable[Any]) -> tuple[Int64[np.ndarray, " n"], Float32[np.ndarray, "n d"]]:
         ids, vectors = [np.empty(0, np.int64)], [np.empty((0, self.dim), np.float32)]
@@ -590,6 +618,12 @@ class PairStore:
             ids.append(batch.column("id").to_numpy())
             vectors.append(batch.column("vector").flatten().to_numpy().reshape(-1, self.dim))
         return np.concatenate(ids), np.concatenate(vectors)
+
+
+def tombstones(staged: Any) -> int:
+    """How many pairs staging has turned away: rows of a part of what `PairStore.stage` gives that only say so."""
+    is_table = hasattr(staged, "column")
+    return int(staged.num_rows) if is_table and staged.column("kind")[0].as_py() == "removed" else 0
 
 
 def _bad_where(where: str | None) -> str:

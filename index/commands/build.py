@@ -189,6 +189,7 @@ def _print_report(report: "BuildReport") -> None:
 
     shards = f"{report.shards_done} read, {report.shards_unchanged} unchanged, {report.shards_skipped} skipped"
     again = f", {report.pairs_replaced:,} read again" if report.pairs_replaced else ""
+    again += f", {report.pairs_forbidden:,} turned away: taken down before" if report.pairs_forbidden else ""
     rows = {
         "pairs": f"{report.pairs_total:,} ({report.pairs_added:,} added{again}, {report.pairs_per_second:,.0f}/s)",
         "quarantined": f"{report.quarantined:,}",

@@ -85,6 +85,7 @@ class BuildReport:
     pairs_added: int  # that were not there before
     pairs_replaced: int  # that were, and were read again because their shard has changed
     pairs_in_sources: int
+    pairs_forbidden: int  # read now and turned away: their images were taken down with `remove --same-image`
     quarantined: int
     shards_done: int
     shards_unchanged: int
@@ -116,6 +117,7 @@ class _Tally:
     added: int = 0
     replaced: int = 0
     pruned: int = 0
+    forbidden: int = 0
     touched: list[ShardRecord] = field(default_factory=list)  # unchanged, with their new stamps
     layouts: Counter[Layout] = field(default_factory=Counter)
     skipped: list[SkippedShard] = field(default_factory=list)
@@ -179,6 +181,7 @@ def build(
         pairs_added=tally.added,
         pairs_replaced=tally.replaced,
         pairs_in_sources=sum(record.pairs for record in ledger.met()),
+        pairs_forbidden=tally.forbidden,
         quarantined=sum(record.bad for record in ledger.met()),
         shards_done=tally.done,
         shards_unchanged=tally.unchanged,
@@ -303,6 +306,7 @@ class _Landing:
             self._tally.done += 1
             known = min(self._ledger.replaced(shard.record), shard.pairs)
             self._tally.replaced += known
+            self._tally.forbidden += shard.forbidden
             self._tally.added += shard.pairs - known
             self._on_shard(shard.record)
 

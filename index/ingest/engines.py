@@ -23,7 +23,7 @@ from index.ingest.decode import Decoded, KeepImages, bad, chunks, decode_chunk
 from index.ingest.meter import Meter, Stage
 from index.ingest.readers import Sample, Shard
 from index.records import BadSample, ShardRecord, StoredPair
-from index.store import PairStore
+from index.store import PairStore, tombstones
 
 T = TypeVar("T")
 
@@ -47,7 +47,13 @@ class StagedShard:
     @property
     def pairs(self) -> int:
         """How many will be there: those of the record, but for what was taken down before."""
-        return sum(_rows(fragment) for fragment in self.fragments) - self.record.bad - 1  # and the ledger's entry
+        rows = sum(_rows(fragment) for fragment in self.fragments)
+        return rows - self.forbidden - self.record.bad - 1  # and the ledger's entry
+
+    @property
+    def forbidden(self) -> int:
+        """How many pairs were turned away because their image has been taken down."""
+        return sum(tombstones(fragment) for fragment in self.fragments)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

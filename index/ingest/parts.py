@@ -131,7 +131,8 @@ class DeferredClaims:
 
 def _has_lost_pairs(shard: StagedShard, names: Sequence[PairName], removed: set[int]) -> bool:
     """Staging drops what was taken down before: are there more such pairs now than rows are missing?"""
-    return len(removed.intersection(name.id for name in names)) > shard.record.pairs - shard.pairs
+    dropped = shard.record.pairs - shard.pairs - shard.forbidden
+    return len(removed.intersection(name.id for name in names)) > dropped
 
 
 @contextmanager

@@ -21,11 +21,13 @@ from index.compaction import compact
 from index.errors import KnowledgeBaseError, QueryError
 from index.ingest.build import BuildConfig, BuildReport, build
 from index.ingest.engines import StagedShard, run_local
+from index.ingest.parts import Part
 from index.knowledge_base import FORMAT, KnowledgeBase, Manifest
 from index.records import ShardRecord, table_schema
 from index.search.lexical import FTS_NAME
 from index.search.retriever import Retriever
 from index.store import PairStore, Rewrite
+from index.verify import verify
 from tests.fakes import HashEmbedder, caption_of, draw, encode, sample, write_img2dataset, write_tar
 
 ROOT = Path(__file__).parents[2]
@@ -553,6 +555,30 @@ def test_one_image_can_be_taken_down_under_all_its_captions(tmp_path: Path) -> N
     (sha,) = (row.sha256 for row in kb.store.get([other]))
     assert kb.remove(where=f"image_sha256 = '{sha}'") == [other]
     assert kb.remove([12345], same_image=True) == []
+
+
+@pytest.mark.parametrize("parts", [False, True])
+def test_an_image_that_was_taken_down_comes_back_under_no_name(tmp_path: Path, *, parts: bool) -> None:
+    """Neither its bytes nor its address; one taken down by itself comes back under another name, as it may."""
+    write_tar(tmp_path / "a" / "0.tar", sample(1) | sample(2) | sample(3))
+    kb = KnowledgeBase.create(tmp_path / "kb", HashEmbedder())
+    build(kb, [str(tmp_path / "a")], BuildConfig())
+    ids = {int(row.key): row.id for row in kb.store.get(kb.store.matching_ids())}
+    kb.remove([ids[1]], same_image=True)
+    kb.remove([ids[2]])
+    again = {**sample(1, key="x1"), **sample(2, key="x2"), **sample(4)}
+    again["000000004.json"] = again["000000004.json"].replace(b"/4.png", b"/1.png")  # other bytes from the same place
+    write_tar(tmp_path / "b" / "0.tar", again | sample(5))
+    config = BuildConfig(part=Part.parse("1/1") if parts else None)
+    report = build(KnowledgeBase.open(tmp_path / "kb", HashEmbedder()), [str(tmp_path / "b")], config)
+    assert (report.pairs_added, report.pairs_forbidden, report.pairs_in_sources) == (2, 2, 4)
+    kb = KnowledgeBase.open(tmp_path / "kb", HashEmbedder())
+    assert set(kb.store.captions()[1]) == {caption_of(i) for i in (2, 3, 5)}
+    assert kb.store.count_removed() == 4
+    assert verify(kb).is_sound  # the ledger counts what was turned away as taken down
+    write_tar(tmp_path / "b" / "0.tar", again)
+    report = build(kb, [str(tmp_path / "b")], BuildConfig(max_bad_fraction=0.5))
+    assert (report.pairs_total, report.pairs_forbidden, kb.store.count_removed()) == (2, 0, 4)  # told once
 
 
 def test_readers_read_on_while_it_is_compacted(corpus: Path, tmp_path: Path) -> None:
