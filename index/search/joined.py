@@ -7,7 +7,6 @@ one's. Built on the views of `view.py`; the retriever is the one that a single k
 
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property, reduce
 from operator import add
@@ -23,7 +22,7 @@ from index.errors import KnowledgeBaseError, QueryError
 from index.records import Hit, StoredPair
 from index.search.duplicates import Duplicates
 from index.search.ids import contains, distinct
-from index.search.lexical import LanceBM25, Lexical, RankBM25, Ranking, Subset, TfIdf, best_of, has_fts
+from index.search.lexical import LanceBM25, Lexical, RankBM25, Ranking, Subset, TfIdf, at_once, best_of, has_fts
 from index.search.retriever import Retriever, SearchResult
 from index.search.searcher import Queries
 from index.search.view import Found, RankedList, View, lexical_kind, merge, with_same_bytes
@@ -251,8 +250,7 @@ class JoinedBM25:
 
     def search_many(self, queries: Sequence[str], *, top_k: int, within: Subset | None = None) -> list[Ranking]:
         """As `Lexical.search_many`."""
-        with ThreadPoolExecutor() as pool:
-            return list(pool.map(lambda query: self.search(query, top_k=top_k, within=within), queries))
+        return at_once(lambda query: self.search(query, top_k=top_k, within=within), queries)
 
     def scores(self, query: str, ids: Int64[ndarray, " n"]) -> Float64[ndarray, " n"]:
         """As `Lexical.scores`."""
@@ -261,6 +259,10 @@ class JoinedBM25:
             mask = contains(own, ids)
             scores[mask] = part.scores(query, ids[mask], corpus=corpus)
         return scores
+
+    def scores_many(self, queries: Sequence[str], ids: Sequence[Int64[ndarray, " _"]]) -> list[Float64[ndarray, " _"]]:
+        """As `Lexical.scores_many`."""
+        return at_once(self.scores, queries, ids)
 
     def contributions(self, query: str, pair_id: int) -> dict[str, float]:
         """As `Lexical.contributions`."""

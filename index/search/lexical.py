@@ -9,7 +9,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -71,6 +71,10 @@ class Lexical(Protocol):
         """The scores of the named rows."""
         ...
 
+    def scores_many(self, queries: Sequence[str], ids: Sequence[Int64[ndarray, " _"]]) -> list[Float64[ndarray, " _"]]:
+        """`scores` for each of the queries, of rows of its own."""
+        ...
+
     def contributions(self, query: str, pair_id: int) -> dict[str, float]:
         """What each matching term adds to the score of one row, in the order of the query."""
         ...
@@ -118,10 +122,7 @@ class LanceBM25:
 
     def search_many(self, queries: Sequence[str], *, top_k: int, within: Subset | None = None) -> list[Ranking]:
         """As `Lexical.search_many`, several at a time: Lance searches outside Python's lock."""
-        if len(queries) < 2:
-            return [self.search(query, top_k=top_k, within=within) for query in queries]
-        with ThreadPoolExecutor(min(len(queries), os.cpu_count() or 1)) as pool:
-            return list(pool.map(lambda query: self.search(query, top_k=top_k, within=within), queries))
+        return at_once(lambda query: self.search(query, top_k=top_k, within=within), queries)
 
     def search_among(self, corpus: Statistics, query: str, *, top_k: int, within: Subset | None = None) -> Ranking:
         """`search` under the statistics of a larger corpus that these captions are a part of.
@@ -156,6 +157,10 @@ class LanceBM25:
         for matching, values in (found, newer):
             scores[by_id[np.searchsorted(ids, matching, sorter=by_id)]] = values
         return scores
+
+    def scores_many(self, queries: Sequence[str], ids: Sequence[Int64[ndarray, " _"]]) -> list[Float64[ndarray, " _"]]:
+        """As `Lexical.scores_many`, several at a time."""
+        return at_once(self.scores, queries, ids)
 
     def contributions(self, query: str, pair_id: int, *, corpus: Statistics | None = None) -> dict[str, float]:
         """As `Lexical.contributions`: Lance tells only totals, so they are computed from the caption."""
@@ -299,6 +304,10 @@ class RankBM25:
         """As `Lexical.scores`."""
         return self._all_scores(query)[positions_of(self._postings.ids, ids)]
 
+    def scores_many(self, queries: Sequence[str], ids: Sequence[Int64[ndarray, " _"]]) -> list[Float64[ndarray, " _"]]:
+        """As `Lexical.scores_many`."""
+        return [self.scores(query, each) for query, each in zip(queries, ids, strict=True)]
+
     def contributions(self, query: str, pair_id: int) -> dict[str, float]:
         """As `Lexical.contributions`."""
         position = positions_of(self._postings.ids, np.array([pair_id], dtype=np.int64))[0]
@@ -379,6 +388,10 @@ class TfIdf:
         """As `Lexical.scores`."""
         return self._all_scores(query)[positions_of(self._ids, ids)]
 
+    def scores_many(self, queries: Sequence[str], ids: Sequence[Int64[ndarray, " _"]]) -> list[Float64[ndarray, " _"]]:
+        """As `Lexical.scores_many`."""
+        return [self.scores(query, each) for query, each in zip(queries, ids, strict=True)]
+
     def contributions(self, query: str, pair_id: int) -> dict[str, float]:
         """As `Lexical.contributions`."""
         position = positions_of(self._ids, np.array([pair_id], dtype=np.int64))[0]
@@ -431,6 +444,14 @@ def fts_params(store: "PairStore") -> dict[str, Any]:
     if not has_fts(store):
         raise KnowledgeBaseError("the captions have no word index yet; build it with `radt index compact`")
     return dict(_fts_stats(store)["indices"][0]["params"])
+
+
+def at_once(function: Callable[..., Any], *columns: Sequence[Any]) -> list[Any]:
+    """`map`, with a thread for each processor: Lance works outside Python's lock."""
+    if len(columns[0]) < 2:
+        return list(map(function, *columns))
+    with ThreadPoolExecutor(min(len(columns[0]), os.cpu_count() or 1)) as pool:
+        return list(pool.map(function, *columns))
 
 
 def coarse(scores: Float64[ndarray, " n"]) -> Float64[ndarray, " n"]:

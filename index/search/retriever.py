@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from index.store import PairStore
 
 _EMBED_BATCH = 256
+_MOST_CANDIDATES = 1 << 23  # of the queries answered at once: about 100 bytes each
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -166,7 +167,7 @@ class Retriever:
         else:
             (asked,) = self._asked([text], None, [excluded], request, view=view, trace=trace)
         (hits,) = self._answer([asked], request, view, trace, lexical=view.lexical(by))
-        matching = len(view.ids) if request.subset is None else len(request.subset.ids)
+        matching = _rows(request, view)
         return SearchResult(
             hits=hits,
             timings_ms=trace.milliseconds,
@@ -263,8 +264,9 @@ class Retriever:
         asked = self._asked(texts, rows, excluded, request, view=view, trace=trace)
         lexical = view.lexical(by, many=len(texts) > 1)
         hits: list[list[Hit]] = []
-        for start in range(0, len(asked), _EMBED_BATCH):
-            hits += self._answer(asked[start : start + _EMBED_BATCH], request, view, trace, lexical=lexical)
+        at_once = max(1, min(_EMBED_BATCH, _MOST_CANDIDATES // max(1, _depth(request, view))))
+        for start in range(0, len(asked), at_once):
+            hits += self._answer(asked[start : start + at_once], request, view, trace, lexical=lexical)
         return hits
 
     def nearest(
@@ -290,8 +292,7 @@ class Retriever:
         request = self._request(view, trace, k=k, by="clip", where=where, dataset=dataset, exact=exact)
         rows = unit_rows(vectors)
         excluded = _exclusions(view, len(rows), exclude, exclude_group_of)
-        among = len(view.ids) if request.subset is None else len(request.subset.ids)
-        if not len(rows) or not among:
+        if not len(rows) or not _rows(request, view):
             return padded(len(rows), k)
         spare = max(map(len, excluded))
         found = view.search(rows, top_k=k + spare, subset=request.subset, exact=exact)
@@ -395,8 +396,7 @@ class Retriever:
     def _answer(
         self, asked: Sequence[Asked], request: Request, view: View, trace: Trace, *, lexical: Lexical
     ) -> list[list[Hit]]:
-        rows = len(view.ids) if request.subset is None else len(request.subset.ids)
-        depth = rows if request.exact else request.depth
+        rows, depth = _rows(request, view), _depth(request, view)
         answers: list[list[Hit]] = [[] for _ in asked]
         pending = list(range(len(asked))) if rows else []
         while pending:
@@ -444,10 +444,7 @@ class Retriever:
                 clips = view.complete_clip(vectors, ids, by_vector)
         if request.uses_words:
             with trace("lexical"):
-                words = [
-                    complete_words(lexical, query, i, known, exhausted=len(known.ids) < depth)
-                    for query, i, known in zip(queries, ids, by_words, strict=True)
-                ]
+                words = complete_words(lexical, queries, ids, by_words, depth=depth)
         with trace("fuse"):
             ranked = [
                 replace(
@@ -484,6 +481,16 @@ class Retriever:
         if self._view is None or self._view.version != self.store.version:
             self._view = self._make_view()
         return self._view
+
+
+def _rows(request: Request, view: View) -> int:
+    """Pairs that may be found."""
+    return len(view.ids) if request.subset is None else len(request.subset.ids)
+
+
+def _depth(request: Request, view: View) -> int:
+    """Candidates of each list. A fused rank counts all that rank higher in either list, so exact fusion needs all."""
+    return _rows(request, view) if request.exact and request.by == "hybrid" else request.depth
 
 
 def _check_lengths(what: str, num: int, exclude: Sequence[Any] | None, exclude_group_of: Sequence[Any] | None) -> None:
@@ -538,6 +545,8 @@ def _first(found: Found, excluded: Sequence[Int64[ndarray, " _"]], *, k: int) ->
     for row, gone in enumerate(excluded):
         if len(gone):
             kept[row] &= ~contains(gone, found.ids[row])
+    if kept.all() and kept.shape[1] == k:
+        return found.ids, found.scores
     order = np.argsort(~kept, axis=1, kind="stable")[:, :k]  # those that stay come first, in their order
     kept = np.take_along_axis(kept, order, axis=1)
     ids, scores = padded(len(kept), k)

@@ -32,14 +32,22 @@ def is_final(by_vector: RankedList, by_words: RankedList, request: Request, *, d
 
 
 def complete_words(
-    lexical: Lexical, query: Query, ids: Int64[ndarray, " n"], known: RankedList, *, exhausted: bool
-) -> Float64[ndarray, " n"]:
-    """The word score of every candidate. A list that ended early holds every match, so the rest scores 0."""
-    assert query.text is not None
-    scores, have = known.scatter(ids)
-    if not exhausted and not have.all():
-        scores[~have] = lexical.scores(query.text, ids[~have])
-    return scores
+    lexical: Lexical,
+    queries: Sequence[Query],
+    ids: Sequence[Int64[ndarray, " _"]],
+    known: Sequence[RankedList],
+    *,
+    depth: int,
+) -> list[Float64[ndarray, " _"]]:
+    """The word score of every candidate. A list that ended before `depth` holds every match, so the rest scores 0."""
+    scattered = [listed.scatter(i) for i, listed in zip(ids, known, strict=True)]
+    open_ended = [n for n, (_, have) in enumerate(scattered) if len(known[n].ids) >= depth and not have.all()]
+    texts = [str(queries[n].text) for n in open_ended]
+    answers = lexical.scores_many(texts, [ids[n][~scattered[n][1]] for n in open_ended])
+    for n, answer in zip(open_ended, answers, strict=True):
+        scores, have = scattered[n]
+        scores[~have] = answer
+    return [scores for scores, _ in scattered]
 
 
 def fused(
