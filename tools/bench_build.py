@@ -1,12 +1,13 @@
 """What a build costs beside its parts: reading and decoding beside clip-retrieval's reader, embedding, and memory.
 
-    python tools/bench_build.py --work DIR [--pairs 8000] [--size 256] [--rounds 5] [--clip-retrieval-python PATH]
+    python tools/bench_build.py --work DIR [--tables abc] [--pairs 8000] [--embedded 512] [--size 256] [--rounds 5]
+                                [--clip-retrieval-python PATH]
 
-Three tables. (a) The whole pipeline without a network (read, decode, resize to 224, write and commit) beside the reader
-of clip-retrieval (read, decode, resize, to tensors) on the same tars, with as many workers as processors; its packages
-need older ones than ours, so PATH is the Python of an environment of its own: `pip install clip-retrieval
-"setuptools<66"`. (b) The pipeline with ViT-B-32, random weights, beside that network alone on ready tensors. (c) Peak
-memory of (a) over ten times the shards.
+Three tables; --tables says which. (a) The whole pipeline without a network (read, decode, resize to 224, write and
+commit) beside the reader of clip-retrieval (read, decode, resize, to tensors) on the same tars, with as many workers as
+processors; its packages need older ones than ours, so PATH is the Python of an environment of its own: `pip install
+clip-retrieval "setuptools<66"`. (b) The pipeline with ViT-B-32, random weights, beside that network alone on ready
+tensors, in the same numbers and batches, on the GPU if there is one. (c) Peak memory of (a) over ten times the shards.
 
 Each run is a process of its own; the cases take turns within a round, so that a machine whose speed drifts slows them
 alike, and the claim is the ratio of medians. The last line is one JSON document.
@@ -72,7 +73,11 @@ def run_pipeline(tars: Path, scratch: Path, *, embedder: Any, workers: int) -> d
         )
         for shard in staged:
             kb.store.commit_shard(shard.record, shard.fragments, is_new=True)
-    return {"pairs": meter.pairs, **watch.read(), "stages": meter.progress.stages}
+    return {"pairs": meter.pairs, **watch.read(), **waits(meter.progress)}
+
+
+def waits(progress: Any) -> dict[str, Any]:
+    return {"stages": progress.stages, "matrix_share": progress.matrix_share}
 
 
 def without_network(tars: Path, scratch: Path, workers: int) -> dict[str, Any]:
@@ -140,14 +145,19 @@ def network_alone(tars: Path, scratch: Path, workers: int) -> dict[str, Any]:
     import open_clip
     import torch
 
-    model = open_clip.create_model("ViT-B-32").eval()
+    from index.embedder import BATCH_ROWS
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = open_clip.create_model("ViT-B-32").eval().to(device)
     pairs = sum(json.loads(path.read_text())["successes"] for path in tars.glob("*_stats.json"))
-    batch = torch.randn(64, 3, SIDE, SIDE)
-    with torch.inference_mode():
+    batch = torch.randn(BATCH_ROWS[device.type], 3, SIDE, SIDE, device=device)
+    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         model.encode_image(batch[:2])
+        torch.get_device_module(device).synchronize()
         watch = Stopwatch()
         for done in range(0, pairs, len(batch)):
             model.encode_image(batch[: pairs - done])
+        torch.get_device_module(device).synchronize()
     return {"pairs": pairs, **watch.read()}
 
 
@@ -162,8 +172,9 @@ def run_here(case: str, tars: Path, scratch: Path, workers: int) -> None:
 # The comparison
 
 
-def measure(case: str, tars: Path, scratch: Path, *, python: str = sys.executable, workers: int) -> dict[str, Any]:
+def measure(case: str, tars: Path, asked: argparse.Namespace, *, python: str = sys.executable) -> dict[str, Any]:
     """A case in a fresh process."""
+    scratch, workers = asked.work / "kb", asked.workers
     environment = {**os.environ, "PYTHONPATH": str(HERE.parents[1])}
     command = [python, "-W", "ignore", str(HERE), "--case", case, "--work", str(tars), "--scratch", str(scratch)]
     done = subprocess.run(
@@ -182,21 +193,30 @@ def corpus(work: Path, *, pairs: int, shards: int, size: int) -> Path:
     return out
 
 
-def rates(
-    cases: dict[str, tuple[Path, str]], scratch: Path, *, rounds: int, workers: int
-) -> dict[str, tuple[float, float]]:
-    """Of each case, (tars, Python), in turn: median pairs a second, and median processor milliseconds of a pair."""
+def rates(cases: dict[str, tuple[Path, str]], asked: argparse.Namespace) -> dict[str, tuple[float, float, str]]:
+    """Of each case, (tars, Python), in turn: median pairs a second, median processor milliseconds of a pair, waits."""
     seen: dict[str, list[dict[str, Any]]] = {case: [] for case in cases}
-    for _ in range(rounds):
+    for _ in range(asked.rounds):
         for case, (tars, python) in cases.items():
-            seen[case].append(measure(case, tars, scratch, python=python, workers=workers))
+            seen[case].append(measure(case, tars, asked, python=python))
     return {
         case: (
             median(run["pairs"] / run["seconds"] for run in runs),
             median(1000 * run["processor_seconds"] / run["pairs"] for run in runs),
+            waited(runs),
         )
         for case, runs in seen.items()
     }
+
+
+def waited(runs: list[dict[str, Any]]) -> str:
+    """`read 3 % decode 90 %`: medians, of a pipeline."""
+    if "stages" not in runs[0]:
+        return ""
+    shares = {stage: median(run["stages"][stage] for run in runs) for stage in runs[0]["stages"]}
+    words = [f"{stage} {100 * share:.0f} %" for stage, share in shares.items()]
+    matrices = [run["matrix_share"] for run in runs if run["matrix_share"] is not None]
+    return " ".join([*words, *([f"matrix units {100 * median(matrices):.0f} %"] if matrices else [])])
 
 
 def table(title: str, head: str, rows: Iterator[tuple[str, ...]]) -> None:
@@ -205,50 +225,67 @@ def table(title: str, head: str, rows: Iterator[tuple[str, ...]]) -> None:
         print(f"| {' | '.join(row)} |")
 
 
-def rate_table(title: str, found: dict[str, tuple[float, float]], yardstick: str) -> float:
+def rate_table(title: str, found: dict[str, tuple[float, float, str]], yardstick: str) -> float:
     """Prints it; the ratio of the first case to the yardstick."""
     base = found[yardstick][0]
     rows = (
-        (case.replace("_", " "), f"{rate:.0f}", f"{rate / base:.2f}", f"{used:.2f}")
-        for case, (rate, used) in found.items()
+        (
+            case.replace("_", " "),
+            f"{rate:.0f}" if rate >= 100 else f"{rate:.1f}",
+            f"{rate / base:.2f}",
+            f"{used:.2f}",
+            waits,
+        )
+        for case, (rate, used, waits) in found.items()
     )
-    table(title, "| case | pairs/s | ratio | processor ms a pair |", rows)
+    table(title, "| case | pairs/s | ratio | processor ms a pair | waits for |", rows)
     return round(next(iter(found.values()))[0] / base, 3)
 
 
 def compare(asked: argparse.Namespace) -> dict[str, Any]:
-    work, scratch = asked.work, asked.work / "kb"
-    results: dict[str, Any] = {}
-    tars = corpus(work, pairs=asked.pairs, shards=8, size=asked.size)
-    if asked.clip_retrieval_python:
-        both = {"without_network": (tars, sys.executable), "clip_retrieval_reader": (tars, asked.clip_retrieval_python)}
-        found = rates(both, scratch, rounds=asked.rounds, workers=asked.workers)
-        title = f"(a) {asked.pairs} pairs of {asked.size} px, {asked.workers} workers"
-        results["to_clip_retrieval"] = rate_table(title, found, "clip_retrieval_reader")
-    few = corpus(work, pairs=asked.embedded, shards=2, size=asked.size)
-    both = {"with_network": (few, sys.executable), "network_alone": (few, sys.executable)}
-    found = rates(both, scratch, rounds=asked.rounds, workers=asked.workers)
-    results["to_bare_network"] = rate_table(f"(b) {asked.embedded} pairs, {MODEL}", found, "network_alone")
-    results["peak_mb"] = memory(work, scratch, asked)
-    return results
+    made = {"a": beside_clip_retrieval, "b": beside_the_network, "c": memory}
+    return {name: value for letter in asked.tables for name, value in made[letter](asked).items()}
 
 
-def memory(work: Path, scratch: Path, asked: argparse.Namespace) -> dict[str, float]:
-    peaks = {}
-    for shards in (4, 40):
-        tars = corpus(work, pairs=shards * asked.pairs // 8, shards=shards, size=asked.size)
-        outcomes = [
-            measure("without_network", tars, scratch, workers=asked.workers) for _ in range(min(3, asked.rounds))
-        ]
-        peaks[str(shards)] = round(median(outcome["peak_mb"] for outcome in outcomes), 1)
-    rows = ((shards, str(int(shards) * asked.pairs // 8), f"{peak:.0f}") for shards, peak in peaks.items())
-    table("(c) memory of the pipeline without a network", "| shards | pairs | peak MB |", rows)
-    return peaks
+def beside_clip_retrieval(asked: argparse.Namespace) -> dict[str, Any]:
+    if not asked.clip_retrieval_python:
+        print("\n(a) is left out: it needs --clip-retrieval-python")
+        return {}
+    tars = corpus(asked.work, pairs=asked.pairs, shards=8, size=asked.size)
+    both = {"without_network": (tars, sys.executable), "clip_retrieval_reader": (tars, asked.clip_retrieval_python)}
+    title = f"(a) {asked.pairs} pairs of {asked.size} px, {asked.workers} workers"
+    return {"to_clip_retrieval": rate_table(title, rates(both, asked), "clip_retrieval_reader")}
+
+
+def beside_the_network(asked: argparse.Namespace) -> dict[str, Any]:
+    tars = corpus(asked.work, pairs=asked.embedded, shards=2, size=asked.size)
+    both = {"with_network": (tars, sys.executable), "network_alone": (tars, sys.executable)}
+    title = f"(b) {asked.embedded} pairs of {asked.size} px, {MODEL}"
+    return {"to_bare_network": rate_table(title, rates(both, asked), "network_alone")}
+
+
+def memory(asked: argparse.Namespace) -> dict[str, Any]:
+    corpora = {
+        shards: corpus(asked.work, pairs=shards * asked.pairs // 8, shards=shards, size=asked.size)
+        for shards in (4, 40)
+    }
+    runs: dict[int, list[dict[str, Any]]] = {shards: [] for shards in corpora}
+    for _ in range(min(3, asked.rounds)):
+        for shards, tars in corpora.items():
+            runs[shards].append(measure("without_network", tars, asked))
+    peaks = {shards: median(run["peak_mb"] for run in found) for shards, found in runs.items()}
+    rows = (
+        (str(shards), str(runs[shards][0]["pairs"]), f"{peak:.0f}", f"{peak / peaks[4]:.2f}")
+        for shards, peak in peaks.items()
+    )
+    table("(c) memory of the pipeline without a network", "| shards | pairs | peak MB | ratio |", rows)
+    return {"peak_mb": {str(shards): round(peak, 1) for shards, peak in peaks.items()}}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for corpora and scratch; kept")
+    parser.add_argument("--tables", default="abc", choices=["a", "b", "c", "ab", "ac", "bc", "abc"], metavar="abc")
     parser.add_argument("--pairs", type=int, default=8000)
     parser.add_argument("--embedded", type=int, default=512, help="pairs for (b)")
     parser.add_argument("--size", type=int, default=256)
