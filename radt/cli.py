@@ -5,9 +5,11 @@
 
 import json as jsonlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import wraps
 from importlib.resources import files
+from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,6 +17,7 @@ import typer
 
 from index.cli import make_app, run
 from radt import __version__
+from radt.settings import BranchOrder, By, Decompose, Fusion, ThresholdRule
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -30,7 +33,6 @@ app.add_typer(evaluate, name="evaluate")
 app.add_typer(make_app(default_model=str(Path(str(files("radt"))) / "models" / "emoji-demo")), name="index")
 
 Split = Literal["all", "train", "heldout"]
-Order = Literal["low_discrepancy", "coin", "text_first", "neighbor_first"]
 
 Model = Annotated[Path | None, typer.Option("--model", help="Model folder. Default: the one inside the package.")]
 Kb = Annotated[Path | None, typer.Option("--kb", help="Knowledge base to look prompts up in.")]
@@ -49,46 +51,61 @@ DeviceOption = Annotated[
     Literal["auto", "cpu", "cuda"], typer.Option("--device", help="auto: the GPU if there is one.")
 ]
 
-# What a model has settings of its own for: None leaves it to the model (radt/settings.py).
-K = Annotated[int | None, typer.Option("-k", help="Neighbours of a picture; 0 draws from the text alone.")]
-Steps = Annotated[int | None, typer.Option("--steps", help="Network steps.")]
-SamplerName = Annotated[str | None, typer.Option("--sampler", help="dpmpp_2m, ddim, heun or ancestral.")]
-TextGuidance = Annotated[float | None, typer.Option("--text-guidance", help="Weight of the prompt, 1 or more.")]
-NeighborGuidance = Annotated[
-    float | None, typer.Option("--neighbor-guidance", help="Weight of the neighbours, as well.")
-]
-TextShare = Annotated[float | None, typer.Option("--text-share", help="The dial from neighbours, 0, to prompt, 1.")]
-OrderOption = Annotated[Order | None, typer.Option("--order", help="Which steps strengthen the prompt.")]
-ThresholdOption = Annotated[Literal["static", "dynamic"] | None, typer.Option("--threshold", help="Kept in range how.")]
-ByOption = Annotated[
-    Literal["clip", "bm25", "tfidf", "hybrid"] | None, typer.Option("--by", help="What neighbours are found by.")
-]
-FusionOption = Annotated[
-    Literal["rrf", "sum", "product"] | None, typer.Option("--fusion", help="How hybrid joins the scores.")
-]
-DecomposeOption = Annotated[
-    Literal["off", "phrases", "terms"] | None,
-    typer.Option("--decompose", help="Neighbours of every thing that a prompt names, found by which rule."),
-]
-Diversity = Annotated[float | None, typer.Option("--diversity", help="Of the neighbours: 0, off, to 1.")]
-BatchSize = Annotated[
-    int | None, typer.Option("--batch-size", help="Pictures a network call; 1 keeps each bitwise the same.")
-]
-SETTINGS = (
-    "k",
-    "steps",
-    "sampler",
-    "text_guidance",
-    "neighbor_guidance",
-    "text_share",
-    "order",
-    "threshold",
-    "by",
-    "fusion",
-    "decompose",
-    "diversity",
-    "batch_size",
-)
+# What a model has settings of its own for (radt/settings.py): what is not typed is left to the model.
+SETTINGS: dict[str, Any] = {
+    "k": Annotated[int | None, typer.Option("-k", help="Neighbours of a picture; 0 draws from the text alone.")],
+    "steps": Annotated[int | None, typer.Option("--steps", help="Network steps.")],
+    "sampler": Annotated[str | None, typer.Option("--sampler", help="dpmpp_2m, ddim, heun or ancestral.")],
+    "text_guidance": Annotated[float | None, typer.Option("--text-guidance", help="Weight of the prompt, 1 or more.")],
+    "neighbor_guidance": Annotated[
+        float | None, typer.Option("--neighbor-guidance", help="Weight of the neighbours, as well.")
+    ],
+    "text_share": Annotated[
+        float | None, typer.Option("--text-share", help="The dial from neighbours, 0, to prompt, 1.")
+    ],
+    "order": Annotated[BranchOrder | None, typer.Option("--order", help="Which steps strengthen the prompt.")],
+    "threshold": Annotated[ThresholdRule | None, typer.Option("--threshold", help="Kept in range how.")],
+    "by": Annotated[By | None, typer.Option("--by", help="What neighbours are found by.")],
+    "fusion": Annotated[Fusion | None, typer.Option("--fusion", help="How hybrid joins the scores.")],
+    "decompose": Annotated[
+        Decompose | None,
+        typer.Option("--decompose", help="Neighbours of every thing that a prompt names, found by which rule."),
+    ],
+    "diversity": Annotated[float | None, typer.Option("--diversity", help="Of the neighbours: 0, off, to 1.")],
+    "batch_size": Annotated[
+        int | None, typer.Option("--batch-size", help="Pictures a network call; 1 keeps each bitwise the same.")
+    ],
+}
+FILTERS: dict[str, Any] = {
+    "dataset": Annotated[str | None, typer.Option("--dataset", help="Look in this dataset only.")],
+    "where": Annotated[str | None, typer.Option("--where", help="SQL filter on pairs.")],
+    "min_score": Annotated[float | None, typer.Option("--min-score", help="Leave out what scores less.")],
+    "exclude": Annotated[list[str] | None, typer.Option("--exclude", help="Id of a pair not to use; repeatable.")],
+}
+
+
+def takes(options: Mapping[str, Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Put these options in the place of a command's parameter `settings`, which gets those of them that were typed.
+
+    Typer makes a command's options from its signature, so that is what changes.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @wraps(command)
+        def typed(**values: Any) -> None:
+            given = {name: values.pop(name) for name in options}
+            command(settings={name: value for name, value in given.items() if value is not None}, **values)
+
+        own = signature(command).parameters
+        place = list(own).index("settings")
+        kept = [each.replace(kind=Parameter.KEYWORD_ONLY) for name, each in own.items() if name != "settings"]
+        listed = [
+            Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=each) for name, each in options.items()
+        ]
+        typed.__signature__ = Signature([*kept[:place], *listed, *kept[place:]])  # type: ignore[attr-defined]
+        return typed
+
+    return decorate
 
 
 def main() -> None:
@@ -178,6 +195,7 @@ def train(
 
 
 @app.command()
+@takes(SETTINGS | FILTERS)
 def generate(
     prompts: Annotated[list[str], typer.Argument(help="One or more prompts.")],
     model: Model = None,
@@ -188,28 +206,12 @@ def generate(
     out: Annotated[Path, typer.Option("--out", help="Folder for the PNG files.")] = Path("out"),
     sheet: Annotated[Path | None, typer.Option("--sheet", help="Contact sheet: a PNG, and an HTML beside it.")] = None,
     device: DeviceOption = "auto",
-    k: K = None,
-    steps: Steps = None,
-    sampler: SamplerName = None,
-    text_guidance: TextGuidance = None,
-    neighbor_guidance: NeighborGuidance = None,
-    text_share: TextShare = None,
-    order: OrderOption = None,
-    threshold: ThresholdOption = None,
-    by: ByOption = None,
-    fusion: FusionOption = None,
-    decompose: DecomposeOption = None,
-    diversity: Diversity = None,
-    dataset: Annotated[str | None, typer.Option("--dataset", help="Look in this dataset only.")] = None,
-    where: Annotated[str | None, typer.Option("--where", help="SQL filter on pairs.")] = None,
-    min_score: Annotated[float | None, typer.Option("--min-score", help="Leave out what scores less.")] = None,
-    exclude: Annotated[list[str] | None, typer.Option("--exclude", help="Id of a pair not to use; repeatable.")] = None,
-    batch_size: BatchSize = None,
+    *,
+    settings: dict[str, Any],
     explain: Annotated[bool, typer.Option("--explain", help="Say which neighbours were used.")] = False,
     as_json: Json = False,
 ) -> None:
     """Draw pictures from prompts and the neighbours found for them."""
-    settings = _given(locals(), "dataset", "where", "min_score", "exclude")
     from radt import generate as library
     from radt.neighbors import read_reference
 
@@ -244,6 +246,7 @@ def replay(
 
 
 @evaluate.command("emoji-draw")
+@takes(SETTINGS)
 def evaluate_emoji_draw(
     kb: Kb = None,
     model: Model = None,
@@ -251,24 +254,12 @@ def evaluate_emoji_draw(
     seed: Seed = 0,
     out: Annotated[Path | None, typer.Option("--out", help="Keep the figures and sheets of all pictures here.")] = None,
     device: DeviceOption = "auto",
-    k: K = None,
-    steps: Steps = None,
-    sampler: SamplerName = None,
-    text_guidance: TextGuidance = None,
-    neighbor_guidance: NeighborGuidance = None,
-    text_share: TextShare = None,
-    order: OrderOption = None,
-    threshold: ThresholdOption = None,
-    by: ByOption = None,
-    fusion: FusionOption = None,
-    decompose: DecomposeOption = None,
-    diversity: Diversity = None,
-    batch_size: BatchSize = None,
+    *,
+    settings: dict[str, Any],
     font: Font = None,
     as_json: Json = False,
 ) -> None:
     """Draw entities never trained on with retrieval, without, and misled; count how many are recognised."""
-    settings = _given(locals())
     from radt.evaluation import emoji_draw
     from radt.evaluation.emoji_draw_sheet import print_table, write_results
     from radt.pipeline import TextToImage
@@ -292,11 +283,6 @@ def doctor(model: Model = None, as_json: Json = False) -> None:
     else:
         typer.echo("\n".join(lines(findings)))
     raise typer.Exit(code=0 if is_healthy(findings) else 1)
-
-
-def _given(options: dict[str, Any], *more: str) -> dict[str, Any]:
-    """The settings that were typed, out of a command's options: the others are left to the model."""
-    return {name: options[name] for name in (*SETTINGS, *more) if options[name] is not None}
 
 
 def _print_json(document: Any) -> None:

@@ -1,3 +1,4 @@
+import dataclasses
 import errno
 import json
 import os
@@ -7,7 +8,8 @@ from PIL import Image
 
 from index.cli import run
 from radt import generate as library
-from radt.cli import app
+from radt.cli import FILTERS, SETTINGS, app
+from radt.settings import GenerateSettings
 from tests.fakes import draw, encode
 
 PROMPT = "a red circle"
@@ -83,6 +85,20 @@ def test_what_is_typed_overrides_the_models_own(radt, typed, used):
     (image,) = json.loads(out)["images"]
     assert image["settings"]["decompose"] == used
     assert {neighbor["part"] for neighbor in image["neighbors"]} == {PROMPT if used == "phrases" else None}
+
+
+def test_every_setting_of_a_picture_is_an_option_and_only_what_is_typed_is_asked_for(radt, monkeypatch):
+    assert SETTINGS.keys() | FILTERS.keys() == {field.name for field in dataclasses.fields(GenerateSettings)}
+    asked = []
+    monkeypatch.setattr(library, "generate_files", lambda request, **_: asked.append(request.settings) or [])
+    radt("generate", PROMPT)
+    words = {"k": "3", "text_share": "0.25", "order": "coin", "decompose": "off", "where": "id = 7", "exclude": "7"}
+    radt("generate", PROMPT, *(part for name, word in words.items() for part in (option(name), word)))
+    assert asked == [{}, {**words, "k": 3, "text_share": 0.25, "exclude": ["7"]}]
+
+
+def option(name: str) -> str:
+    return "-k" if name == "k" else f"--{name.replace('_', '-')}"
 
 
 def test_generate_takes_references_without_a_knowledge_base(radt, tmp_path):
