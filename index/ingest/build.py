@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from index.atomic import new_file, one_sentence
 from index.errors import ConfigError, CorpusError, KnowledgeBaseError
+from index.ingest.brought import doubt
 from index.ingest.decode import KeepImages, foreign_vectors
 from index.ingest.engines import StagedShard, run_local
 from index.ingest.ledger import Ledger
@@ -118,6 +119,7 @@ class _Tally:
     replaced: int = 0
     pruned: int = 0
     forbidden: int = 0
+    read: list[ShardRecord] = field(default_factory=list)
     touched: list[ShardRecord] = field(default_factory=list)  # unchanged, with their new stamps
     layouts: Counter[Layout] = field(default_factory=Counter)
     skipped: list[SkippedShard] = field(default_factory=list)
@@ -235,6 +237,8 @@ def _notes(kb: KnowledgeBase, config: BuildConfig, ledger: Ledger, tally: _Tally
     if foreign:
         widths = " and ".join(str(width) for width in sorted({record.foreign_dim for record in foreign}))
         notes.append(foreign_vectors(widths, model=kb.manifest.model, dim=kb.manifest.dim))
+    if doubted := doubt(kb.store, kb.embedder, tally.read):
+        notes.append(doubted)
     if (config.keep.copy or config.keep.thumbnail) and tally.unchanged:
         notes.append(
             f"{tally.unchanged} unchanged shards keep what they have: --copy-images and --thumbnails are for shards "
@@ -304,6 +308,7 @@ class _Landing:
         for shard in group:
             self._ledger.enter(shard.record)
             self._tally.done += 1
+            self._tally.read.append(shard.record)
             known = min(self._ledger.replaced(shard.record), shard.pairs)
             self._tally.replaced += known
             self._tally.forbidden += shard.forbidden
