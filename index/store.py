@@ -421,7 +421,7 @@ class PairStore:
         if pairs:
             with self.lock():
                 table = arrow_table([pair_row(p) for p in pairs], self._dataset.schema)
-                self._commit(_id_in([p.id for p in pairs]), self._write_fragments(table))
+                self._commit([p.id for p in pairs], self._write_fragments(table))
                 self._removed = None
 
     def remove(
@@ -445,7 +445,7 @@ class PairStore:
                 gone = [row["id"] for row in rows]
                 graves = [removed_row(row, with_image=same_image) for row in rows]
                 table = arrow_table(graves, self._dataset.schema)
-                self._commit(_id_in(gone), self._write_fragments(table))
+                self._commit(gone, self._write_fragments(table))
                 self._removed = None
         return [row["id"] for row in rows]
 
@@ -570,8 +570,8 @@ class PairStore:
         with one_sentence(self.directory):
             return list(lance.fragment.write_fragments(table, self._uri, schema=self._dataset.schema, mode="append"))
 
-    def _commit(self, obsolete: str | None, fragments: Sequence[Any]) -> None:
-        """One commit that deletes the rows matching `obsolete` and appends `fragments`."""
+    def _commit(self, obsolete: str | Sequence[int] | None, fragments: Sequence[Any]) -> None:
+        """One commit that deletes the rows matching `obsolete`, or of these ids, and appends `fragments`."""
         import lance
 
         with one_sentence(self.directory):
@@ -586,14 +586,17 @@ class PairStore:
             transaction = lance.Transaction(self._dataset.version, operation)
             self._dataset = lance.LanceDataset.commit(self._dataset, transaction)
 
-    def _delete_from_fragments(self, obsolete: str) -> tuple[list[int], list[Any]]:
+    def _delete_from_fragments(self, obsolete: str | Sequence[int]) -> tuple[list[int], list[Any]]:
         """Fragment ids left empty, and the new metadata of those left with fewer rows; nothing is visible yet."""
-        addresses = self._dataset.scanner(columns=[], filter=obsolete, with_row_address=True).to_table()
-        touched = np.unique(addresses.column("_rowaddr").to_numpy() >> np.uint64(32))
+        where = obsolete if isinstance(obsolete, str) else _id_in(obsolete)
+        rows = self._dataset.scanner(columns=["id"], filter=where, with_row_address=True).to_table()
+        fragment_of = rows.column("_rowaddr").to_numpy() >> np.uint64(32)
         emptied: list[int] = []
         trimmed: list[Any] = []
-        for fragment_id in touched.tolist():
-            rest = self._dataset.get_fragment(fragment_id).delete(obsolete)
+        for fragment_id in np.unique(fragment_of).tolist():
+            if not isinstance(obsolete, str):  # every fragment reads the text anew: it gets no ids but its own
+                where = _id_in(rows.column("id").to_numpy()[fragment_of == fragment_id].tolist())
+            rest = self._dataset.get_fragment(fragment_id).delete(where)
             if rest is None:
                 emptied.append(fragment_id)
             else:

@@ -226,3 +226,17 @@ def test_the_copy_of_an_image_is_found_by_its_id(store: PairStore) -> None:
     store.add([StoredPair(**values | {"image": ImageLocation(uri=""), "sha256": None, "width": None, "height": None})])
     (row,) = store.get([pair.id])
     assert (row.image.uri, row.sha256, row.width) == ("", None, None)
+
+
+def test_pairs_of_several_fragments_go_at_once_and_others_stay(store: PairStore) -> None:
+    shards = [[stored(f"{shard}-{n}") for n in range(6)] for shard in range(4)]
+    for pairs in shards:
+        store.add(pairs)
+    gone = [pair.id for pairs in shards[:2] for pair in pairs[::2]] + [pair.id for pair in shards[2]]
+    assert sorted(store.remove([*gone, 5])) == sorted(gone)
+    everyone = {pair.id for pairs in shards for pair in pairs}
+    assert set(store.matching_ids().tolist()) == everyone - set(gone)
+    assert (store.count_removed(), store.removed_ids()) == (12, set(gone))
+    store.add([shards[0][0], shards[3][0]])
+    assert set(store.matching_ids().tolist()) == everyone - set(gone) | {shards[0][0].id}
+    assert store.count_removed() == 11, "who is added again is not taken down any more"
