@@ -37,7 +37,7 @@ def add_neighbors(app: typer.Typer, default_model: str | None) -> None:
             Literal["caption", "image"], typer.Option("--query", help="What stands for the pair on the CLIP side.")
         ] = "caption",
         exclude_group: Annotated[
-            bool, typer.Option("--exclude-group/--include-own", help="Leave out the pair itself and its duplicates.")
+            bool, typer.Option("--exclude-group/--include-own", help="Leave out what shows its own picture.")
         ] = True,
         where: Annotated[str | None, typer.Option(help="An SQL filter on the neighbours: width >= 256.")] = None,
         dataset: DatasetOption = None,
@@ -47,7 +47,7 @@ def add_neighbors(app: typer.Typer, default_model: str | None) -> None:
         model: ModelOption = None,
         as_json: JsonOption = False,
     ) -> None:
-        """Write the K neighbours of every training pair, its own group left out. Run it again to go on."""
+        """Write the K neighbours of every training pair, none showing its picture. Run it again to go on."""
         from index.search.neighbors import NeighborsConfig, write_neighbors
 
         config = NeighborsConfig(k=k, by=by, fusion=fusion, query=ask_with, exclude_group=exclude_group, where=where)
@@ -87,5 +87,7 @@ def _print_report(report: "NeighborsReport", config: "NeighborsConfig") -> None:
         "seconds": f"{report.seconds:.1f}",
     }
     print_table(report.out, list(rows.items()))
+    if report.warning:
+        say(report.warning)
     for shard in report.skipped:
         say(f"skipped {shard.name}: {shard.reason}")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int64
+from jaxtyping import Bool, Float32, Int64, UInt8
 from numpy import ndarray
 
 from index.atomic import new_folder
@@ -130,9 +130,13 @@ class _Rows:
 
     def alike(self, one: Int64[ndarray, " m"], other: Int64[ndarray, " m"], *, bits: int) -> Bool[ndarray, " m"]:
         """Whether the difference hashes at these positions agree, or one of the two has none."""
-        # Of a signed number, numpy counts the bits of its absolute value.
-        differing = np.bitwise_count((self.hashes[one] ^ self.hashes[other]).view(np.uint64))
+        differing = differing_bits(self.hashes[one], self.hashes[other])
         return ~(self.has_hash[one] & self.has_hash[other]) | (differing <= bits)
+
+
+def differing_bits(one: Int64[ndarray, " n"], other: Int64[ndarray, " n"]) -> UInt8[ndarray, " n"]:
+    """In how many bits two difference hashes differ."""
+    return np.bitwise_count((one ^ other).view(np.uint64))  # of a signed number, those of its absolute value
 
 
 class _Forest:
@@ -282,7 +286,7 @@ def _near_pairs(
         yield from _all_near_pairs(searcher, ids, near=near, on_batch=on_batch)
         return
     done, crowded = 0, [np.empty(0, np.int64)]
-    for some, vectors in _lots(store, queries_at_once(searcher, store.dim, usual=_BATCH)):
+    for some, vectors in _lots(store, queries_at_once(searcher, store.dim, top_k=_NEIGHBORS, usual=_BATCH)):
         own = np.searchsorted(ids, some)
         is_listed = np.zeros(len(own), dtype=bool)
         for rows, found, is_whole in near_neighbors(searcher.search, vectors, near=near, most=_MOST_NEIGHBORS):

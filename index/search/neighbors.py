@@ -1,17 +1,15 @@
 """The K nearest pairs of every pair of a source: what a model with a memory is trained beside. Streamed to Parquet.
 
 Memory is that of one batch. Every shard leaves a part file, and the parts are joined at the end, so that a run that was
-stopped goes on where it was. A pair and its duplicates are never among its own neighbours, unless asked for.
+stopped goes on where it was. A pair and what shows its picture are never among its own neighbours, unless asked for.
 """
 
-import contextlib
 import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from hashlib import blake2b, sha256
-from itertools import islice
+from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,11 +18,13 @@ from jaxtyping import Float32, Int64
 from numpy import ndarray
 
 from index.atomic import new_file, write_bytes
-from index.embedder import decode_image
 from index.errors import ConfigError, CorpusError
 from index.ingest.readers import Sample, Shard, SkippedShard, check_source, read
 from index.records import Hit, Pair
+from index.search.copies import Copies, Pictures
+from index.search.duplicates import NEAR, NEAR_BITS
 from index.search.fusion import FusionRule
+from index.search.ids import distinct
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 
     from index.knowledge_base import KnowledgeBase
 
-BATCH = 256  # pairs looked up at once
+BATCH = 256  # pairs looked up at once,
+BATCH_BYTES = 256 << 20  # but so many bytes of them, images included, where every search loads the searcher anew
+_PAIR_BYTES, _HIT_BYTES = 4096, 1024  # of a pair beside its image, with its vector; and of each of its neighbours
 GROUP_ROWS = 4096  # rows of a row group of the output
 METADATA_KEY = b"radt.neighbors"  # of the Parquet file: the settings, snapshot and shards it was made from
 
@@ -45,7 +47,7 @@ class NeighborsConfig:
     by: Literal["hybrid", "clip", "bm25"] = "hybrid"
     fusion: FusionRule = "rrf"
     query: Literal["caption", "image"] = "caption"
-    exclude_group: bool = True  # leave out the pair itself and its duplicates
+    exclude_group: bool = True  # leave out the pair itself and all that shows its picture
     where: str | None = None  # neighbours are among the pairs that this SQL filter lets through
 
     def __post_init__(self) -> None:
@@ -57,7 +59,10 @@ class NeighborsConfig:
 
 @dataclass(kw_only=True, slots=True)
 class NeighborsReport:
-    """What a run did. `short` counts the pairs that have fewer than k neighbours, `kept` the shards done before."""
+    """What a run did. `short` counts the pairs that have fewer than k neighbours, `kept` the shards done before.
+
+    `ungrouped` pairs of the knowledge base have not been looked at for duplicates; `warning` says what follows.
+    """
 
     out: str
     pairs: int = 0
@@ -68,6 +73,8 @@ class NeighborsReport:
     skipped: list[SkippedShard] = field(default_factory=list)
     seconds: float = 0.0
     snapshot: int = 0
+    ungrouped: int = 0
+    warning: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object."""
@@ -91,16 +98,26 @@ def write_neighbors(
     `by` scores). Rows are in the order of the source, so the same source and snapshot give the same file. A run that
     was stopped goes on after its last whole shard; a finished one has nothing to do. When settings, source or
     snapshot are others than those of the part files, they are made anew. CorpusError when no pair can be read.
+
+    A neighbour never shows the picture of its pair: not the same bytes, nothing of a duplicate group with those, and
+    nothing that looks alike as such a group's pairs do (see `Copies.among`), be the pair in the knowledge base or not.
     """
     started = time.perf_counter()
     _check_places(source, Path(out))
     path, report = Path(out), NeighborsReport(out=str(out))
     finder = _Finder(kb, config)
     report.snapshot = kb.store.version
+    if config.exclude_group:
+        report.ungrouped, report.warning = _ungrouped(kb)
     shards: list[Shard] = []
     for shard in read(source, dataset=dataset, allow_partial=allow_partial):
         shards.append(shard) if isinstance(shard, Shard) else report.skipped.append(shard)
-    settings = {**asdict(config), "model": kb.manifest.fingerprint, "snapshot": report.snapshot}
+    settings = {
+        **asdict(config),
+        "model": kb.manifest.fingerprint,
+        "snapshot": report.snapshot,
+        "same_picture": [NEAR, NEAR_BITS],
+    }
     made_from = json.dumps({"settings": settings, "shards": [_name(shard) for shard in shards]}, sort_keys=True)
     if _read_mark(path) == made_from:
         report.shards_kept = len(shards)
@@ -119,96 +136,65 @@ def write_neighbors(
 
 
 class _Finder:
-    """Finds the neighbours of a batch of pairs, in the knowledge base as it was when this was made."""
+    """Finds the neighbours of many pairs at once, in the knowledge base as it was when this was made."""
 
     def __init__(self, kb: "KnowledgeBase", config: NeighborsConfig):
         self._retriever = kb.retriever
-        self._embedder = kb.embedder
-        self._store = kb.store
         self._config = config
-        self._copies = _Copies(kb) if config.exclude_group else None
+        self._copies = Copies(kb) if config.exclude_group or config.query == "image" else None
+        manifest = kb.searcher_manifest()
+        is_resident = manifest is None or manifest.settings.get("is_resident", True)
+        self.batch_rows = BATCH if is_resident else max(BATCH, BATCH_BYTES // (_PAIR_BYTES + config.k * _HIT_BYTES))
 
     def __call__(self, pairs: Sequence[Pair]) -> list[tuple[Pair, list[Hit]]]:
         """Each pair with its neighbours, best first; a pair whose image is needed and cannot be read is left out."""
-        vectors = None
+        if self._copies is None:
+            return list(zip(pairs, self._search(pairs, None, None), strict=True))
+        pictures, vectors = self._copies.pictures(pairs), None
         if self._config.query == "image":
-            vectors = self._image_vectors(pairs)
-            seen = np.isfinite(vectors).all(axis=1)
-            pairs, vectors = [pair for pair, is_seen in zip(pairs, seen, strict=True) if is_seen], vectors[seen]
-        found = self._retriever.search_many(
+            self._copies.embed(pictures, np.arange(len(pairs)))
+            pictures = pictures.readable()
+            vectors = pictures.vectors
+        if not self._config.exclude_group:
+            return list(zip(pictures.pairs, self._search(pictures.pairs, vectors, None), strict=True))
+        return list(zip(pictures.pairs, self._of_others(self._copies, pictures, vectors), strict=True))
+
+    def _of_others(
+        self, copies: Copies, pictures: Pictures, vectors: Float32[ndarray, "n d"] | None
+    ) -> list[list[Hit]]:
+        """Neighbours that show other pictures: while a hit shows the same, it is excluded and the search repeated."""
+        excluded = copies.of(pictures)
+        found: list[list[Hit]] = [[] for _ in excluded]
+        pending = np.arange(len(excluded))
+        while len(pending):
+            answers = self._search(
+                [pictures.pairs[row] for row in pending.tolist()],
+                None if vectors is None else vectors[pending],
+                [excluded[row] for row in pending.tolist()],
+            )
+            for row, hits in zip(pending.tolist(), answers, strict=True):
+                found[row] = hits
+            repeats = copies.among(pictures, pending, answers)
+            for row, ids in repeats.items():
+                excluded[row] = distinct(excluded[row], ids)
+            pending = np.array(list(repeats), dtype=np.int64)
+        return found
+
+    def _search(
+        self,
+        pairs: Sequence[Pair],
+        vectors: Float32[ndarray, "n d"] | None,
+        excluded: Sequence[Int64[ndarray, " _"]] | None,
+    ) -> list[list[Hit]]:
+        return self._retriever.search_many(
             [pair.caption for pair in pairs],
             vectors=vectors,
             k=self._config.k,
             by=self._config.by,
             fusion=self._config.fusion,
             where=self._config.where,
-            exclude=None if self._copies is None else [self._copies.of(pair) for pair in pairs],
+            exclude=None if excluded is None else [ids.tolist() for ids in excluded],
         )
-        return list(zip(pairs, found, strict=True))
-
-    def _image_vectors(self, pairs: Sequence[Pair]) -> Float32[ndarray, "n d"]:
-        """Of every image the stored vector, if that picture is the same, else its own, else one made here; or NaN."""
-        vectors = np.full((len(pairs), self._embedder.dim), np.nan, dtype=np.float32)
-        stored = {row.id: row for row in self._store.get([pair.id for pair in pairs], vectors=True)}
-        todo: list[int] = []
-        images = []
-        for position, pair in enumerate(pairs):
-            row = stored.get(pair.id)
-            if row is not None and row.vector is not None and _digest(pair) in (None, row.sha256):
-                vectors[position] = row.vector
-            elif pair.vector is not None and len(pair.vector) == self._embedder.dim:
-                vectors[position] = pair.vector
-            elif pair.encoded is not None:
-                with contextlib.suppress(CorpusError):
-                    images.append(decode_image(pair.encoded))
-                    todo.append(position)
-        if todo:
-            vectors[todo] = self._embedder.images(images)
-        return vectors
-
-
-class _Copies:
-    """For any picture, the pairs of the knowledge base that show the same: 24 bytes for each pair there."""
-
-    def __init__(self, kb: "KnowledgeBase"):
-        ids, marks = [np.empty(0, np.int64)], [np.empty(0, np.uint64)]
-        only = "kind = 'pair' AND image_sha256 IS NOT NULL"
-        for batch in kb.store.dataset.to_batches(columns=["id", "image_sha256"], filter=only):
-            ids.append(batch.column("id").to_numpy())
-            marks.append(np.array([_mark(d) for d in batch.column("image_sha256").to_pylist()], np.uint64))
-        by_mark = np.argsort(np.concatenate(marks), kind="stable")
-        self._ids, self._marks = np.concatenate(ids)[by_mark], np.concatenate(marks)[by_mark]
-        self._by_id = np.argsort(self._ids)
-        self._duplicates = kb.retriever.view.duplicates
-
-    def of(self, pair: Pair) -> list[int]:
-        """The pair itself, the pairs of the same bytes, and all that are in a duplicate group with one of those."""
-        return self._duplicates.members(np.append(self._same_bytes(pair), pair.id)).tolist()
-
-    def _same_bytes(self, pair: Pair) -> Int64[ndarray, " n"]:
-        """By the bytes of the pair or, without those, by what is stored of it."""
-        digest = _digest(pair)
-        if digest is not None:
-            return _equal(self._marks, self._ids, np.uint64(_mark(digest)))
-        at = np.searchsorted(self._ids, pair.id, sorter=self._by_id)
-        if at == len(self._ids) or self._ids[self._by_id[at]] != pair.id:
-            return np.empty(0, dtype=np.int64)
-        return _equal(self._marks, self._ids, self._marks[self._by_id[at]])
-
-
-def _equal(values: Any, ids: Int64[ndarray, " n"], wanted: Any) -> Int64[ndarray, " m"]:
-    """The ids beside those of the ascending `values` that equal the wanted one."""
-    first, last = (int(np.searchsorted(values, wanted, side=side)) for side in ("left", "right"))
-    return ids[first:last]
-
-
-def _digest(pair: Pair) -> str | None:
-    return None if pair.encoded is None else sha256(pair.encoded).hexdigest()
-
-
-def _mark(digest: str) -> int:
-    """The first 64 bits; two pictures that share them by chance would only not be neighbours of each other."""
-    return int(digest[:16], 16)
 
 
 # Part files
@@ -241,7 +227,7 @@ def _write_part(
 
     with new_file(part) as partial, pq.ParquetWriter(partial, _schema()) as writer:
         rows: list[dict[str, Any]] = []
-        for samples in _batches(shard):
+        for samples in _batches(shard, finder.batch_rows):
             pairs = [sample for sample in samples if isinstance(sample, Pair)]
             answers = finder(pairs) if pairs else []
             report.bad += len(samples) - len(answers)
@@ -326,16 +312,36 @@ def _write_rows(writer: "pq.ParquetWriter", rows: list[dict[str, Any]]) -> None:
         writer.write_table(pa.Table.from_pylist(rows, schema=_schema()))
 
 
-def _batches(shard: Shard) -> Iterator[list[Sample]]:
-    samples = shard.samples()
-    while True:
-        try:
-            batch = list(islice(samples, BATCH))
-        except OSError as error:
-            raise CorpusError(f"shard {shard.name!r} of {shard.source} cannot be read: {error}") from error
-        if not batch:
-            return
+def _batches(shard: Shard, rows: int) -> Iterator[list[Sample]]:
+    """The samples of a shard, at most so many at once, and not many more bytes than `BATCH_BYTES`."""
+    samples, batch, held = shard.samples(), list[Sample](), 0
+    try:
+        for sample in samples:
+            batch.append(sample)
+            held += _PAIR_BYTES + (len(sample.encoded or b"") if isinstance(sample, Pair) else 0)
+            if len(batch) >= rows or held >= BATCH_BYTES:
+                yield batch
+                batch, held = [], 0
+    except OSError as error:
+        raise CorpusError(f"shard {shard.name!r} of {shard.source} cannot be read: {error}") from error
+    if batch:
         yield batch
+
+
+def _ungrouped(kb: "KnowledgeBase") -> tuple[int, str]:
+    """How many pairs of the knowledge base no duplicate group was looked for, and a sentence when there are some."""
+    manifest, pairs = kb.retriever.view.duplicates.manifest, len(kb)
+    newer = kb.unsearched()
+    ungrouped = newer if manifest is not None and manifest.near is not None else pairs
+    if not ungrouped:
+        return 0, ""
+    if manifest is None:
+        why = "the knowledge base was built without duplicate groups (`radt index build --duplicates` finds them)"
+    elif manifest.near is None:
+        why = "the duplicate groups of the knowledge base are of equal bytes alone"
+    else:
+        why = f"{newer:,} pairs are newer than the duplicate groups (`radt index compact` brings those up to date)"
+    return ungrouped, f"{why}: of these, what looks like a training picture is left out, but not what looks like that"
 
 
 def _check_places(source: str, out: Path) -> None:

@@ -37,7 +37,7 @@ from index.search.request import (
 from index.search.scoring import complete_words, fused, is_final, without_excluded
 from index.search.searcher import NO_ID, Ids, Queries, Scores, Searcher, padded
 from index.search.trace import Stage, Trace
-from index.search.view import Found, RankedList, StoreView, View
+from index.search.view import Found, LooksAhead, RankedList, StoreView, View
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -262,12 +262,7 @@ class Retriever:
         rows = unit_rows(vectors) if vectors is not None else None
         excluded = _exclusions(view, len(texts), exclude, exclude_group_of)
         asked = self._asked(texts, rows, excluded, request, view=view, trace=trace)
-        lexical = view.lexical(by, many=len(texts) > 1)
-        hits: list[list[Hit]] = []
-        at_once = max(1, min(_EMBED_BATCH, _MOST_CANDIDATES // max(1, _depth(request, view))))
-        for start in range(0, len(asked), at_once):
-            hits += self._answer(asked[start : start + at_once], request, view, trace, lexical=lexical)
-        return hits
+        return self._answer(asked, request, view, trace, lexical=view.lexical(by, many=len(texts) > 1))
 
     def nearest(
         self,
@@ -400,25 +395,28 @@ class Retriever:
         answers: list[list[Hit]] = [[] for _ in asked]
         pending = list(range(len(asked))) if rows else []
         while pending:
-            queries = [query for position in pending for query in asked[position].queries]
-            ranked = iter(self._rank(queries, request, view, trace, depth=depth, lexical=lexical))
-            own = [[next(ranked) for _ in asked[position].queries] for position in pending]
-            with trace("diversity"):
-                arranged = [arrange(asked[p], lists, request, view) for p, lists in zip(pending, own, strict=True)]
-            trace.kept["duplicates"] = sum(map(len, arranged))
-            trace.lists["duplicates"] = [candidates.ids for candidates in arranged]
-            with trace("fetch"):
-                fetched = self._fetch(arranged, request.k, trace)
-            for position, hits in zip(pending, fetched, strict=True):
-                answers[position] = hits
-            if depth >= rows:
-                break
+            _expect(view, [query for p in pending for query in asked[p].queries], request, depth=depth)
+            short: list[int] = []
+            at_once = max(1, min(_EMBED_BATCH, _MOST_CANDIDATES // depth))
+            for start in range(0, len(pending), at_once):
+                some = pending[start : start + at_once]
+                queries = [query for position in some for query in asked[position].queries]
+                ranked = iter(self._rank(queries, request, view, trace, depth=depth, lexical=lexical))
+                own = [[next(ranked) for _ in asked[position].queries] for position in some]
+                with trace("diversity"):
+                    arranged = [arrange(asked[p], lists, request, view) for p, lists in zip(some, own, strict=True)]
+                trace.kept["duplicates"] = sum(map(len, arranged))
+                trace.lists["duplicates"] = [candidates.ids for candidates in arranged]
+                with trace("fetch"):
+                    fetched = self._fetch(arranged, request.k, trace)
+                for position, candidates, hits in zip(some, arranged, fetched, strict=True):
+                    answers[position] = hits
+                    if len(hits) < request.k and not candidates.is_final:
+                        short.append(position)
             # Many captions of few images can use up the candidates before there are k images, and so can a bound.
-            is_short = {p for p in pending if len(answers[p]) < request.k}
-            pending = [
-                p for p, candidates in zip(pending, arranged, strict=True) if p in is_short and not candidates.is_final
-            ]
+            pending = short if depth < rows else []
             depth *= 4
+        _expect(view, [], request, depth=depth)
         return answers
 
     def _rank(
@@ -514,6 +512,18 @@ def _exclusions(
         )
         for i in range(num)
     ]
+
+
+def _expect(view: View, queries: Sequence[Query], request: Request, *, depth: int) -> None:
+    """Tell the view what it will be asked, where several searches are to come and that is of use to it."""
+    if not isinstance(view, LooksAhead) or not request.uses_clip or request.exact:
+        return
+    if len(queries) <= _EMBED_BATCH:
+        view.expect(None)
+        return
+    vectors = np.stack([query.vector for query in queries if query.vector is not None])
+    spare = max(len(query.exclude) for query in queries)
+    view.expect(vectors, top_k=depth + spare, subset=request.subset)
 
 
 def _search_vectors(

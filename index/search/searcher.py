@@ -37,8 +37,8 @@ _BLOCK_SCORES = 1 << 24  # scores held at once by exact search: 64 MiB of float3
 _STREAM_ROWS = 1 << 15  # rows read at once: 64 MiB of 512 numbers
 _RECALL_QUERIES = 200
 _FEWEST_CAPTIONS = 30  # fewer than these say little of a recall, so shifted rows stand in
-_ASKED_BYTES = 256 << 20  # of queries, and of a hundred answers to each, for which shards are loaded once
-_ANSWERS_BYTES = 1200
+_ASKED_BYTES = 256 << 20  # of queries and their answers, for which shards that are not in memory are loaded once
+_ANSWER_BYTES = 12
 _EQUAL_SCORES = 1e-5  # float32 sums differ with the order of their terms
 _QUERY_SHIFT = 0.5  # length of the noise added to a unit row to make a query, see `shifted_queries`
 
@@ -324,10 +324,14 @@ def exact_searcher(store: "PairStore", where: str | None = None) -> ExactSearche
     return ExactSearcher(*store.ids_and_vectors(where), snapshot=store.high_water)
 
 
-def queries_at_once(searcher: Searcher, dim: int, *, usual: int) -> int:
-    """How many queries to ask together: as many as usual, but 256 MB of them where every call loads all shards anew."""
-    is_resident = getattr(searcher, "settings", {}).get("is_resident", True)
-    return usual if is_resident else max(usual, _ASKED_BYTES // (4 * dim + _ANSWERS_BYTES))
+def is_resident(searcher: Searcher) -> bool:
+    """Whether it is in memory; else every search loads all its shards anew, one after another."""
+    return bool(getattr(searcher, "settings", {}).get("is_resident", True))
+
+
+def queries_at_once(searcher: Searcher, dim: int, *, top_k: int, usual: int) -> int:
+    """How many queries to ask together: as usual or, of a searcher that is not resident, 256 MB with their answers."""
+    return usual if is_resident(searcher) else max(usual, _ASKED_BYTES // (4 * dim + _ANSWER_BYTES * top_k))
 
 
 def recall(searcher: Searcher, exact: ExactSearcher, queries: Queries, *, top_k: int = RECALL_AT) -> float:

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Float64, Int64
 from numpy import ndarray
 
+from index.search.ahead import Ahead
 from index.search.duplicates import Duplicates
 from index.search.ids import contains, distinct
 from index.search.lexical import LanceBM25, Lexical, RankBM25, Subset, TfIdf, has_fts
@@ -19,8 +20,10 @@ from index.search.searcher import (
     Scores,
     Searcher,
     exact_searcher,
+    is_resident,
     merge_answers,
     padded,
+    queries_at_once,
 )
 from index.search.sizes import default_ram
 
@@ -112,6 +115,15 @@ class HoldsVectors(Protocol):
         ...
 
 
+@runtime_checkable
+class LooksAhead(Protocol):
+    """A view that is better told which queries will come: its searcher may have to be loaded for every search."""
+
+    def expect(self, queries: Queries | None, *, top_k: int = 1, subset: Subset | None = None) -> None:
+        """These will be searched for, a few at a time, in this order, for at most `top_k` answers; None: no more."""
+        ...
+
+
 @dataclass(kw_only=True, slots=True)
 class _Filtered:
     """Some rows of a filter, and what was made of them."""
@@ -145,6 +157,7 @@ class StoreView:
         self._subsets: dict[str, Subset] = {}
         self._filtered: dict[str, _Filtered] = {}
         self._words: dict[str, Lexical] = {}
+        self._ahead: Ahead | None = None
 
     @property
     def duplicates(self) -> Duplicates:
@@ -166,10 +179,25 @@ class StoreView:
         if exact or (subset is not None and self._is_small(rows)):
             return Found(*self._comparing(subset).search(queries, top_k=top_k), examined=rows)
         valid, newer = self._split(subset)
-        answers = [_search_valid(self._searcher, queries, top_k, valid)]
+        answers = [self._search_known(queries, top_k, valid)]
         if self._tail is not None and len(newer):
             answers.append(_search_valid(self._tail, queries, top_k, newer))
         return merge(answers, top_k)
+
+    def expect(self, queries: Queries | None, *, top_k: int = 1, subset: Subset | None = None) -> None:
+        """As `LooksAhead.expect`: of no use to a searcher that is in memory."""
+        self._ahead = None
+        if queries is None or is_resident(self._searcher):
+            return
+        valid, _ = self._split(subset)
+        top_k = max(1, min(top_k, len(valid)))
+        self._ahead = Ahead(
+            lambda lot, *, top_k: _search_valid(self._searcher, lot, top_k, valid)[:2],
+            queries,
+            top_k=top_k,
+            at_once=queries_at_once(self._searcher, self._store.dim, top_k=top_k, usual=1),
+            among=valid,
+        )
 
     def exact_searcher(self) -> ExactSearcher:
         """Every row of the store, in memory."""
@@ -228,6 +256,14 @@ class StoreView:
             known = _Filtered(ids=subset.ids)
             _remember(self._filtered, subset.where, known)
         return known
+
+    def _search_known(self, queries: Queries, top_k: int, valid: Int64[ndarray, " valid"]) -> Found:
+        """Among the rows that the searcher knows; perhaps it was asked before."""
+        wanted = min(top_k, len(valid))
+        known = None if self._ahead is None else self._ahead.answer(queries, top_k=wanted, among=valid)
+        if known is not None:
+            return Found(*known, examined=_examined(self._searcher, wanted))
+        return _search_valid(self._searcher, queries, top_k, valid)
 
     def _split(self, subset: Subset | None) -> tuple[Int64[ndarray, " valid"], Int64[ndarray, " newer"]]:
         """The rows that the searcher knows, and those that are newer, both ascending."""

@@ -3,6 +3,7 @@
 import io
 import json
 import tracemalloc
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,11 +17,11 @@ from index.errors import ConfigError, CorpusError
 from index.ingest.build import BuildConfig, build
 from index.knowledge_base import KnowledgeBase
 from index.search import neighbors as module
-from index.search.duplicates import Duplicates
 from index.search.neighbors import METADATA_KEY, NeighborsConfig, write_neighbors
-from index.search.view import StoreView
+from index.search.retriever import Retriever
+from index.store import PairStore
 from tests.fakes import HashEmbedder, caption_of, draw, encode, sample, write_img2dataset, write_tar
-from tests.integration.test_index_cli import Shell, shell  # noqa: F401 - a fixture
+from tests.integration.test_index_cli import ROOT, Shell, shell  # noqa: F401 - a fixture
 
 
 def make_kb(folder: Path, *sources: Path) -> KnowledgeBase:
@@ -101,19 +102,103 @@ def test_a_copy_under_another_name_is_left_out_too(kb: KnowledgeBase, tmp_path: 
     assert caption_of(7) not in {captions[i] for i in known["neighbor_ids"]}
 
 
-def test_near_duplicates_are_of_its_group(
-    kb: KnowledgeBase, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ids = np.sort(kb.store.matching_ids())
-    odd = np.array([int(pair.sha256 or "", 16) % 2 for pair in kb.store.get(ids)])  # two groups, by the picture
-    together = np.where(odd == 1, ids[odd == 1].min(), ids[odd == 0].min())
-    groups = Duplicates(ids=ids, groups=together)
-    monkeypatch.setattr(StoreView, "duplicates", property(lambda view: groups))
-    write_neighbors(kb, str(source), tmp_path / "n.parquet", NeighborsConfig(k=33))
-    group = dict(zip(ids.tolist(), together.tolist(), strict=True))
-    for row in rows_of(tmp_path / "n.parquet"):
-        assert row["neighbor_ids"]
-        assert group[row["id"]] not in {group[i] for i in row["neighbor_ids"]}
+class PixelEmbedder(HashEmbedder):
+    """Pictures that look alike have vectors that lie together: what an image is, is its pixels."""
+
+    def __init__(self) -> None:
+        super().__init__(dim=192, salt="-pixels")
+
+    def embed(self, prepared: Sequence[np.ndarray]) -> np.ndarray:
+        return self._unit([(pixels - pixels.mean()).ravel() for pixels in prepared])
+
+
+def landscape(number: int) -> PIL.Image.Image:
+    """A picture of soft colours, so that a copy of it in another size or format differs little."""
+    coarse = np.random.default_rng(number).integers(0, 256, (5, 5, 3), dtype=np.uint8)
+    return PIL.Image.fromarray(coarse).resize((96, 96), PIL.Image.Resampling.BICUBIC)
+
+
+def saved_again(image: PIL.Image.Image, side: int, quality: int) -> bytes:
+    """The picture as a JPEG in another size."""
+    buffer = io.BytesIO()
+    image.resize((side, side), PIL.Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
+
+
+def copies(number: int) -> dict[int, bytes]:
+    """The picture by other sizes; only the first four are there more than once."""
+    return {side: saved_again(landscape(number), side, 90) for side in (80, 120, 128)} if number < 4 else {}
+
+
+def write_landscapes(path: Path, *, with_copies: bool) -> Path:
+    """Twelve pictures, each named in its caption, with their copies or without."""
+    members: dict[str, bytes] = {}
+    for number in range(12):
+        members |= {f"{number}.png": encode(landscape(number)), f"{number}.txt": f"landscape {number}".encode()}
+        for side, copy in copies(number).items() if with_copies else ():
+            members |= {f"{number}-{side}.jpg": copy, f"{number}-{side}.txt": f"landscape {number} at {side}".encode()}
+    write_tar(path, members)
+    return path.parent
+
+
+def shown_by(kb: KnowledgeBase) -> dict[int, str]:
+    """Which picture each pair shows."""
+    return {pair.id: pair.caption.split()[1] for pair in kb.store.get(kb.store.matching_ids())}
+
+
+@pytest.mark.parametrize(
+    ("groups", "by"),
+    [("groups", "hybrid"), ("no groups", "clip"), ("no groups", "bm25"), ("newer than the groups", "hybrid")],
+)
+def test_what_looks_like_it_is_no_neighbour(tmp_path: Path, groups: str, by: Any) -> None:
+    """Of pairs that are in the knowledge base and of pictures saved again, whether groups cover the copies or not."""
+    kb = KnowledgeBase.create(tmp_path / "kb", PixelEmbedder())
+    known = groups != "newer than the groups"
+    source = write_landscapes(tmp_path / "train" / "a.tar", with_copies=known)
+    build(kb, [str(source)], BuildConfig(searcher="exact", duplicates=groups != "no groups"))
+    for number in range(0 if known else 4):
+        for side, copy in copies(number).items():
+            (tmp_path / "copy.jpg").write_bytes(copy)
+            kb.add(tmp_path / "copy.jpg", f"landscape {number} at {side}")
+    write_tar(tmp_path / "again" / "b.tar", {"2.jpg": saved_again(landscape(2), 72, 80), "2.txt": b"landscape 2"})
+    config, outs = NeighborsConfig(k=24, by=by), (tmp_path / "n.parquet", tmp_path / "m.parquet")
+    report = write_neighbors(kb, str(source), outs[0], config)
+    write_neighbors(kb, str(tmp_path / "again"), outs[1], config)
+    shown = shown_by(kb)
+    for row in rows_of(outs[0]) + rows_of(outs[1]):
+        assert row["caption"].split()[1] not in {shown[i] for i in row["neighbor_ids"]}
+        assert len({shown[i] for i in row["neighbor_ids"]}) == 11
+    ungrouped = {"groups": 0, "no groups": 24, "newer than the groups": 12}[groups]
+    assert (report.ungrouped, bool(report.warning)) == (ungrouped, ungrouped > 0)
+
+
+def test_a_group_that_is_larger_than_what_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without groups, a picture that is there often takes one more search, not one for every few repeats."""
+    kb = KnowledgeBase.create(tmp_path / "kb", PixelEmbedder())
+    members = {
+        f"{i}.{kind}": data
+        for i in range(60)
+        for kind, data in (("png", encode(landscape(0).resize((96 + i, 96)))), ("txt", b"landscape 0"))
+    }
+    write_tar(tmp_path / "kb-source" / "a.tar", members)
+    build(
+        kb,
+        [str(write_landscapes(tmp_path / "kb-source" / "b.tar", with_copies=False))],
+        BuildConfig(searcher="exact", duplicates=False),
+    )
+    write_tar(tmp_path / "train" / "a.tar", {"x.jpg": saved_again(landscape(0), 72, 80), "x.txt": b"landscape 0"})
+    asked: list[int] = []
+    search_many = Retriever.search_many
+    monkeypatch.setattr(
+        Retriever,
+        "search_many",
+        lambda self, texts, **rest: asked.append(len(texts)) or search_many(self, texts, **rest),
+    )
+    write_neighbors(kb, str(tmp_path / "train"), tmp_path / "n.parquet", NeighborsConfig(k=2))
+    (row,) = rows_of(tmp_path / "n.parquet")
+    assert len(row["neighbor_ids"]) == 2
+    assert "0" not in {shown_by(kb)[i] for i in row["neighbor_ids"]}
+    assert asked == [1, 1]
 
 
 KINDS = ("png", "txt")
@@ -205,10 +290,14 @@ def test_pairs_that_bring_their_vectors_are_not_embedded(kb: KnowledgeBase, tmp_
     np.save(folder / "img_emb" / "img_emb_0.npy", np.stack([pair.vector for pair in stored if pair.vector is not None]))
     table = pa.table({"caption": [pair.caption for pair in stored], "image_path": [f"{n}" for n in range(4)]})
     pq.write_table(table, folder / "metadata" / "metadata_0.parquet")
-    write_neighbors(kb, str(folder), tmp_path / "n.parquet", NeighborsConfig(k=2, by="clip", query="image"))
+    config = NeighborsConfig(k=2, by="clip", query="image", exclude_group=False)
+    write_neighbors(kb, str(folder), tmp_path / "n.parquet", config)
     rows = rows_of(tmp_path / "n.parquet")
     assert [row["neighbor_ids"][0] for row in rows] == [pair.id for pair in stored]
     assert all(row["scores"][0] == pytest.approx(1, abs=1e-5) for row in rows)
+    write_neighbors(kb, str(folder), tmp_path / "n.parquet", NeighborsConfig(k=2, by="clip", query="image"))
+    for row, pair in zip(rows_of(tmp_path / "n.parquet"), stored, strict=True):
+        assert pair.id not in row["neighbor_ids"], "an equal vector is the same picture"
     build(kb, [str(folder)], BuildConfig(searcher="exact"))
     write_neighbors(kb, str(folder), tmp_path / "n.parquet", NeighborsConfig(k=2, by="clip", query="image"))
     for row in rows_of(tmp_path / "n.parquet"):
@@ -254,3 +343,30 @@ def test_the_command(shell: Shell, source: Path, tmp_path: Path) -> None:  # noq
     assert pq.read_table(io.BytesIO((tmp_path / "n.parquet").read_bytes())).num_rows == 33
     assert shell.json(*words, "--query", "image", "--by", "clip", "--include-own")["shards_done"] == 3
     assert "no effect" in shell.error(*words, "--query", "image", "--by", "bm25")
+
+
+@pytest.mark.slow
+def test_a_training_picture_saved_again_does_not_meet_its_original(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """By the command line, with the model that ships: in another size, as a JPEG, and itself not in there."""
+    shell = Shell(capsys, str(ROOT / "radt" / "models" / "emoji-demo" / "clip"))  # noqa: F811
+    source = write_landscapes(tmp_path / "pictures" / "a.tar", with_copies=False)
+    assert shell("build", source, "--kb", tmp_path / "kb", "--no-duplicates")[0] == 0
+    for number in range(12):
+        (tmp_path / "train").mkdir(exist_ok=True)
+        (tmp_path / "train" / f"{number}.jpg").write_bytes(saved_again(landscape(number), 70 + number, 85))
+        (tmp_path / "train" / f"{number}.txt").write_text(f"landscape {number}")
+    out = tmp_path / "n.parquet"
+    words = ["neighbors", tmp_path / "train", "--kb", tmp_path / "kb", "--out", out, "-k", 12]
+    code, _, err = shell(*words)
+    assert code == 0
+    assert "built without duplicate groups" in err
+    captions = dict(zip(*PairStore(tmp_path / "kb").captions(), strict=True))
+    assert len(rows_of(out)) == 12
+    for row in rows_of(out):
+        assert len(row["neighbor_ids"]) == 11
+        assert row["caption"] not in {captions[i] for i in row["neighbor_ids"]}
+    assert shell.json(*words, "--query", "image", "--by", "clip", "--include-own")["ungrouped"] == 0
+    for row in rows_of(out):
+        assert row["caption"] == captions[row["neighbor_ids"][0]], "the original is the nearest there is"
