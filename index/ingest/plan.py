@@ -38,11 +38,14 @@ from index.stats import folder_bytes
 from index.store import INDEX_ROWS, PairStore
 
 # 100,000 captions of ten words, 87 bytes, from 20,000 words; 2-core Intel Xeon, 2026-11-21
-WORD_BYTES = 0.37  # of Lance's word index, for each byte of a caption
+WORD_BYTES = 0.37  # of Lance's word index, for each byte of a caption; of a million captions 0.31 and 0.57
+WORD_MEMORY = 2.0  # bytes that serving holds of it, for each byte of a caption; measured 1.7 and 2.1 with a million
 WORD_SECONDS = 3.3e-6  # of one processor, for each caption
-ID_INDEX_BYTES = 10.1  # for each row: id (BTREE) and kind (BITMAP), from 20,000 rows
+ID_INDEX_BYTES = 12.3  # for each row: id (BTREE) and kind (BITMAP), from 20,000 rows; measured with a million
 ID_INDEX_SECONDS = 4e-7  # for each row
 TRUTH_SECONDS = 5.4e-11  # for each query, row and number: the exact answers that a searcher is calibrated with
+
+_LANCE_CACHE_BYTES = 6 << 30  # what Lance keeps of its indices, by default
 
 PROBE_PAIRS = 320
 PROBE_SECONDS = 2.5  # for each stage, at most
@@ -197,7 +200,7 @@ def make_plan(
         bytes=sizes,
         memory={
             "building": costs.process_bytes + working_bytes(costs.dim) + structure.building_bytes,
-            "serving": costs.process_bytes + structure.serving_bytes,
+            "serving": costs.process_bytes + structure.serving_bytes + _words_held(each * costs.caption_bytes),
         },
         expected_recall=1.0 if structure.kind == "exact" else recall,
         seconds=seconds,
@@ -437,6 +440,10 @@ def _slowest(costs: UnitCosts, stages: dict[str, float], processors: int) -> tup
         busiest = max(STAGES, key=lambda stage: getattr(costs, stage).processor_seconds)
         return together, busiest if processors == 1 else "processors"
     return max(stages[slowest], together, 1e-9), slowest
+
+
+def _words_held(caption_bytes: float) -> float:
+    return min(WORD_MEMORY * caption_bytes, _LANCE_CACHE_BYTES)
 
 
 def _truth_seconds(structure: Structure) -> float:

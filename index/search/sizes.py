@@ -11,10 +11,14 @@ from typing import Literal
 
 from index.errors import ConfigError, MissingExtraError
 from index.search.searcher import EXACT_BELOW, SearcherKind
+from index.store import MAP_ROWS
 
 # Bytes a row, beside the numbers themselves
-ID_BYTES = 32  # four arrays of int64: by position and ascending in the searcher, all and valid in the StoreView
+ID_BYTES = 40  # five arrays of int64: by position, ascending, their order in the searcher; all and valid in the view
+    40  # five arrays of int64: by position, ascending, and their order in the searcher; all and valid in the view
+)
 LANCE_ID_BYTES = 24  # the searcher has no positions
+MAP_BYTES = 24  # of the `RowMap` that a session keeps once it has looked many pairs up
 _SCANN_ROW_BYTES = 8  # its leaf, and the slack of the leaves' code blocks
 _LANCE_ROW_BYTES = 16  # row address and the factors that go with a code
 _LANCE_BITS = 5  # of IVF_RQ for each number: Lance's default; measured 336 B a row of 512, as this makes it
@@ -81,7 +85,9 @@ def choose_structure(
     if kind == "auto":
         need = scann_serving_bytes(rows, dim, vectors="disk")
         return _lance(rows, dim, ram, reason=f"ScaNN's codes alone take {gigabytes(need)} of the {gigabytes(ram)}")
-    shards = max(_shards_to_build(rows, dim, ram), math.ceil(2 * scann_serving_bytes(rows, dim, vectors="disk") / ram))
+    codes = scann_serving_bytes(rows, dim, vectors="disk") - _id_bytes(rows, ID_BYTES)
+    room = max(ram // 8, ram - _id_bytes(rows, ID_BYTES))
+    shards = max(_shards_to_build(rows, dim, ram), math.ceil(2 * codes / room))
     why = f"it was asked for; its codes exceed {gigabytes(ram)}: shards are loaded one at a time, which suits batches"
     return _scann(rows, dim, shards=shards, vectors="disk", reason=why, is_resident=False)
 
@@ -107,10 +113,21 @@ def code_training_rows(rows: int) -> int:
     return min(training_rows(rows), _CODE_TRAINING_ROWS)
 
 
-def scann_serving_bytes(rows: int, dim: int, *, vectors: Literal["memory", "disk"]) -> int:
-    """Memory of an open ScaNN searcher: measured 2,138 B a row of 512 with its vectors and 60 to 130 B without."""
+def scann_serving_bytes(
+    rows: int, dim: int, *, vectors: Literal["memory", "disk"], resident_rows: int | None = None
+) -> int:
+    """Memory of a session that searches with ScaNN: ids of all rows; codes, perhaps vectors, of those held at once.
+
+    A million rows of 512 with their vectors: measured 2,177 MB after a batch by vector and, beside the words (see
+    `plan.WORD_MEMORY`), 2,210 MB after a batch by both; by this 2,205.
+    """
     numbers = 4 * dim if vectors == "memory" else 0
-    return rows * (numbers + math.ceil(dim / scann_block(dim)) // 2 + _SCANN_ROW_BYTES + ID_BYTES)
+    held = rows if resident_rows is None else resident_rows
+    return _id_bytes(rows, ID_BYTES) + held * (numbers + math.ceil(dim / scann_block(dim)) // 2 + _SCANN_ROW_BYTES)
+
+
+def _id_bytes(rows: int, each: int) -> int:
+    return rows * (each + (MAP_BYTES if rows <= MAP_ROWS else 0))
 
 
 def scann_building_bytes(rows: int, dim: int) -> int:
@@ -168,7 +185,7 @@ def gigabytes(size: float) -> str:
 
 
 def _exact(rows: int, dim: int, ram: int, *, is_asked: bool) -> Structure:
-    size = rows * (4 * dim + LANCE_ID_BYTES)
+    size = rows * 4 * dim + _id_bytes(rows, LANCE_ID_BYTES)
     why = "it was asked for" if is_asked else f"below {EXACT_BELOW:,} rows comparing all is as quick"
     if size > ram:
         why += f"; it does not fit in {gigabytes(ram)}"
@@ -214,7 +231,7 @@ def _scann(
     rows: int, dim: int, *, shards: int, vectors: Literal["memory", "disk"], reason: str, is_resident: bool = True
 ) -> Structure:
     each = math.ceil(rows / shards)
-    serving = scann_serving_bytes(rows if is_resident else each, dim, vectors=vectors)
+    serving = scann_serving_bytes(rows, dim, vectors=vectors, resident_rows=rows if is_resident else each)
     codes = math.ceil(dim / scann_block(dim)) + 4 + 8  # unpacked on disk, the leaf, the id
     return Structure(
         kind="scann",
@@ -238,7 +255,7 @@ def lance_index_bytes(rows: int, dim: int) -> int:
 
 
 def _lance(rows: int, dim: int, ram: int, *, reason: str) -> Structure:
-    serving = rows * LANCE_ID_BYTES + min(_LANCE_CACHE_BYTES, lance_index_bytes(rows, dim))
+    serving = _id_bytes(rows, LANCE_ID_BYTES) + min(_LANCE_CACHE_BYTES, lance_index_bytes(rows, dim))
     return Structure(
         kind="lance",
         rows=rows,

@@ -27,6 +27,7 @@ from index.search.sizes import (
     working_bytes,
 )
 from index.stats import bytes_by_part, folder_bytes
+from index.store import MAP_ROWS
 from tests.fakes import HashEmbedder, sample, write_img2dataset, write_tar
 
 MS = 1e-3
@@ -104,9 +105,13 @@ def test_a_budget_that_builds_nothing_is_refused() -> None:
 
 
 def test_the_bytes_of_a_row_by_hand() -> None:
-    assert scann_serving_bytes(1, 512, vectors="memory") == 2048 + 85 + 8 + 32
-    assert scann_serving_bytes(1, 512, vectors="disk") == 85 + 8 + 32
-    assert scann_serving_bytes(1, 768, vectors="disk") == 96 + 8 + 32
+    ids = 5 * 8  # the same in all: see `ID_BYTES`
+    assert scann_serving_bytes(1, 512, vectors="memory") == 2048 + 85 + 8 + ids + 24
+    assert scann_serving_bytes(1, 512, vectors="disk") == 85 + 8 + ids + 24
+    assert scann_serving_bytes(1, 768, vectors="disk") == 96 + 8 + ids + 24
+    many = MAP_ROWS + 1  # of which no map is kept
+    assert scann_serving_bytes(many, 512, vectors="disk") == many * (85 + 8 + ids)
+    assert scann_serving_bytes(1000, 512, vectors="disk", resident_rows=10) == 10 * (85 + 8) + 1000 * (ids + 24)
     assert training_rows(50_000) == 50_000
     assert training_rows(1_000_000) == 200_000
 
@@ -124,7 +129,8 @@ def test_a_plan_by_hand() -> None:
     assert plan.bytes["rows"] == pytest.approx(2.5e9)
     assert plan.bytes["word index"] == pytest.approx(80e6 * module.WORD_BYTES)
     assert plan.bytes["searcher"] == plan.structure.disk_bytes
-    assert plan.memory["serving"] == 1e9 + scann_serving_bytes(1_000_000, 512, vectors="memory")
+    searcher = scann_serving_bytes(1_000_000, 512, vectors="memory")
+    assert plan.memory["serving"] == 1e9 + searcher + 80e6 * module.WORD_MEMORY
     assert plan.total_bytes == pytest.approx(sum(plan.bytes.values()))
     assert plan.hours == pytest.approx(sum(plan.seconds.values()) / 3600)
     assert (plan.expected_recall, plan.warnings) == (0.95, ())
@@ -156,8 +162,8 @@ def test_machines_share_the_pairs_and_the_time() -> None:
 def test_plans_on_paper_for_the_web(pairs: int, machines: int, ram: int) -> None:
     plan = make_plan(pairs, costs(), ram=ram, machines=machines, processors=16)
     each = math.ceil(pairs / machines)
-    assert (plan.structure.kind, plan.structure.vectors) == ("scann", "disk")  # 100 M x 512: 12.5 GB of codes and ids
-    assert plan.structure.serving_bytes == each * (85 + 8 + 32)
+    assert (plan.structure.kind, plan.structure.vectors) == ("scann", "disk")  # 100 M x 512: 13.3 GB of codes and ids
+    assert plan.structure.serving_bytes == each * (85 + 8 + 40)
     assert plan.memory["building"] <= ram + 1e9 + working_bytes(512)
     assert plan.bytes["rows"] == each * 2500
     assert plan.seconds["pairs"] == pytest.approx(each * MS)
