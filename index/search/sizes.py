@@ -15,8 +15,6 @@ from index.store import MAP_ROWS
 
 # Bytes a row, beside the numbers themselves
 ID_BYTES = 40  # five arrays of int64: by position, ascending, their order in the searcher; all and valid in the view
-    40  # five arrays of int64: by position, ascending, and their order in the searcher; all and valid in the view
-)
 LANCE_ID_BYTES = 24  # the searcher has no positions
 MAP_BYTES = 24  # of the `RowMap` that a session keeps once it has looked many pairs up
 _SCANN_ROW_BYTES = 8  # its leaf, and the slack of the leaves' code blocks
