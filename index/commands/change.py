@@ -138,7 +138,7 @@ def _removal(base: "KnowledgeBase", gone: Sequence[int], wanted: Sequence[int], 
         "kb": base.name,
         "removed": len(gone),
         "ids": [str(i) for i in gone],
-        "notes": [f"the filter matches no pair; {listed_datasets(base.store.datasets())}"] if is_in_vain else [],
+        "notes": [f"the filter matches no pair, and {listed_datasets(base.store.datasets())}"] if is_in_vain else [],
         "missing": [str(i) for i in sorted(set(wanted) - set(gone))],
         "snapshot": base.store.version,
     }
