@@ -25,11 +25,11 @@ from radt.conditioning import Condition, concatenate
 from radt.diffusion.denoiser import Denoise, Denoiser
 from radt.diffusion.schedule import per_pixel
 from radt.diffusion.thresholding import Threshold, static_threshold
+from radt.settings import BranchOrder
 from radt.shapes import PerExample, Pixels
 
 Branch = Literal["text", "neighbor"]
 Plan = tuple[Branch, ...]  # one image's branch at every step
-Order = Literal["coin", "low_discrepancy", "text_first", "neighbor_first"]
 
 
 def interleaved(
@@ -101,7 +101,7 @@ def drop_in_second_half(pair: Condition, *, text: Bool[Tensor, " b"], neighbors:
     )
 
 
-def plan_branches(num_steps: int, *, text_share: float, order: Order, generator: torch.Generator) -> Plan:
+def plan_branches(num_steps: int, *, text_share: float, order: BranchOrder, generator: torch.Generator) -> Plan:
     """Choose one image's branches; `text_share` is eta, the user's dial from neighbours (0) to prompt (1).
 
     "coin" is the source's rule: each step draws R ~ U[0, 1] from the image's own generator, and R < eta strengthens
