@@ -184,7 +184,7 @@ class KnowledgeBase:
         try:
             return self.retriever.search(text, **asked)
         except (OSError, ValueError, KnowledgeBaseError):  # Lance has no error of its own for a missing file
-            if not self._is_outdated():
+            if not self.is_outdated():
                 raise
             return self.retriever.search(text, **asked)  # a compaction has deleted a file that was being read
 
@@ -214,6 +214,10 @@ class KnowledgeBase:
             self.store.refresh()
             if Manifest.read(self.directory) == self.manifest:
                 return
+
+    def is_outdated(self) -> bool:
+        """Whether others have changed it since it was read, so that what has failed may be tried again."""
+        return self.store.refresh() or Manifest.read(self.directory) != self.manifest
 
     @property
     def note(self) -> str:
@@ -386,9 +390,6 @@ class KnowledgeBase:
                 f"{self.directory} is of an older format and has to be upgraded in place before it is read: {error}"
             ) from error
         return manifest
-
-    def _is_outdated(self) -> bool:
-        return self.store.refresh() or Manifest.read(self.directory) != self.manifest
 
     def _past_retriever(self) -> Retriever:
         if self.store.refresh() or self._retriever is None:

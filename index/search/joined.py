@@ -42,7 +42,8 @@ class JoinedKnowledgeBase:
         self.manifest = parts[0].manifest
         self.embedder: Embedder = parts[0].embedder
         self.store = JoinedStore([part.store for part in parts])
-        self._retriever = Retriever.over(self.store, self._make_view, self.embedder)
+        self._retriever: Retriever | None = None
+        self._asked: list[Retriever] = []  # of the parts, when that was made
 
     @classmethod
     def open(
@@ -68,14 +69,21 @@ class JoinedKnowledgeBase:
 
     def query(self, text: str | None = None, **asked: Any) -> SearchResult:
         """`search`, with where the time went."""
-        result = self.retriever.search(text, **asked)
+        try:
+            result = self.retriever.search(text, **asked)
+        except (OSError, ValueError, KnowledgeBaseError):  # as in `KnowledgeBase.query`
+            if not any(part.is_outdated() for part in self.parts):
+                raise
+            result = self.retriever.search(text, **asked)
         return replace(result, hits=[replace(hit, kb=self.part_of(hit.id).name) for hit in result.hits])
 
     @property
     def retriever(self) -> Retriever:
         """The retriever over all parts as they are now."""
-        for part in self.parts:
-            part.store.refresh()
+        asked = [part.retriever for part in self.parts]  # each anew when its `kb.json` names another searcher
+        if self._retriever is None or any(now is not before for now, before in zip(asked, self._asked, strict=True)):
+            self._retriever = Retriever.over(self.store, self._make_view, self.embedder)
+            self._asked = asked
         return self._retriever
 
     @property

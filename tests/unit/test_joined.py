@@ -15,6 +15,7 @@ from index.knowledge_base import KnowledgeBase
 from index.records import Hit, ImageLocation, StoredPair, pair_id
 from index.search import view
 from index.search.joined import JoinedKnowledgeBase
+from index.search.retriever import Retriever
 from tests.fakes import HashEmbedder
 
 EMBEDDER = HashEmbedder()
@@ -77,6 +78,47 @@ def same(got: list[Hit], expected: list[Hit]) -> None:
         ours, theirs = ([getattr(hit, name) for hit in hits] for hits in (got, expected))
         if theirs and theirs[0] is not None:
             np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+
+
+def test_it_follows_the_searcher_of_every_part(tmp_path: Path) -> None:
+    """One is built anew, which leaves no trace in the table."""
+    parts = [
+        fill(tmp_path / name, numbers, indexed=False) for name, numbers in (("a", range(40)), ("b", range(40, 60)))
+    ]
+    parts[0].build_search("lance")
+    joined = JoinedKnowledgeBase.open([tmp_path / "a", tmp_path / "b"], EMBEDDER)
+    expected = facts(joined.search("w2 w1", k=9, by="clip", exact=True))
+    before, version = joined.retriever, parts[0].store.version
+    assert joined.retriever is before
+    parts[0].build_search("lance", recall=0.9)
+    assert parts[0].store.version == version
+    assert joined.retriever is not before
+    assert facts(joined.search("w2 w1", k=9, by="clip")) == expected
+    assert joined.parts[0].manifest.searcher == parts[0].manifest.searcher
+    parts[1].store.add([stored(99)])
+    assert len(joined.search("w2", k=99, by="clip")) == 61
+
+
+def test_what_a_compaction_took_away_is_looked_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = [fill(tmp_path / name, numbers) for name, numbers in (("a", range(9)), ("b", range(9, 20)))]
+    joined = JoinedKnowledgeBase.open([tmp_path / "a", tmp_path / "b"], EMBEDDER)
+    search, failures = Retriever.search, iter([True, False, True])
+
+    def sometimes(self: Retriever, *args: Any, **kwargs: Any) -> Any:
+        if next(failures):
+            raise OSError("Not found: data/1.lance")
+        return search(self, *args, **kwargs)
+
+    assert joined.retriever is joined.retriever
+    parts[1].store.add([stored(30)])
+    monkeypatch.setattr(Retriever, "search", sometimes)
+    refresh = KnowledgeBase.refresh
+    monkeypatch.setattr(KnowledgeBase, "refresh", lambda self: None)  # the other writes just after this one has looked
+    monkeypatch.setattr(KnowledgeBase, "is_outdated", lambda self: refresh(self) or self.store.count() == 12)
+    assert len(joined.search("w2", k=99, by="clip")) == 21
+    monkeypatch.setattr(KnowledgeBase, "is_outdated", lambda self: False)
+    with pytest.raises(OSError, match="Not found"):
+        joined.search("w2")
 
 
 QUERIES = ["w2 w1 w3", "w40 winding w2", "nowhere"]
