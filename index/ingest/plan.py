@@ -32,6 +32,7 @@ from index.ingest.shards import IMAGE_SUFFIXES, Sample, beside, suffix_of
 from index.ingest.sources import sources_blamed
 from index.knowledge_base import CALIBRATION_CAPTIONS, SearcherChoice
 from index.records import BadSample, Pair, ShardRecord, StoredPair
+from index.search.duplicates import COMPARED_ROWS
 from index.search.searcher import DEFAULT_RECALL
 from index.search.sizes import Structure, choose_structure, default_ram, working_bytes
 from index.stats import folder_bytes
@@ -45,6 +46,11 @@ ID_INDEX_BYTES = 12.3  # for each row: id (BTREE) and kind (BITMAP), from 20,000
 ID_INDEX_SECONDS = 4e-7  # for each row
 TRUTH_SECONDS = 5.4e-11  # for each query, row and number: the exact answers that a searcher is calibrated with
 
+# Of one processor, to look for near-duplicates. By comparing every two: for each two rows and number; a minute at
+# 100,000 x 512. By asking the searcher for the neighbours of each row: for each row, shard, root of a shard's rows (the
+# size of a leaf) and number; 100,000 x 128 took 4.0 s, a million at most 1.8 times what this says
+COMPARE_SECONDS = 1.2e-11
+NEIGHBORS_SECONDS = 1.0e-9
 _LANCE_CACHE_BYTES = 6 << 30  # what Lance keeps of its indices, by default
 
 PROBE_PAIRS = 320
@@ -108,7 +114,7 @@ class Plan:
     bytes: dict[str, float]  # on disk of each: rows, searcher, word index, id index
     memory: dict[str, float]  # of each process: building, serving
     expected_recall: float  # 1 for exact; else what calibration sets out to reach, and says when it does not
-    seconds: dict[str, float]  # pairs, searcher, word index, id index, calibration
+    seconds: dict[str, float]  # pairs, searcher, word index, id index, calibration, duplicates
     stages: dict[str, float]  # seconds a pair: read, decode, embed, write; with all threads at work
     pairs_per_second: float
     bottleneck: Bound
@@ -188,6 +194,7 @@ def make_plan(
         "word index": each * WORD_SECONDS / processors,
         "id index": each * ID_INDEX_SECONDS if has_index else 0.0,
         "calibration": _truth_seconds(structure) / processors,
+        "duplicates": _duplicates_seconds(structure) / processors,
     }
     return Plan(
         pairs=pairs,
@@ -450,6 +457,13 @@ def _truth_seconds(structure: Structure) -> float:
     if structure.kind == "exact":
         return 0.0
     return TRUTH_SECONDS * CALIBRATION_CAPTIONS * structure.rows * structure.dim
+
+
+def _duplicates_seconds(structure: Structure) -> float:
+    rows, dim = structure.rows, structure.dim
+    if structure.kind == "exact":
+        return COMPARE_SECONDS * rows * rows * dim if rows <= COMPARED_ROWS else 0.0
+    return NEIGHBORS_SECONDS * rows * structure.shards * math.sqrt(rows / structure.shards) * dim
 
 
 def _warnings(structure: Structure, ram: int) -> tuple[str, ...]:

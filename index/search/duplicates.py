@@ -40,7 +40,7 @@ _NEIGHBORS = 11  # of each row that are looked at first, itself among them; twic
 _MOST_NEIGHBORS = 1408  # up to so many. Of a million made-up pairs, 16 in 100 asked for 22, 1 for 176, none for 704
 _CROWDED_AT_ONCE = 1 << 15  # rows that have more: every two of them are compared, so many at once
 _BATCH = 4096  # rows
-_EXACT_LIMIT = 200_000  # rows up to which every two are compared: a minute on one core at 100,000 x 512
+COMPARED_ROWS = 200_000  # rows up to which every two are compared: a minute on one core at 100,000 x 512
 _BLOCK_SCORES = 1 << 24  # products held at once
 _BLOCK_LINKS = 1 << 21  # links held at once
 _JOINED_AT_ONCE = 1 << 16
@@ -202,7 +202,7 @@ def build_duplicates(
     if near is not None and not 0 < near <= 1:
         raise ConfigError(f"near-duplicates have a cosine above 0 and up to 1, got {near}")
     start = time.perf_counter()
-    if isinstance(searcher, ExactSearcher) and len(searcher.ids) > _EXACT_LIMIT:
+    if isinstance(searcher, ExactSearcher) and len(searcher.ids) > COMPARED_ROWS:
         near = None
     rows = _read_rows(store)
     forest = _Forest(len(rows.ids))

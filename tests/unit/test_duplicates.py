@@ -227,7 +227,7 @@ def test_members_are_the_whole_group_and_those_asked_for() -> None:
 
 def test_many_rows_to_compare_exactly_are_told_apart_by_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = store_of(tmp_path / "kb", corpus(2, 40))
-    monkeypatch.setattr(module, "_EXACT_LIMIT", 39)
+    monkeypatch.setattr(module, "COMPARED_ROWS", 39)
     found = build_duplicates(store, exact_searcher(store), tmp_path)
     assert found.summary()["near"] is None
     assert found.summary()["groups"] == found.summary()["exact_groups"]

@@ -137,6 +137,18 @@ def test_a_plan_by_hand() -> None:
     json.dumps(plan.to_json(), allow_nan=False)
 
 
+def test_duplicates_are_looked_for_by_comparing_few_rows_and_by_searching_for_many() -> None:
+    few = make_plan(10_000, costs(), processors=2)
+    assert few.seconds["duplicates"] == pytest.approx(module.COMPARE_SECONDS * 10_000**2 * 512 / 2)
+    many = make_plan(1_000_000, costs(), processors=2, ram=64 * 10**9)
+    assert many.seconds["duplicates"] == pytest.approx(module.NEIGHBORS_SECONDS * 1_000_000 * 1000 * 512 / 2)
+    shards = make_plan(1_000_000, costs(), processors=2, ram=2 * 10**9)
+    root = math.sqrt(shards.structure.shards)  # of shards a row is looked up in each, and the leaves are smaller
+    assert shards.structure.shards > 1
+    assert shards.seconds["duplicates"] == pytest.approx(many.seconds["duplicates"] * root)
+    assert make_plan(10**6, costs(), kind="exact").seconds["duplicates"] == 0.0  # by their bytes alone
+
+
 def test_what_holds_a_build_up() -> None:
     assert make_plan(100, costs(), workers=1, processors=4).bottleneck == "decode"
     slow_disk = StageCost(seconds=9 * MS, processor_seconds=0.0)
