@@ -12,8 +12,6 @@ import typer
 from index.commands.options import (
     DatasetOption,
     JsonOption,
-    KbOption,
-    ModelOption,
     RamOption,
     RecallOption,
     WaitOption,
@@ -40,8 +38,14 @@ def add_build(app: typer.Typer, default_model: str | None) -> None:
     @app.command()
     def build(
         sources: Annotated[list[str], typer.Argument(help="Folders, files or patterns, here or in a bucket.")],
-        kb: KbOption,
-        model: ModelOption = None,
+        kb: Annotated[Path, typer.Option("--kb", help="Folder of the knowledge base; made where there is none.")],
+        model: Annotated[
+            str | None,
+            typer.Option(
+                help="What makes the vectors: an open_clip name (NAME or NAME/WEIGHTS), or a model folder or bundle. A "
+                "knowledge base keeps its first."
+            ),
+        ] = None,
         dataset: DatasetOption = None,
         searcher: Annotated[
             Literal["auto", "exact", "scann", "lance"],
@@ -67,10 +71,13 @@ def add_build(app: typer.Typer, default_model: str | None) -> None:
         ] = None,
         copy_images: Annotated[
             bool,
-            typer.Option("--copy-images/--no-copy-images", help="Keep the images, so that the sources may be deleted."),
+            typer.Option(
+                "--copy-images/--no-copy-images", help="Keep the images of shards read now: their sources may go."
+            ),
         ] = False,
         thumbnails: Annotated[
-            int | None, typer.Option(min=1, metavar="N", help="Keep JPEGs of at most N pixels a side.")
+            int | None,
+            typer.Option(min=1, metavar="N", help="Keep JPEGs of at most N pixels a side, of shards read now."),
         ] = None,
         allow_partial: Annotated[
             bool, typer.Option("--allow-partial/--no-allow-partial", help="Take shards that are not complete.")

@@ -20,7 +20,7 @@ from index.commands.options import (
     say,
 )
 from index.errors import QueryError
-from index.filters import listed_datasets
+from index.filters import PAIR_FIELDS, listed_datasets
 
 if TYPE_CHECKING:
     from index.compaction import CompactReport
@@ -65,7 +65,11 @@ def add_changes(app: typer.Typer, default_model: str | None) -> None:
         kb: KbOption,
         ids: Annotated[list[int] | None, typer.Option("--id", help="A pair to take down; may be repeated.")] = None,
         where: Annotated[
-            str | None, typer.Option(help="An SQL filter: caption LIKE '%dog%', metadata LIKE '%example.org%'.")
+            str | None,
+            typer.Option(
+                help="An SQL filter, such as caption LIKE '%dog%' or metadata LIKE '%example.org%'; the fields are "
+                f"{', '.join(PAIR_FIELDS)}."
+            ),
         ] = None,
         dataset: Annotated[
             str | None, typer.Option(help="A whole dataset, or with --where what the filter leaves of it.")
@@ -96,7 +100,12 @@ def add_changes(app: typer.Typer, default_model: str | None) -> None:
     @app.command()
     def compact(
         kb: KbOption,
-        keep: Annotated[int | None, typer.Option(min=0, help="Newest snapshots to keep; all if not given.")] = None,
+        keep: Annotated[
+            int | None,
+            typer.Option(
+                min=0, help="Newest snapshots to keep; all if not given. Those with removed pairs go in any case."
+            ),
+        ] = None,
         wait: WaitOption = 0,
         as_json: JsonOption = False,
     ) -> None:

@@ -63,7 +63,9 @@ RecallOption = Annotated[
     float | None,
     typer.Option("--recall", min=0.01, max=1.0, help="Share of the true ten a searcher is to find; 0.95 if not given."),
 ]
-DatasetOption = Annotated[str | None, typer.Option("--dataset", help="Name of the dataset.")]
+DatasetOption = Annotated[
+    str | None, typer.Option("--dataset", help="Name of their dataset; if not given, that of the source's folder.")
+]
 
 
 def names(model: str | None) -> list[str]:

@@ -21,19 +21,25 @@ def add_verify(app: typer.Typer, default_model: str | None) -> None:
     @app.command()
     def verify(
         kb: KbOption,
-        sample: Annotated[int, typer.Option(min=1, metavar="N", help="How many rows, drawn at random.")] = 256,
+        sample: Annotated[
+            int | None, typer.Option(min=1, metavar="N", help="How many rows, drawn at random; 256 if not given.")
+        ] = None,
         every: Annotated[bool, typer.Option("--all/--no-all", help="Every row, and every shard.")] = False,
         seed: Annotated[int, typer.Option(help="Draws the rows.")] = 0,
         model: ModelOption = None,
         as_json: JsonOption = False,
     ) -> None:
         """Check that id, vector, caption and image belong together, and that searches find them. Exit 1 if not."""
+        from index.verify import SAMPLE
         from index.verify import verify as verify_knowledge_base
 
+        if every and sample is not None:
+            raise typer.BadParameter("give --sample or --all, not both")
+        sample = None if every else sample or SAMPLE
         base = open_for_query(kb, model, default_model)
-        rows = len(base) if every else min(sample, len(base))
+        rows = min(sample or len(base), len(base))
         with _progress(rows, is_silent=as_json) as advance:
-            report = verify_knowledge_base(base, sample=None if every else sample, seed=seed, on_rows=advance)
+            report = verify_knowledge_base(base, sample=sample, seed=seed, on_rows=advance)
         print_json(report.to_json()) if as_json else _print(report)
         if not report.is_sound:
             raise typer.Exit(1)

@@ -93,6 +93,7 @@ def test_added_pairs_are_those_that_were_not_there(shell: Shell, kb: Path, corpu
         ["build", "x", "--kb", "kb", "--ray-address", "a:1"],
         ["plan", "x", "--ram", "0"],
         ["stats", "--kb", "kb", "--limit", "3"],
+        ["verify", "--kb", "kb", "--all", "--sample", "3"],
         ["stats", "--kb", "kb", "--where", "key = 'a'"],
         ["remove", "--kb", "kb", "--id", "3", "--dataset", "pets"],
     ],
