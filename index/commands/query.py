@@ -83,14 +83,13 @@ class Answer:
 
 
 _JSON_HELP = (
-    "--json prints query, kb, snapshot, timings_ms and hits: each id (a string), rank, score, clip and bm25 (null: not "
-    "asked for), caption, dataset, image (uri, offset, size) and metadata; kb with several knowledge bases, part with "
-    "--decompose. Where they apply also shortfall, parts, note, exact (recall, missed, extra, timings_ms) and why_not "
-    "(id, stage, sentence, where it stands). --explain adds stages, words, searcher, and to each hit terms and ranks. "
-    "With --queries these lie in queries, one for each line."
+    "--json prints query, kb, snapshot, asked (by, fusion, rank_constant, k, and the depth of each list), timings_ms "
+    "and hits: each id (a string), rank, score, clip and bm25 (null: not asked for), caption, dataset, image (uri, "
+    "offset, size) and metadata; kb with several knowledge bases, part with --decompose. Where they apply also "
+    "shortfall, parts, note, exact (recall, vector_recall, missed, extra, timings_ms), why_not (id, stage, sentence, "
+    "where it stands). --explain adds stages, words, searcher, and to each hit terms and ranks. With --queries these "
+    "lie in queries, one for each line."
 )
-
-
 _DEFAULTS = {"k": 5, "by": "hybrid", "fusion": "rrf", "diversity": 0.0, "decompose": "off"}
 
 
@@ -158,14 +157,16 @@ def add_query(app: typer.Typer, default_model: str | None) -> None:
         asked: dict[str, Any] = {"k": k, "by": by, "fusion": fusion, "where": where, "dataset": dataset}
         asked |= {"min_score": min_score, "min_clip": min_clip, "min_bm25": min_bm25}
         asked |= {"diversity": diversity, "decompose": decompose}
-        head = {"kb": kbs[0] if len(kbs) == 1 else kbs, "snapshot": base.store.version}
+        head: dict[str, Any] = {"kb": kbs[0] if len(kbs) == 1 else kbs, "snapshot": base.store.version}
         if queries is not None:
+            head["asked"] = _told(asked, by=by)
             _ask_all(base, read_lines(queries), asked, head=head, exact=exact, as_json=as_json, is_explained=explain)
             return
         if pair is not None or is_random:
             question = _like_a_pair(base, pair, text=text, seed=seed)
         else:
             question = _question(base, text, image=image, vector=vector)
+        head["asked"] = _told(asked, by="clip" if by == "hybrid" and question.text is None else by)
         needs_terms = explain or html is not None or not as_json
         answer = _answer(base, question, asked, exact=exact, why_not=why_not, needs_terms=needs_terms)
         facts = _facts(base) if explain else {}
@@ -190,6 +191,17 @@ def _check_usage(text: str | None, ways: Mapping[str, Any], *, seed: int | None,
         raise typer.BadParameter("--seed goes with --random")
     if "queries" in given and about_one:
         raise typer.BadParameter("--html and --why-not are about one query, not about --queries")
+
+
+def _told(asked: Mapping[str, Any], *, by: str) -> dict[str, Any]:
+    """What the scores depend on, for who compares them with others; null: of no effect."""
+    from index.search.fusion import RANK_CONSTANT
+    from index.search.request import Request
+
+    fusion = asked["fusion"] if by == "hybrid" else None
+    constant = RANK_CONSTANT if fusion == "rrf" else None
+    depth = Request(k=asked["k"], by="hybrid").depth
+    return {"by": by, "fusion": fusion, "rank_constant": constant, "k": asked["k"], "depth": depth}
 
 
 def _ask_all(

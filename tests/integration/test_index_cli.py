@@ -87,7 +87,8 @@ def test_build_prints_what_it_did(shell: Shell, corpus: Path, tmp_path: Path) ->
 
 def test_query_prints_the_document_of_the_design(shell: Shell, kb: Path, corpus: Path) -> None:
     document = shell.json("query", "a red circle", "--kb", kb, "-k", 3)
-    assert list(document) == ["query", "kb", "snapshot", "timings_ms", "hits"]
+    assert list(document) == ["query", "kb", "snapshot", "asked", "timings_ms", "hits"]
+    assert document["asked"] == {"by": "hybrid", "fusion": "rrf", "rank_constant": 60, "k": 3, "depth": 100}
     assert (document["query"], document["kb"]) == ("a red circle", str(kb))
     assert {"embed", "vector", "lexical", "fuse", "fetch"} <= document["timings_ms"].keys()
     hits = document["hits"]
@@ -106,11 +107,13 @@ def test_query_by_words_by_image_and_by_pair(shell: Shell, kb: Path, tmp_path: P
     (tmp_path / "q.png").write_bytes(encode(draw(7)))
     by_image = shell.json("query", "--image", tmp_path / "q.png", "--kb", kb, "--by", "clip", "-k", 1)
     assert by_image["hits"][0]["caption"] == caption_of(7)
+    assert by_image["asked"] == {"by": "clip", "fusion": None, "rank_constant": None, "k": 1, "depth": 100}
     assert by_image["hits"][0]["clip"] == pytest.approx(1, abs=1e-5)
     pair = by_image["hits"][0]["id"]
     by_pair = shell.json("query", "--id", pair, "--kb", kb, "-k", 100)
     assert pair not in {hit["id"] for hit in by_pair["hits"]}
     assert len(by_pair["hits"]) == 29
+    assert (by_pair["asked"]["by"], by_pair["asked"]["depth"]) == ("clip", 1000)  # without words, hybrid means clip
 
 
 def test_query_within_a_filter_and_above_a_score(shell: Shell, kb: Path) -> None:
@@ -139,7 +142,7 @@ def test_query_leaves_a_page_and_says_why_not(shell: Shell, kb: Path, tmp_path: 
 
 def test_query_says_what_comparing_every_pair_changes(shell: Shell, kb: Path) -> None:
     document = shell.json("query", "a red circle", "--kb", kb, "-k", 4, "--exact")
-    assert list(document) == ["query", "kb", "snapshot", "timings_ms", "hits", "exact"]
+    assert list(document) == ["query", "kb", "snapshot", "asked", "timings_ms", "hits", "exact"]
     exact = document["exact"]
     assert (exact["recall"], exact["missed"], exact["extra"]) == (1, [], [])
     assert "compared with every pair: recall 1.00" in shell("query", "a red circle", "--kb", kb, "--exact")[1]

@@ -108,7 +108,18 @@ def test_every_field_of_the_documents_is_in_the_help(shell: Shell, kb: Path, tmp
     (tmp_path / "q.txt").write_text("red")
     hit = document["hits"][0]
     several = shell.json("query", "--queries", tmp_path / "q.txt", "--kb", kb)
-    for name in {*document, *hit, *hit["image"], *document["exact"], "stage", "sentence", *several, "kb", "note"}:
+    for name in {
+        *document,
+        *hit,
+        *hit["image"],
+        *document["exact"],
+        *document["asked"],
+        "stage",
+        "sentence",
+        *several,
+        "kb",
+        "note",
+    }:
         assert name in words, name
 
 
@@ -129,11 +140,11 @@ def test_many_queries_are_written_as_they_are_answered(
     (tmp_path / "q.txt").write_text("\n".join(lines))
     words = ["query", "--queries", tmp_path / "q.txt", "--kb", kb, "--by", "bm25", "--explain"]
     whole = shell.json(*words)
-    assert list(whole) == ["kb", "snapshot", "queries", "searcher"]
+    assert list(whole) == ["kb", "snapshot", "asked", "queries", "searcher"]
     for line, told in zip(lines, whole["queries"], strict=True):
         alone = shell.json("query", line, "--kb", kb, "--by", "bm25", "--explain")
         assert told["hits"] == alone["hits"]
-        assert told.keys() == alone.keys() - {"kb", "snapshot", "searcher"}
+        assert told.keys() == alone.keys() - {"kb", "snapshot", "asked", "searcher"}
     from index.search.retriever import Retriever
 
     search, asked = Retriever.search, []
