@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _WORDS_SHOWN = 4  # of a hit
 _LONGEST = 160  # characters of a caption
+_LONG_MS = 5000.0  # from here on in seconds
 _BAR = 20  # characters of the longest bar
 
 
@@ -33,9 +34,7 @@ def print_answer(answer: "Answer", head: Mapping[str, Any], facts: Mapping[str, 
     if result.shortfall:
         console.print(escape(result.shortfall), highlight=False)
     load = result.timings_ms.get("load", 0.0)
-    took = f"{sum(result.timings_ms.values()) - load:.1f} ms" + f", and {load / 1e3:.1f} s to load the model" * (
-        load > 1
-    )
+    took = _took(sum(result.timings_ms.values()) - load) + f", and {_took(load)} to load the model" * (load > 1)
     console.print(
         f"[dim]{escape(_joined(head['kb']))}, snapshot {_joined(head['snapshot'])}, {took}[/dim]", highlight=False
     )
@@ -62,6 +61,10 @@ def print_answers(answers: "Sequence[Answer]") -> None:
         took = sum(times.values()) - times.get("load", 0.0)
         table.add_row(escape(answer.question.label), *best, f"{len(hits)}{recall}", f"{took:.1f}")
     Console().print(table)
+
+
+def _took(ms: float) -> str:
+    return f"{ms:.1f} ms" if ms < _LONG_MS else f"{ms / 1e3:.1f} s"
 
 
 def _joined(value: Any) -> str:
@@ -153,7 +156,5 @@ def _waterfall(result: "SearchResult") -> Table:
 
 def _print_difference(console: Console, exact: "ExactDifference") -> None:
     console.print(f"[bold]compared with every pair: recall {exact.recall:.2f}[/bold]; {exact.summary}", highlight=False)
-    for verb, hits in (("missed", exact.missed), ("had instead", exact.extra)):
-        for hit in hits:
-            line = f"  {verb} number {hit.rank}: {escape(_short(hit.caption))} [dim]{hit.id}[/dim]"
-            console.print(line, highlight=False)
+    for fate, hit in exact.lines:
+        console.print(f"  {fate}: {escape(_short(hit.caption))} [dim]{hit.id}[/dim]", highlight=False)

@@ -236,11 +236,7 @@ def _note(title: str, content: str, image: str = "") -> str:
 
 def _difference(exact: ExactDifference) -> str:
     sentence = html.escape(f"{exact.summary[0].upper()}{exact.summary[1:]}.")
-    lines = [
-        f"<li>{verb} number {hit.rank}, {html.escape(hit.caption)}</li>"
-        for verb, hits in (("missed", exact.missed), ("had instead", exact.extra))
-        for hit in hits
-    ]
+    lines = [f"<li>{fate}: {html.escape(hit.caption)}</li>" for fate, hit in exact.lines]
     return f"<p>{sentence}</p>" + (f"<ul>{''.join(lines)}</ul>" if lines else "")
 
 

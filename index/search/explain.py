@@ -75,6 +75,19 @@ class ExactDifference:
         return (looked_at_all or "vector" not in self.approximate.lists) and not self.missed
 
     @property
+    def vector_recall(self) -> float | None:
+        """The share of as many nearest vectors as there are hits that the searcher found; None without vectors.
+
+        Below it, `recall` has another cause: fused over all pairs, ranks are others than among the best of each list.
+        """
+        k, shares = len(self.exact.hits), []
+        for exact, found in zip(
+            *(each.lists.get("vector", []) for each in (self.exact, self.approximate)), strict=True
+        ):
+            shares.append(np.isin(exact[:k], found[:k]).mean() if k else 1.0)
+        return float(np.mean(shares)) if shares else None
+
+    @property
     def summary(self) -> str:
         """What it cost, in a sentence."""
         times, first = self.timings_ms, "the searcher"
@@ -82,7 +95,23 @@ class ExactDifference:
             first = "the search, which compares every pair here too,"
             if "vector" not in self.approximate.lists:
                 first = "the search, which compares words alone and all of them,"
-        return f"{first} took {times['approximate']:.1f} ms, ranking every pair {times['exact']:.1f} ms"
+        took = f"{first} took {times['approximate']:.1f} ms, ranking every pair {times['exact']:.1f} ms"
+        if not self.missed or self.vector_recall is None or "words" not in self.approximate.lists:
+            return took
+        depth = max(map(len, self.approximate.lists["vector"]), default=0)
+        return (
+            f"of the nearest vectors it found {self.vector_recall:.2f}; the rest of the difference is that ranks among "
+            f"all pairs are fused, not those among the best {depth:,} of each list; {took}"
+        )
+
+    @property
+    def lines(self) -> list[tuple[str, Hit]]:
+        """What became of each hit that only one of the two has."""
+        lines = []
+        for hit in self.missed:
+            place = self.approximate.rank("duplicates", hit.id) or self.approximate.rank("union", hit.id)
+            lines.append((f"number {hit.rank} was {'not found' if place is None else f'number {place:,}'}", hit))
+        return lines + [(f"in place of those, as number {hit.rank}", hit) for hit in self.extra]
 
     @property
     def timings_ms(self) -> dict[str, float]:
@@ -96,6 +125,7 @@ class ExactDifference:
         """A JSON object."""
         return {
             "recall": self.recall,
+            "vector_recall": self.vector_recall,
             "missed": [_brief(hit) for hit in self.missed],
             "extra": [_brief(hit) for hit in self.extra],
             "timings_ms": {name: round(ms, 3) for name, ms in self.timings_ms.items()},

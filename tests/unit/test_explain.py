@@ -265,6 +265,8 @@ def test_what_the_approximate_search_missed(tmp_path: Path) -> None:
     difference = exact_difference(retriever.search, None, **asked)
     assert [hit.id for hit in difference.exact.hits] == [name(str(n)) for n in (0, 1, 2, 3)]
     assert not difference.is_moot
+    assert difference.vector_recall == 0.75
+    assert [line for line, _ in difference.lines] == ["number 2 was not found", "in place of those, as number 4"]
     document = difference.to_json()
     assert document["recall"] == 0.75
     assert [(hit["id"], hit["rank"]) for hit in document["missed"]] == [(str(name("1")), 2)]
@@ -417,3 +419,17 @@ def test_many_rows_outside_the_searcher_are_told_with_what_folds_them_in() -> No
     assert describe_searcher({**known, "newer": 0}) == "1,000,000 pairs by scann, recall@10 0.950"
     assert describe_searcher({**known, "newer": 7}).endswith("; 7 newer ones compared one by one")
     assert "`radt index compact` folds them in" in describe_searcher({**known, "newer": 30_000})
+
+
+def test_a_difference_that_is_not_the_searchers_is_told_as_such(tmp_path: Path) -> None:
+    """The nearest has no word of the query; 100 that share a word are far from it, nearer by rank in a short list."""
+    store = PairStore.create(tmp_path, dim=2)
+    far = [stored(f"far{n}", "a dog", 0.5 + n / 1000) for n in range(150)]
+    store.add([stored(str(n), "a cat", 0.99 - n / 1000) for n in range(300)] + far)
+    build_fts(store)
+    retriever = Retriever(store, exact_searcher(store))
+    difference = exact_difference(retriever.search, "dog", **{**ASKED, "k": 10, "by": "hybrid"})
+    assert difference.recall < difference.vector_recall == 1
+    assert "of the nearest vectors it found 1.00" in difference.summary
+    assert "among the best 100 of each list" in difference.summary
+    assert all(re.fullmatch(r"number \d+ was number \d+|in place of .*", line) for line, _ in difference.lines)
