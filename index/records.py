@@ -122,6 +122,18 @@ class StoredPair:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ShownPair:
+    """Of one row of the store what a hit shows: half as much to read as a `StoredPair`."""
+
+    id: int
+    dataset: str
+    caption: str
+    image: ImageLocation
+    sha256: str | None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Hit:
     """One retrieved pair. `clip` and `bm25` are the raw component scores; None means not asked for."""
 

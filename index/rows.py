@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from index.records import BadSample, ImageLocation, ShardRecord, StoredPair
+from index.records import BadSample, ImageLocation, ShardRecord, ShownPair, StoredPair
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -16,6 +16,9 @@ TABLE = "pairs"
 PAIR_COLUMNS = [
     *("id", "dataset", "source", "shard", "shard_digest", "key", "caption"),
     *("image_uri", "image_offset", "image_size", "image_sha256", "width", "height", "dhash", "metadata"),
+]
+SHOWN_COLUMNS = [
+    *("id", "dataset", "caption", "image_uri", "image_offset", "image_size", "image_sha256", "metadata"),
 ]
 SHARD_COLUMNS = ["dataset", "source", "shard", "shard_digest", "metadata"]
 
@@ -31,6 +34,18 @@ def arrow_table(rows: list[dict[str, Any]], schema: "pa.Schema") -> "pa.Table":
     if vectors:
         chunks.insert(0, pa.FixedSizeListArray.from_arrays(pa.array(np.concatenate(vectors)), type=vector.type))
     return columns.append_column(vector, pa.chunked_array(chunks, vector.type)).select(schema.names)
+
+
+def shown_pair(row: dict[str, Any], root: str) -> ShownPair:
+    """A row with `SHOWN_COLUMNS`. `root` is as in `stored_pair`."""
+    return ShownPair(
+        id=row["id"],
+        dataset=row["dataset"],
+        caption=row["caption"],
+        image=ImageLocation(uri=_resolve(row["image_uri"], root), offset=row["image_offset"], size=row["image_size"]),
+        sha256=row["image_sha256"],
+        metadata=json.loads(row["metadata"]),
+    )
 
 
 def stored_pair(row: dict[str, Any], root: str) -> StoredPair:

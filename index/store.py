@@ -21,12 +21,13 @@ from index.atomic import one_sentence
 from index.errors import KnowledgeBaseError, QueryError
 from index.filters import BAD_FIELDS, filter_errors
 from index.lock import writer_lock
-from index.records import BadSample, ShardRecord, StoredPair, table_schema
+from index.records import BadSample, ShardRecord, ShownPair, StoredPair, table_schema
 from index.remote import RemoteFolder
 from index.row_map import RowMap
 from index.rows import (
     PAIR_COLUMNS,
     SHARD_COLUMNS,
+    SHOWN_COLUMNS,
     TABLE,
     address,
     arrow_table,
@@ -35,6 +36,7 @@ from index.rows import (
     pair_row,
     removed_row,
     shard_record,
+    shown_pair,
     stored_pair,
 )
 
@@ -235,6 +237,12 @@ class PairStore:
         columns = [*PAIR_COLUMNS, *["vector"] * vectors, *["thumbnail"] * thumbnails]
         found = {row["id"]: row for row in self._named(wanted, columns).to_pylist()}
         return [stored_pair(found[i], self.root) for i in wanted if i in found]
+
+    def shown(self, ids: Sequence[int] | Int64[np.ndarray, " n"]) -> list[ShownPair]:
+        """`get`, of every row only what a hit shows."""
+        wanted = [int(i) for i in ids]
+        found = {row["id"]: row for row in self._named(wanted, SHOWN_COLUMNS).to_pylist()} if wanted else {}
+        return [shown_pair(found[i], self.root) for i in wanted if i in found]
 
     def captions_of(self, ids: Int64[np.ndarray, " k"]) -> dict[int, str]:
         """The captions of those of these pairs that are there, by id."""

@@ -6,7 +6,7 @@ one's. Built on the views of `view.py`; the retriever is the one that a single k
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property, reduce
 from operator import add
@@ -19,7 +19,7 @@ from numpy import ndarray
 
 from index.embedder import Embedder
 from index.errors import KnowledgeBaseError, QueryError
-from index.records import Hit, StoredPair
+from index.records import Hit, ShownPair, StoredPair
 from index.search.duplicates import Duplicates
 from index.search.ids import contains, distinct
 from index.search.lexical import LanceBM25, Lexical, RankBM25, Ranking, Subset, TfIdf, at_once, best_of, has_fts
@@ -144,11 +144,11 @@ class JoinedStore:
 
     def get(self, ids: Sequence[int] | Int64[ndarray, " n"], **asked: Any) -> list[StoredPair]:
         """Rows in the order of `ids`; an id that is not there (any more) is left out."""
-        wanted = [int(i) for i in ids]
-        found: dict[int, StoredPair] = {}
-        for part in self.parts:
-            found |= {pair.id: pair for pair in part.get([i for i in wanted if i not in found], **asked)}
-        return [found[i] for i in wanted if i in found]
+        return self._of_first(lambda part, some: part.get(some, **asked), ids)
+
+    def shown(self, ids: Sequence[int] | Int64[ndarray, " n"]) -> list[ShownPair]:
+        """`get`, of every row only what a hit shows."""
+        return self._of_first(lambda part, some: part.shown(some), ids)
 
     def datasets(self) -> dict[str, int]:
         """Pairs per dataset name, sorted by name; here a pair that several parts have counts for each."""
@@ -157,6 +157,16 @@ class JoinedStore:
             for name, pairs in part.datasets().items():
                 counts[name] = counts.get(name, 0) + pairs
         return dict(sorted(counts.items()))
+
+    def _of_first(
+        self, read: "Callable[[PairStore, list[int]], list[Any]]", ids: Sequence[int] | Int64[ndarray, " n"]
+    ) -> list[Any]:
+        """What is read of each pair in the first part that has it."""
+        wanted = [int(i) for i in ids]
+        found: dict[int, Any] = {}
+        for part in self.parts:
+            found |= {pair.id: pair for pair in read(part, [i for i in wanted if i not in found])}
+        return [found[i] for i in wanted if i in found]
 
 
 class JoinedView:

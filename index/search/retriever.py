@@ -14,7 +14,7 @@ from jaxtyping import Float32, Float64, Int64
 from numpy import ndarray
 
 from index.errors import KnowledgeBaseError, QueryError
-from index.records import Hit, StoredPair
+from index.records import Hit, ShownPair
 from index.search.arrange import arrange
 from index.search.candidates import Candidates
 from index.search.decompose import Corpus, CountedWords, Decompose, phrases, subject
@@ -108,7 +108,7 @@ class Retriever:
 
     @classmethod
     def over(cls, store: Any, make_view: Callable[[], View], embedder: "Embedder | None" = None) -> "Retriever":
-        """Search what `make_view` shows. `store` answers `version` and `get` as a PairStore does."""
+        """Search what `make_view` shows. `store` answers `version` and `shown` as a PairStore does."""
         retriever = cls.__new__(cls)
         retriever.store, retriever._make_view, retriever._embedder, retriever._view = store, make_view, embedder, None
         return retriever
@@ -461,13 +461,13 @@ class Retriever:
 
     def _fetch(self, ranked: Sequence[Candidates], k: int, trace: Trace) -> list[list[Hit]]:
         """The first k candidates of each query that show different images."""
-        rows: dict[int, StoredPair] = {}
+        rows: dict[int, ShownPair] = {}
         hits: list[list[Hit]] = [[] for _ in ranked]
         pending, window = list(range(len(ranked))), k
         repeats = [0] * len(ranked)
         while pending:
             wanted = {i for p in pending for i in ranked[p].ids[:window].tolist()} - rows.keys()
-            rows.update((pair.id, pair) for pair in self.store.get(sorted(wanted)))
+            rows.update((pair.id, pair) for pair in self.store.shown(sorted(wanted)))
             for p in pending:
                 hits[p], repeats[p] = _distinct_hits(ranked[p], rows, k=k, window=window)
             pending = [p for p in pending if len(hits[p]) < k and window < len(ranked[p])]
@@ -593,7 +593,7 @@ def _standing(ranked: Candidates, pair_id: int, *, of: int) -> Standing | None:
     )
 
 
-def _distinct_hits(ranked: Candidates, rows: dict[int, StoredPair], *, k: int, window: int) -> tuple[list[Hit], int]:
+def _distinct_hits(ranked: Candidates, rows: dict[int, ShownPair], *, k: int, window: int) -> tuple[list[Hit], int]:
     """Hits for the first k images among the first `window` candidates, and how many were passed over as shown."""
     hits: list[Hit] = []
     images: set[str] = set()

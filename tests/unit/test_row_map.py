@@ -9,7 +9,7 @@ import pytest
 from index import store as module
 from index.compaction import compact
 from index.knowledge_base import KnowledgeBase
-from index.records import ImageLocation, StoredPair, pair_id
+from index.records import ImageLocation, ShownPair, StoredPair, pair_id
 from index.search import lexical as lexical_module
 from index.search.lexical import LanceBM25, Subset, build_fts
 from index.snapshots import tag_build
@@ -78,6 +78,10 @@ def assert_twins(store: PairStore, generator: np.random.Generator) -> None:
     assert store.row_map(0) is not None
     assert [pair.id for pair in store.get(some)] == [i for i in some if i in set(ids.tolist())]
     assert repr(store.get(some, vectors=True)) == repr(twin.get(some, vectors=True))
+    assert store.shown(some) == twin.shown(some)
+    whole = {pair.id: pair for pair in twin.get(some)}
+    for pair in store.shown(some):
+        assert all(getattr(pair, name) == getattr(whole[pair.id], name) for name in ShownPair.__dataclass_fields__)
     fast, slow = LanceBM25(store), LanceBM25(twin)
     for query in QUERIES:
         for where in (None, "width < 5", "width = 3"):
