@@ -250,8 +250,9 @@ def _notes(kb: KnowledgeBase, config: BuildConfig, ledger: Ledger, tally: _Tally
             "pairs are here twice; `radt index remove --dataset NAME` takes a dataset out"
         )
     if config.part is not None:
+        nothing = "" if tally.layouts or tally.skipped else ", no shard of these sources falls to it"
         notes.append(
-            f"part {config.part} is in; after the last one, the same command without --part makes the searcher"
+            f"part {config.part} is in{nothing}; after the last one, the same command without --part makes the searcher"
         )
     return tuple(notes)
 

@@ -25,6 +25,7 @@ from index.store import PairStore
 
 FOLDER = "parts"  # of the knowledge base: one lock file for each part
 START_SECONDS = 60.0  # a part waits so long for those that are committing
+NUMBERS = re.compile(r"[0-9]{1,18}")
 TURN_SECONDS = 3600.0  # and so long for its turn to commit: it has work to lose
 
 
@@ -51,9 +52,14 @@ class Part:
         return cls(int(match[1]), int(match[2]))
 
     def has(self, shard: str) -> bool:
-        """Whether a shard falls to this part: by its name alone, so that all processes agree."""
+        """Whether a shard falls to this part: by its name alone, so that all processes agree.
+
+        Shards that are numbered, as nearly all are, fall to the parts in turn, so that each has as many.
+        """
+        numbers = NUMBERS.findall(shard)  # all of them: `train-00003-of-00100`, `a/00007`
         state = blake2b(shard.encode(), digest_size=8).digest()
-        return int.from_bytes(state, "big") % self.count == self.number - 1
+        place = sum(map(int, numbers)) if numbers else int.from_bytes(state, "big")
+        return place % self.count == self.number - 1
 
 
 @contextmanager
