@@ -51,7 +51,6 @@ ADDED_SHARD = "(added)"  # no path: cannot be the name of a shard that a build m
 CALIBRATION_CAPTIONS = 512  # half choose the settings, half measure: their recall is then known to about 0.005
 LAGGING_ROWS = 20_000  # rows that a build may leave to be compared one by one; they cost a query some milliseconds
 LAGGING_SHARE = 0.05  # of the searcher's rows, where that is less
-UPGRADE_WAIT = 10.0  # seconds: another process may be upgrading it at this moment
 
 SearcherChoice = Literal["auto", "exact", "scann", "lance"]
 
@@ -111,7 +110,9 @@ class KnowledgeBase:
         self.remote = remote  # where it lies, if not on this machine; `directory` is then a copy of a part of it
         self.embedder = embedder
         self.store = _store_at(directory, snapshot, remote)
-        self.manifest = manifest if manifest.format == FORMAT else self._upgrade()
+        self.manifest = manifest
+        if manifest.format != FORMAT:  # read as it is, and upgraded when it is first written
+            self.store.before_writing = self._upgrade
         self._searcher: tuple[str | None, Searcher] | None = None  # with its name in `kb.json`
         self._retriever: Retriever | None = None
 
@@ -377,19 +378,17 @@ class KnowledgeBase:
 
     # Inside
 
-    def _upgrade(self) -> Manifest:
+    def _upgrade(self) -> None:
         """Bring a knowledge base of an older format up to date, in place; killed half-way, it is done again."""
         try:
-            with self.store.lock(wait=UPGRADE_WAIT), one_sentence(self.directory):
-                manifest = Manifest.read(self.directory)
+            with one_sentence(self.directory):
                 self.store.add_missing_columns()
-                manifest = replace(manifest, format=FORMAT)
-                manifest.write(self.directory)
+                self.manifest = replace(Manifest.read(self.directory), format=FORMAT)
+                self.manifest.write(self.directory)
         except (KnowledgeBaseError, DiskError) as error:
             raise KnowledgeBaseError(
-                f"{self.directory} is of an older format and has to be upgraded in place before it is read: {error}"
+                f"{self.directory} is of an older format and has to be upgraded in place before it is written: {error}"
             ) from error
-        return manifest
 
     def _past_retriever(self) -> Retriever:
         if self.store.refresh() or self._retriever is None:

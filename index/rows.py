@@ -63,7 +63,7 @@ def stored_pair(row: dict[str, Any], root: str) -> StoredPair:
         sha256=row["image_sha256"],
         width=row["width"],
         height=row["height"],
-        dhash=row["dhash"],
+        dhash=row.get("dhash"),  # a table of format 1 has none
         metadata=json.loads(row["metadata"]),
         vector=None if vector is None else np.asarray(vector, np.float32),
         thumbnail=row.get("thumbnail"),

@@ -100,6 +100,7 @@ class PairStore:
         self.hidden = self._hidden() if snapshot is not None else frozenset[int]()
         self._table: Any = None
         self._removed: Removed | None = None
+        self.before_writing: Callable[[], None] | None = None  # what the next writer's lock begins with, once
         self._lock_file: IO[str] | None = None
         self._mutex = threading.RLock()  # the file keeps other processes out, this the other threads
         self._map_mutex = threading.Lock()
@@ -364,6 +365,9 @@ class PairStore:
                 self._lock_file, self._removed = file, None
                 try:
                     self.refresh()
+                    if self.before_writing is not None:
+                        self.before_writing()
+                        self.before_writing = None
                     yield
                 finally:
                     self._lock_file = None
@@ -539,11 +543,12 @@ class PairStore:
         raise KnowledgeBaseError(f"{self.root} has no snapshot {name!r}: {there}{present}")
 
     def _named(self, ids: Sequence[int], columns: Sequence[str]) -> "pa.Table":
-        """These columns of those of the pairs that are there, in stored order."""
+        """These columns of those of the pairs that are there, in stored order, without columns of a later format."""
+        columns = [name for name in columns if name in self._dataset.schema.names]
         rows = self.row_map(len(ids))
         if rows is not None:
             return rows.read(np.array(_possible(ids), dtype=np.int64), columns)
-        return self._dataset.to_table(columns=list(columns), filter=self._pairs_where(_id_in(ids)))
+        return self._dataset.to_table(columns=columns, filter=self._pairs_where(_id_in(ids)))
 
     def _shows_image_of(self, condition: str) -> str:
         table = self._dataset.to_table(columns=["image_sha256"], filter=self._pairs_where(condition))

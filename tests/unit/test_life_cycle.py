@@ -69,12 +69,37 @@ def make_format_1(kb: Path) -> None:
     (kb / "kb.json").write_text(json.dumps({name: values[name] for name in first} | {"format": 1}))
 
 
-def test_an_older_format_is_upgraded_in_place(corpus: Path, tmp_path: Path) -> None:
+def files(folder: Path) -> dict[str, tuple[int, int]]:
+    """Every file with its size and time."""
+    found = ((path, path.stat()) for path in folder.rglob("*") if path.is_file())
+    return {str(path): (info.st_size, info.st_mtime_ns) for path, info in found}
+
+
+def test_an_older_format_is_read_as_it_is(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asks writes nothing, also where he must not; several as one, earlier states, few rows and many."""
+    build_at(tmp_path / "kb", corpus)
+    expected = [hit.id for hit in reopen(tmp_path / "kb").search("a red circle", k=15)]
+    make_format_1(tmp_path / "kb")
+    before = files(tmp_path / "kb")
+    for share in (0.001, 0.0):  # by scans, then by the map of rows
+        monkeypatch.setattr("index.store.MAP_SHARE", share)
+        kb = reopen(tmp_path / "kb")
+        assert [hit.id for hit in kb.search("a red circle", k=15)] == expected
+        (row,) = kb.store.get(expected[:1], vectors=True, thumbnails=True)
+        assert (row.dhash, row.thumbnail) == (None, None)
+        assert kb.show(expected[0]).caption == row.caption
+        assert (kb.stats()["format"], len(kb)) == (1, 15)
+        assert verify(kb).is_sound
+    assert files(tmp_path / "kb") == before
+
+
+def test_an_older_format_is_upgraded_in_place_when_it_is_written(corpus: Path, tmp_path: Path) -> None:
     build_at(tmp_path / "kb", corpus)
     before, hits = contents(tmp_path / "kb"), reopen(tmp_path / "kb").search("a red circle", k=15)
     make_format_1(tmp_path / "kb")
     kb = reopen(tmp_path / "kb")
-    assert Manifest.read(tmp_path / "kb").format == FORMAT
+    kb.remove([0])
+    assert Manifest.read(tmp_path / "kb").format == kb.manifest.format == FORMAT
     assert kb.store.dataset.schema == table_schema(32)
     assert [hit.id for hit in kb.search("a red circle", k=15)] == [hit.id for hit in hits]
     columns = len(FORMAT_1_COLUMNS)
@@ -98,9 +123,9 @@ def test_an_upgrade_that_dies_is_done_again(
     with monkeypatch.context() as patch:
         patch.setattr(step, dies)
         with pytest.raises(RuntimeError, match="power cut"):
-            reopen(tmp_path / "kb")
+            reopen(tmp_path / "kb").remove([0])
     assert Manifest.read(tmp_path / "kb").format == 1
-    assert len(reopen(tmp_path / "kb")) == 15
+    build_at(tmp_path / "kb", corpus)
     assert Manifest.read(tmp_path / "kb").format == FORMAT
 
 
@@ -113,7 +138,8 @@ def test_an_upgrade_that_cannot_write_says_so(corpus: Path, tmp_path: Path, monk
 
     monkeypatch.setattr("lance.LanceDataset.add_columns", refuses)
     with pytest.raises(KnowledgeBaseError, match=r"older format and has to be upgraded in place.*Permission denied"):
-        reopen(tmp_path / "kb")
+        reopen(tmp_path / "kb").add(draw(1), "a circle")
+    assert len(reopen(tmp_path / "kb").search("red", k=99, by="clip")) == 15
 
 
 def test_a_newer_format_is_refused(tmp_path: Path) -> None:
