@@ -21,7 +21,7 @@ class Progress:
 
     `matrix_share` is the images that were embedded beside those that the device could embed in that time if it did
     nothing but the network's matrix products, at the rate it reaches in a large plain one. None while that is not
-    known: in the first seconds, and on Ray.
+    known: in the first seconds, without a GPU, and on Ray.
     """
 
     pairs: int

@@ -39,17 +39,33 @@ def test_the_rate_is_that_of_the_best_product(monkeypatch: pytest.MonkeyPatch) -
 def test_images_at_best(tiny_clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("index.embedder.matrix_rate", lambda device, dtype: 1e9)
     embedder = ClipEmbedder.load(str(tiny_clip))
-    most = embedder.most_images_per_second()
+    most = embedder._network.most_images_per_second(torch.zeros(3, 3, 32, 32))
     # 32 wide, 1 layer, 4 patches of 16x16 and a class token, to 16 numbers
     patches, tokens, width = 2 * 4 * 3 * 16**2 * 32, 5, 32
     layer = 2 * tokens * (4 + 8) * width**2 + 4 * tokens**2 * width
     assert most == pytest.approx(1e9 / (patches + layer + 2 * width * 16))
-    deferred = DeferredEmbedder(["m"], dim=16, fingerprint=embedder.fingerprint, load=lambda name: embedder)
-    assert deferred.most_images_per_second() == most
+    assert embedder.most_images_per_second() is None  # by a processor
+
+
+def test_a_deferred_model_knows_what_the_loaded_one_knows() -> None:
+    class Known(HashEmbedder):
+        def most_images_per_second(self) -> float | None:
+            return 5.0
+
+    assert isinstance(Known(), Measurable)
     assert not isinstance(HashEmbedder(), Measurable)
-    stand_in = HashEmbedder()
-    deferred = DeferredEmbedder(["m"], dim=32, fingerprint=stand_in.fingerprint, load=lambda name: stand_in)
-    assert deferred.most_images_per_second() is None
+    for loaded, most in ((Known(), 5.0), (HashEmbedder(), None)):
+        deferred = DeferredEmbedder(["m"], dim=32, fingerprint=loaded.fingerprint, load=lambda name, it=loaded: it)
+        assert deferred.most_images_per_second() == most
+
+
+@pytest.mark.gpu
+def test_a_gpu_could_embed_more_than_it_does(tiny_clip: Path) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device")
+    most = ClipEmbedder.load(str(tiny_clip)).most_images_per_second()
+    assert most is not None
+    assert most > 1e5
 
 
 def test_nothing_fails_for_a_figure(tiny_clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,4 +74,5 @@ def test_nothing_fails_for_a_figure(tiny_clip: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr("index.embedder.count_operations", refuse)
     monkeypatch.setitem(measured.PROBE_SIDE, "cpu", 64)
-    assert ClipEmbedder.load(str(tiny_clip)).most_images_per_second() is None
+    embedder = ClipEmbedder.load(str(tiny_clip))
+    assert embedder._network.most_images_per_second(torch.zeros(1, 3, 32, 32)) is None

@@ -176,11 +176,11 @@ EMBEDDED = [*(photo(*size, seed=1) for size in SIZES), *(noise(*size) for size i
 
 @pytest.mark.parametrize("model", ["tiny", "shipped"])
 def test_vectors_are_those_of_open_clip(model: str, tiny_clip: Path) -> None:
-    """Cosine above 0.999 for photographs and for noise, in the order they came in, though they are embedded by size."""
+    """For photographs and for noise, in the order they came in, though they are embedded by size."""
     folder = tiny_clip if model == "tiny" else SHIPPED
     embedder = ClipEmbedder.load(str(folder), batch_size=5, resize_on_device=True)
     vectors, twins = embedder.images(EMBEDDED), ClipEmbedder.load(str(folder)).images(EMBEDDED)
-    assert (vectors * twins).sum(1).min() > 0.999
+    assert (vectors * twins).sum(1).min() > 0.9999
     if model == "shipped":  # random weights see little difference between any two images
         assert np.median(twins @ twins.T) < 0.9
     assert embedder.fingerprint == ClipEmbedder.load(str(folder)).fingerprint
