@@ -31,8 +31,8 @@ from index.search.searcher import (
     DEFAULT_RECALL,
     Searcher,
     SearcherManifest,
+    StreamSearcher,
     build_searcher,
-    exact_searcher,
     is_as_planned,
     open_searcher,
 )
@@ -153,7 +153,7 @@ class KnowledgeBase:
         A URL (`s3://bucket/kb`) is read where it lies, and cannot be changed (see `index/remote.py`).
         `models` are tried after that one, in case it has moved. KnowledgeBaseError when `embedder` is another model.
         `snapshot` names a state that a build has left, such as "build-2": it is read as it was then, but for what has
-        been taken down since, and cannot be changed. Its vectors are compared one by one, held in memory.
+        been taken down since, and cannot be changed. Its vectors are compared one by one.
         """
         url = remote_url(directory)
         remote = RemoteFolder(url) if url else None
@@ -392,7 +392,7 @@ class KnowledgeBase:
 
     def _past_retriever(self) -> Retriever:
         if self.store.refresh() or self._retriever is None:
-            self._retriever = Retriever(self.store, exact_searcher(self.store), self.embedder)
+            self._retriever = Retriever(self.store, StreamSearcher(self.store), self.embedder)
         return self._retriever
 
     def _changed_rows(self, searcher: SearcherManifest) -> int:

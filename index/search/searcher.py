@@ -232,6 +232,19 @@ class ExactStream:
         return merge_answers(held, top_k=top_k)
 
 
+class StreamSearcher:
+    """Compares every row of a store and holds none: for a state that no searcher was built for."""
+
+    def __init__(self, store: "PairStore"):
+        self._rows = store
+        self.ids: Int64[ndarray, " rows"] = np.sort(store.matching_ids())
+        self.snapshot: int | None = store.high_water
+
+    def search(self, queries: Queries, *, top_k: int) -> tuple[Ids, Scores]:
+        """As `ExactStream.search`."""
+        return ExactStream(self._rows).search(queries, top_k=top_k)
+
+
 def merge_answers(answers: Sequence[tuple[Any, Any]], *, top_k: int) -> tuple[Ids, Scores]:
     """The best of several answers, ids and scores [q, any number], over disjoint rows; equal scores by id."""
     ids = np.concatenate([found for found, _ in answers], axis=1)

@@ -19,6 +19,7 @@ from index.search.searcher import (
     Queries,
     Scores,
     Searcher,
+    StreamSearcher,
     exact_searcher,
     is_resident,
     merge_answers,
@@ -176,7 +177,7 @@ class StoreView:
         """As `View.search`: a small subset exactly, a large one by asking the searcher for more than is wanted."""
         rows = len(self.ids) if subset is None else len(subset.ids)
         top_k = max(1, min(top_k, rows))
-        if exact or (subset is not None and self._is_small(rows)):
+        if exact or isinstance(self._searcher, StreamSearcher) or (subset is not None and self._is_small(rows)):
             return Found(*self._comparing(subset).search(queries, top_k=top_k), examined=rows)
         valid, newer = self._split(subset)
         answers = [self._search_known(queries, top_k, valid)]

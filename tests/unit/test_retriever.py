@@ -21,7 +21,14 @@ from index.search.duplicates import build_duplicates
 from index.search.fusion import best_first, fuse
 from index.search.lexical import RankBM25, build_fts
 from index.search.retriever import By, Retriever
-from index.search.searcher import ArrayRows, ExactSearcher, build_searcher, exact_searcher, open_searcher
+from index.search.searcher import (
+    ArrayRows,
+    ExactSearcher,
+    StreamSearcher,
+    build_searcher,
+    exact_searcher,
+    open_searcher,
+)
 from index.store import PairStore
 from tests.fakes import needs_scann
 
@@ -391,6 +398,37 @@ def test_a_large_subset_is_searched_by_the_searcher(frozen: PairStore, monkeypat
     hits = retriever.search("red dog", k=20, where="dataset = 'birds' OR width = 2", by="clip").hits
     assert [hit.id for hit in hits] == [hit.id for hit in plain]
     assert asked[0] > 100, "more is asked for than is wanted, because the filter takes some away"
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0], ids=["streamed", "held"])
+def test_without_a_searcher_rows_are_compared_when_vectors_are_asked_for(
+    frozen: PairStore, monkeypatch: pytest.MonkeyPatch, share: float
+) -> None:
+    monkeypatch.setattr(module, "_RESIDENT_SHARE", share)
+    read: list[str] = []
+
+    def watch(name: str) -> None:
+        original = getattr(frozen, name)
+        monkeypatch.setattr(frozen, name, lambda *asked, **options: (read.append(name), original(*asked, **options))[1])
+
+    watch("ids_and_vectors")
+    watch("vector_batches")
+    unbuilt = Retriever(frozen, StreamSearcher(frozen), HashEmbedder())
+    found = unbuilt.search("red dog", k=9, by="bm25").hits
+    assert not read
+    held = exact_retriever(frozen)
+    assert found == held.search("red dog", k=9, by="bm25").hits
+    for asked in (
+        {},
+        {"by": "clip"},
+        {"where": "width = 2"},
+        {"dataset": "birds"},
+        {"exact": True},
+        {"diversity": 0.5},
+    ):
+        got, expected = (each.search("red dog", k=9, **asked) for each in (unbuilt, held))
+        assert (got.hits, got.examined) == (expected.hits, expected.examined)
+    assert ("vector_batches" in read) == (share == 0.0)
 
 
 def test_without_a_word_index_the_captions_are_read(tmp_path: Path) -> None:
