@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from index.commands.options import (
-    DatasetOption,
     JsonOption,
     ModelOption,
     open_for_query,
@@ -40,7 +39,9 @@ def add_neighbors(app: typer.Typer, default_model: str | None) -> None:
             bool, typer.Option("--exclude-group/--include-own", help="Leave out what shows its own picture.")
         ] = True,
         where: Annotated[str | None, typer.Option(help="An SQL filter on the neighbours: width >= 256.")] = None,
-        dataset: DatasetOption = None,
+        dataset: Annotated[
+            str | None, typer.Option(help="What `build` called the dataset of these pairs: it is a part of their ids.")
+        ] = None,
         allow_partial: Annotated[
             bool, typer.Option("--allow-partial/--no-allow-partial", help="Take shards that are not complete.")
         ] = False,
