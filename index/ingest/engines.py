@@ -27,7 +27,7 @@ from index.store import PairStore, tombstones
 
 T = TypeVar("T")
 
-STAGE_ROWS = 16_384  # rows held in memory before they go to disk, so that a shard may be of any length
+STAGE_ROWS = 16_384  # rows held in memory before they go to disk; of those that have, the ids and keys are kept
 STAGE_BYTES = 64 << 20  # of image copies and thumbnails, likewise
 PENDING_BLOCKS = 3  # blocks of rows that wait for the disk
 AHEAD_CHUNKS = 32  # chunks of samples read and decoded ahead of the network, and two for each decoding thread
@@ -105,8 +105,9 @@ def run_local(
     """Stage shards, given with stamp and digest, on this machine: threads read and decode, one embeds, one writes.
 
     `on_batch` hears how many images go into the network, `meter` where the time goes. `claim` sees the rows before
-    they are written, and raises if one must not be. Memory is bounded by what is read ahead and by a few blocks of
-    rows, not by the shards. When something fails, the shards that are whole are yielded before it is raised.
+    they are written, and raises if one must not be. Images, vectors and rows are in memory as far as they are read
+    ahead, and in a few blocks, however long a shard is; of all of it only the keys and the bad samples are kept. When
+    something fails, the shards that are whole are yielded before it is raised.
     """
     workers = workers or os.cpu_count() or 1
     meter = meter or Meter()

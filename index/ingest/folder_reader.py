@@ -3,8 +3,9 @@
 img2dataset's `files` output is one of these: a numbered folder for each shard.
 """
 
+import codecs
 import csv
-import io
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -31,6 +32,7 @@ from index.records import ImageLocation
 
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
 HELD_BYTES = 64 << 20  # of images in memory at once
+MAX_METADATA_BYTES = 1 << 30  # of a metadata file, which has to be held in memory: its rows may be in any order
 SIDECARS = (".txt", ".json")
 
 
@@ -105,7 +107,7 @@ class _MetadataRows:
 
     def __init__(self, shard: Shard, paths: tuple[str, ...]):
         self.complaints: list[str] = []  # why a file of them cannot be read
-        self._tables: list[tuple[str, Mapping[str, Mapping[str, Any]]]] = []
+        self._tables: list[tuple[str, Mapping[str, bytes]]] = []
         for path in paths:
             rows = _metadata_rows(shard.fs, path, change_mark(shard.files[path]))
             if isinstance(rows, CorpusError):
@@ -116,7 +118,11 @@ class _MetadataRows:
     def row(self, image: str) -> Mapping[str, Any]:
         """The image's row in the first file that has one, by `file_name` relative to that file; or nothing."""
         found = (rows.get(relpath(image, folder)) for folder, rows in self._tables)
-        return next((row for row in found if row is not None), {})
+        row = next((row for row in found if row is not None), None)
+        if row is None:
+            return {}
+        values = parse_json(row.decode("utf-8-sig", "replace"))
+        return {name: value for name, value in values.items() if name != "file_name"}
 
 
 def _is_image(path: str) -> bool:
@@ -170,28 +176,28 @@ def _problem(path: str, content: bytes | OSError) -> str:
 
 
 @lru_cache(maxsize=8)
-def _metadata_rows(fs: Any, path: str, mark: str) -> Mapping[str, Mapping[str, Any]] | CorpusError:
-    """The rows by `file_name`, without the damaged ones; or, when there is no other, what is wrong.
+def _metadata_rows(fs: Any, path: str, mark: str) -> Mapping[str, bytes] | CorpusError:
+    """The rows, as JSON, by `file_name`, without the damaged ones; or, when there is no other, what is wrong.
 
+    Several folders share a file above them, so it is held as long as it is of use: about as much as it is on disk.
     `mark` is only there so that a changed file is read again.
     """
-    with open_ahead(fs, path) as file:
-        content = bytes(file.read())
     try:
-        return _json_lines(path, content) if path.endswith(".jsonl") else _csv_rows(path, content)
+        with open_ahead(fs, path) as file:
+            return _json_lines(path, file) if path.endswith(".jsonl") else _csv_rows(path, file)
     except CorpusError as error:
         return error
 
 
-def _json_lines(path: str, content: bytes) -> dict[str, dict[str, Any]]:
-    rows: dict[str, dict[str, Any]] = {}
+def _json_lines(path: str, file: Any) -> dict[str, bytes]:
+    rows: dict[str, bytes] = {}
     first_bad = 0
-    for number, line in enumerate(content.decode("utf-8", "replace").splitlines(), start=1):
+    for number, line in enumerate(_bounded(path, file), start=1):
         if not line.strip():
             continue
         try:
-            row = parse_json(line)
-            rows.setdefault(str(row.pop("file_name")), row)  # the first of two is taken, as everywhere
+            row = parse_json(line.decode("utf-8-sig", "replace"))
+            rows.setdefault(str(row.pop("file_name")), line)  # the first of two is taken, as everywhere
         except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
             first_bad = first_bad or number
     if first_bad and not rows:
@@ -199,15 +205,29 @@ def _json_lines(path: str, content: bytes) -> dict[str, dict[str, Any]]:
     return rows
 
 
-def _csv_rows(path: str, content: bytes) -> dict[str, dict[str, Any]]:
-    reader = csv.DictReader(io.StringIO(content.decode("utf-8-sig", "replace")))
-    rows: dict[str, dict[str, Any]] = {}
+def _csv_rows(path: str, file: Any) -> dict[str, bytes]:
+    reader = csv.DictReader(codecs.iterdecode(_bounded(path, file), "utf-8-sig", "replace"))
+    rows: dict[str, bytes] = {}
     try:
         if "file_name" not in (reader.fieldnames or ()):
             raise CorpusError(f"{path} has no column file_name, which ties a row to its image; add one")
         for row in reader:
-            rows.setdefault(row["file_name"], {k: v for k, v in row.items() if k not in {None, "file_name"}})
+            rest = {name: value for name, value in row.items() if name not in {None, "file_name"}}
+            rows.setdefault(row["file_name"], json.dumps(rest).encode())
     except csv.Error as error:
         if not rows:
             raise CorpusError(f"{path} is not a csv file ({error}); mend or remove it") from error
     return rows
+
+
+def _bounded(path: str, file: Any) -> Iterator[bytes]:
+    """The lines of a file, those that are too long in pieces. CorpusError when they are more than may be held."""
+    held = 0
+    while line := file.readline(MAX_TEXT_BYTES):
+        held += len(line)
+        if held > MAX_METADATA_BYTES:
+            raise CorpusError(
+                f"{path} is larger than {MAX_METADATA_BYTES >> 20} MiB, too much to be held in memory; put a metadata "
+                "file into every folder, or the captions beside the images"
+            )
+        yield line

@@ -44,7 +44,7 @@ class _Job:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Staged:
-    """What comes back from a worker: small, whatever the shard's length."""
+    """What comes back from a worker: of each pair its id and its key, and no more."""
 
     shard: StagedShard
     names: list[tuple[int, str]]  # id and key of each pair

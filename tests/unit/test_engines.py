@@ -1,6 +1,7 @@
 """The local engine on shards made in memory: what is embedded, what is kept, what happens when a stage fails."""
 
 import threading
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from hashlib import sha256
@@ -15,7 +16,7 @@ from index.embedder import DeferredEmbedder
 from index.errors import ConfigError, CorpusError
 from index.images import difference_hash, readable_image
 from index.ingest.build import BuildConfig, build
-from index.ingest.decode import CHUNK_BYTES, KeepImages, chunks
+from index.ingest.decode import CHUNK_BYTES, CHUNK_SAMPLES, KeepImages, chunks
 from index.ingest.engines import StagedShard, run_local
 from index.ingest.meter import Meter
 from index.ingest.shards import Sample, Shard
@@ -347,3 +348,31 @@ def test_the_meter_expects_the_shards_that_are_to_be_done(tmp_path: Path) -> Non
         report = build(kb, [str(tmp_path / "data")], BuildConfig(), meter=meter)
         assert (meter.shards_found, meter.shards, meter.pairs) == (expected, expected, pairs)
         assert sum(report.stages.values()) == pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.parametrize("count", [200, 2000])
+def test_what_is_in_memory_does_not_grow_with_the_shard(
+    store: PairStore, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    """Vectors stand for all that a pair holds; those that are alive are counted while a shard is read."""
+    monkeypatch.setattr("index.ingest.engines.STAGE_ROWS", 32)
+    monkeypatch.setattr("index.ingest.engines.AHEAD_CHUNKS", 2)
+    monkeypatch.setattr("index.store.SMALL_ROWS", 16)  # blocks go to disk, as those of the real size do
+    (pair,) = pairs_of("s", 1)
+    alive: weakref.WeakSet[Any] = weakref.WeakSet()
+    most = 0
+
+    class Vector(np.ndarray):
+        __hash__ = object.__hash__
+
+    def samples() -> Iterator[Any]:
+        nonlocal most
+        for number in range(count):
+            vector = unit(number).view(Vector)
+            alive.add(vector)
+            most = max(most, len(alive))
+            yield replace(pair, key=str(number), encoded=None, image=ImageLocation(uri=""), vector=vector)
+
+    (staged,) = stage(store, [shard_of("s", samples())], workers=1)
+    assert staged.record.pairs == count
+    assert most <= 4 * CHUNK_SAMPLES + 8 * 32 + 32, most

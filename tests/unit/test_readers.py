@@ -1,11 +1,13 @@
 """Readers: the layouts people have, where each image lies, and what is wrong with what cannot be used."""
 
+import csv
 import json
 from pathlib import Path
 
 import pytest
 
 from index.errors import CorpusError
+from index.ingest.folder_reader import _metadata_rows
 from index.ingest.readers import Shard, SkippedShard, read
 from index.records import BadSample, Pair
 from tests.fakes import caption_of, draw, encode, sample, write_img2dataset, write_tar
@@ -348,3 +350,50 @@ def test_a_shard_whose_name_is_not_utf8(tmp_path: Path) -> None:
     write_tar(tmp_path / os.fsdecode(b"caf\xe9.tar"), sample(1))
     with pytest.raises(CorpusError, match=r"caf.*is not UTF-8; rename it"):
         list(read(str(tmp_path)))
+
+
+# Long metadata files
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])
+def test_a_metadata_file_takes_about_its_own_size_in_memory(tmp_path: Path, name: str) -> None:
+    import tracemalloc
+
+    from fsspec.implementations.local import LocalFileSystem
+
+    rows = [{"file_name": f"{i:06d}.png", "text": f"caption \u2028 {i} " + "long " * 60} for i in range(8000)]
+    path = tmp_path / name
+    with path.open("w", newline="", encoding="utf-8") as file:
+        if name.endswith("csv"):
+            writer = csv.DictWriter(file, ["file_name", "text"])
+            writer.writeheader()
+            writer.writerows(rows)
+        else:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    tracemalloc.start()
+    found = _metadata_rows(LocalFileSystem(), str(path), "")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert not isinstance(found, CorpusError)
+    assert len(found) == len(rows)
+    assert peak < 2 * path.stat().st_size + (4 << 20)
+
+
+def test_a_metadata_file_that_memory_cannot_hold_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.png").write_bytes(encode(draw(1)))
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "' + "x" * 5000 + '"}\n' * 2)
+    monkeypatch.setattr("index.ingest.folder_reader.MAX_METADATA_BYTES", 4000)
+    (shard,) = read(str(tmp_path))
+    reasons = [sample.reason for sample in shard.samples() if isinstance(sample, BadSample)]
+    assert "metadata.jsonl is larger than 0 MiB, too much to be held in memory" in reasons[0]
+
+
+def test_a_line_that_is_too_long_is_not_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("index.ingest.folder_reader.MAX_TEXT_BYTES", 100)
+    (tmp_path / "a.png").write_bytes(encode(draw(1)))
+    long = '{"file_name": "b.png", "text": "' + "x" * 1000 + '"}\n'
+    (tmp_path / "metadata.jsonl").write_text(long + '{"file_name": "a.png", "text": "one"}\n')
+    (shard,) = read(str(tmp_path))
+    assert [sample.caption for sample in shard.samples() if isinstance(sample, Pair)] == ["one"]
