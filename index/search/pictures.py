@@ -31,8 +31,14 @@ def picture(shown: Hit | StoredPair, *, pixels: int) -> str:
 
 
 def open_picture(shown: Hit | StoredPair) -> "PIL.Image.Image":
-    """The decoded picture. UserError or OSError when it cannot be read."""
-    return decode_image(readable_image(shown) if isinstance(shown, StoredPair) else shown.image.read())
+    """The decoded picture, upright, though the network sees it as it is stored. UserError or OSError if unreadable."""
+    import PIL.ImageOps
+
+    stored = decode_image(readable_image(shown) if isinstance(shown, StoredPair) else shown.image.read())
+    try:
+        return PIL.ImageOps.exif_transpose(stored)
+    except Exception:  # a camera may have written anything there
+        return stored
 
 
 def data_uri(image: "PIL.Image.Image", *, pixels: int) -> str:

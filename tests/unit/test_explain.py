@@ -27,6 +27,7 @@ from index.search.explain import (
 from index.search.fusion import FusionRule
 from index.search.joined import JoinedKnowledgeBase
 from index.search.lexical import build_fts
+from index.search.pictures import open_picture
 from index.search.retriever import Retriever
 from index.search.searcher import exact_searcher
 from index.store import PairStore
@@ -373,6 +374,16 @@ def test_the_notes_of_a_page(base: KnowledgeBase, tmp_path: Path) -> None:
     )
     nothing = base.query("a red circle", k=2, where="id < 0")
     assert "Fewer than asked for" in sheet(tmp_path, [], result=nothing)
+
+
+def test_pictures_are_shown_as_the_camera_was_held(tmp_path: Path) -> None:
+    held = PIL.Image.Exif()
+    held[0x0112] = 6
+    path = tmp_path / "photo.jpg"
+    shown = hit(tmp_path, 2, image=ImageLocation(uri=str(path)))
+    for exif, size in ((held.tobytes(), (40, 60)), (b"", (60, 40))):
+        PIL.Image.new("RGB", (60, 40), "red").save(path, exif=exif)
+        assert open_picture(shown).size == size
 
 
 def test_fifty_hits_are_a_page_of_a_few_megabytes(tmp_path: Path) -> None:
