@@ -266,7 +266,8 @@ def _connected(address: str | None) -> Iterator[None]:
             ray.init(address=address, log_to_driver=False, logging_level="CRITICAL", include_dashboard=False)
     except Exception as error:  # where a node does not start, Ray raises no more than that
         where = address or "of this machine"
-        raise KnowledgeBaseError(f"cannot use the Ray cluster {where}: {_first_line(error)}") from error
+        reason = _first_line(error) + _about_tokens()
+        raise KnowledgeBaseError(f"cannot use the Ray cluster {where}: {reason}") from error
     try:
         yield
     finally:
@@ -278,6 +279,13 @@ _QUIET = {
     "RAY_DEDUP_LOGS_SKIP_REGEX": ".*",  # else it prints pages to stdout when a machine dies
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # else it warns of a change to come
 }
+
+
+def _about_tokens() -> str:
+    """`ray start --head` asks for a token on a machine that has one, and Ray's own error does not say so."""
+    if "RAY_AUTH_MODE" in os.environ:
+        return ""
+    return "; if `ray start` said that token authentication is enabled, set RAY_AUTH_MODE=token here and on every node"
 
 
 def _check_reachable(address: str) -> None:

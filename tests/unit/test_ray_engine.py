@@ -94,3 +94,20 @@ def test_a_model_travels_by_its_name_and_is_checked_on_arrival(tiny_clip: Path, 
     wrong = DeferredEmbedder([str(other_clip)], dim=model.dim, fingerprint=model.fingerprint)
     with pytest.raises(KnowledgeBaseError, match="cannot be compared"):
         travel(wrong).texts(["a dot"])
+
+
+def test_a_cluster_that_turns_us_away_may_want_a_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_: object) -> None:
+        raise ConnectionError("Failed to connect to Ray cluster")
+
+    monkeypatch.setattr("ray.init", refuse)
+    monkeypatch.setattr("index.ingest.ray_engine._check_reachable", lambda address: None)
+    corpus, kb = tmp_path / "pets", KnowledgeBase.create(tmp_path / "kb", HashEmbedder())
+    write_img2dataset(corpus, shards=1)
+    for mode, is_told in ((None, True), ("token", False)):
+        monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+        if mode is not None:
+            monkeypatch.setenv("RAY_AUTH_MODE", mode)
+        with pytest.raises(KnowledgeBaseError, match="Failed to connect to Ray cluster") as told:
+            build(kb, [str(corpus)], BuildConfig(engine="ray", ray_address="head:1"))
+        assert ("RAY_AUTH_MODE=token" in str(told.value)) == is_told
