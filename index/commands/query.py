@@ -90,6 +90,7 @@ _JSON_HELP = (
     "where it stands). --explain adds stages, words, searcher, and to each hit terms and ranks. With --queries these "
     "lie in queries, one for each line."
 )
+_SLOW_MS = 1000.0
 _DEFAULTS = {"k": 5, "by": "hybrid", "fusion": "rrf", "diversity": 0.0, "decompose": "off"}
 
 
@@ -173,13 +174,14 @@ def add_query(app: typer.Typer, default_model: str | None) -> None:
         if html is not None:
             more = {"exact": exact, "why_not": why_not, "explain": explain, "snapshot": snapshot, "model": model}
             repeat = _repeated(kbs, text, {**ways, "seed": seed, **asked, **more})
-            _write_page(html, base, answer, asked, kbs=kbs, repeat=repeat)
+            like = _repeated(kbs, None, {"snapshot": snapshot, "model": model})
+            _write_page(html, base, answer, asked, kbs=kbs, commands=(like, repeat))
             if not as_json:
                 say(f"the page is {html}; open it in a browser")
         if as_json:
             print_json({**answer.to_json(head, is_explained=explain), **facts, **_note(base)})
         else:
-            print_answer(answer, head, facts)
+            print_answer(answer, head, facts, hints=[] if explain else _why_slow(base, answer.result))
 
 
 def _check_usage(text: str | None, ways: Mapping[str, Any], *, seed: int | None, about_one: bool) -> None:
@@ -232,6 +234,15 @@ def _ask_all(
         print_json_as_it_comes(head, "queries", documents, last)
     else:
         print_answers(list(answers()))
+
+
+def _why_slow(base: "Base", result: "SearchResult") -> list[str]:
+    """Of a query that took long, the knowledge bases with many rows outside their searchers."""
+    from index.search.explain import MANY_NEWER, describe_searcher, searcher_facts
+
+    if sum(ms for clock, ms in result.timings_ms.items() if clock != "load") < _SLOW_MS:
+        return []
+    return [describe_searcher(fact) for fact in searcher_facts(base) if fact["newer"] > MANY_NEWER]
 
 
 def _note(base: "Base") -> dict[str, str]:
@@ -289,13 +300,13 @@ def _facts(base: "Base") -> dict[str, Any]:
 
 
 def _write_page(
-    path: Path, base: "Base", answer: Answer, asked: Mapping[str, Any], *, kbs: Sequence[str], repeat: str
+    path: Path, base: "Base", answer: Answer, asked: Mapping[str, Any], *, kbs: Sequence[str], commands: tuple[str, str]
 ) -> None:
+    """`commands`: to which the id of a pair is added, and the one that asks the same again."""
     from index.search.contact_sheet import write_contact_sheet
     from index.search.explain import searcher_facts, surroundings
 
     more = [] if answer.why_not is None else [answer.why_not.id]
-    places = " ".join(f"--kb {shlex.quote(_from_anywhere(kb))}" for kb in kbs)
     try:
         write_contact_sheet(
             path,
@@ -312,8 +323,8 @@ def _write_page(
             around=surroundings(base, answer.result.hits, more=more),
             exact=answer.exact,
             why_not=answer.why_not,
-            command=f"radt index query {places}",
-            repeat=repeat,
+            command=commands[0],
+            repeat=commands[1],
         )
     except OSError as error:
         raise QueryError(f"cannot write {path}: {error.strerror or error}; name another file") from error

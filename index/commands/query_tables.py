@@ -23,8 +23,10 @@ _LONG_MS = 5000.0  # from here on in seconds
 _BAR = 20  # characters of the longest bar
 
 
-def print_answer(answer: "Answer", head: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-    """One query: its hits, then what was asked about them."""
+def print_answer(
+    answer: "Answer", head: Mapping[str, Any], facts: Mapping[str, Any], *, hints: Sequence[str] = ()
+) -> None:
+    """One query: its hits, then what was asked about them. `facts` are there when it is explained."""
     console, result = Console(), answer.result
     console.print(f"[bold]{escape(answer.question.label)}[/bold]", highlight=False)
     if result.hits:
@@ -38,6 +40,10 @@ def print_answer(answer: "Answer", head: Mapping[str, Any], facts: Mapping[str, 
     console.print(
         f"[dim]{escape(_joined(head['kb']))}, snapshot {_joined(head['snapshot'])}, {took}[/dim]", highlight=False
     )
+    for hint in hints:
+        console.print(f"[dim]{escape(hint)}[/dim]", highlight=False)
+    if "words" in result.lists and answer.question.text is not None and not answer.words:
+        console.print("[dim]no word of the query is searched for: grammar words and signs are left out[/dim]")
     if facts:
         _print_facts(console, answer, facts)
         console.print(_waterfall(result))
@@ -73,32 +79,42 @@ def _joined(value: Any) -> str:
 
 
 def _hit_table(result: "SearchResult", terms: Sequence[Mapping[str, float]], *, with_ranks: bool) -> Table:
-    hits = result.hits
-    table = Table(show_edge=False, pad_edge=False)
-    table.add_column("", justify="right")
-    table.add_column("score", justify="right", no_wrap=True)
-    table.add_column("clip", justify="right", no_wrap=True)
-    table.add_column("bm25, by word")
-    table.add_column("caption", ratio=1)
+    """A row for each hit; a column that would be empty is left out."""
+    hits, pairs = result.hits, list(zip(result.hits, terms, strict=True))
     columns = {
+        "score": [f"{hit.score:.4f}" for hit in hits],
+        "clip": [_clip(result, hit, with_rank=with_ranks) for hit in hits],
+        "bm25, by word": [_bm25(result, hit, words, with_rank=with_ranks) for hit, words in pairs],
+        "caption": [_short(hit.caption) for hit in hits],
         "for": [hit.part or "" for hit in hits],
         "dataset": [hit.dataset for hit in hits] if len({hit.dataset for hit in hits}) > 1 else [],
         "kb": [hit.kb or "" for hit in hits],
+        "id": [str(hit.id) for hit in hits],
     }
     columns = {name: cells for name, cells in columns.items() if any(cells)}
+    table = Table(show_edge=False, pad_edge=False)
+    table.add_column("", justify="right")
     for name in columns:
-        table.add_column(name)
-    table.add_column("id", no_wrap=True)
-    for place, (hit, words) in enumerate(zip(hits, terms, strict=True)):
-        by_clip = _rank(result, "vector", hit, is_shown=with_ranks)
-        by_words = _rank(result, "words", hit, is_shown=with_ranks)
-        clip = "" if hit.clip is None else f"{hit.clip:.3f}{by_clip}"
-        bm25 = "" if hit.bm25 is None else f"{hit.bm25:.2f}{by_words}{_words(words)}"
-        more = [escape(cells[place]) for cells in columns.values()]
-        table.add_row(
-            str(hit.rank), f"{hit.score:.4f}", clip, escape(bm25), escape(_short(hit.caption)), *more, str(hit.id)
+        is_number = name in ("score", "clip")
+        table.add_column(
+            name,
+            justify="right" if is_number else "left",
+            no_wrap=is_number or name == "id",
+            ratio=1 if name == "caption" else None,
         )
+    for place, hit in enumerate(hits):
+        table.add_row(str(hit.rank), *(escape(cells[place]) for cells in columns.values()))
     return table
+
+
+def _clip(result: "SearchResult", hit: "Hit", *, with_rank: bool) -> str:
+    return "" if hit.clip is None else f"{hit.clip:.3f}{_rank(result, 'vector', hit, is_shown=with_rank)}"
+
+
+def _bm25(result: "SearchResult", hit: "Hit", words: Mapping[str, float], *, with_rank: bool) -> str:
+    if hit.bm25 is None:
+        return ""
+    return f"{hit.bm25:.2f}{_rank(result, 'words', hit, is_shown=with_rank)}{_words(words)}"
 
 
 def _rank(result: "SearchResult", stage: str, hit: "Hit", *, is_shown: bool) -> str:

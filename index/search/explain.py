@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 NEIGHBORS = 4  # nearest pairs that are told of each hit
 _REPEATS = 8
-_MANY_NEWER = 20_000  # rows that cost every query some milliseconds
+MANY_NEWER = 20_000  # rows that cost every query some milliseconds
 _OF_STANDING = ("image", "vector", "by", "fusion", "where", "dataset")  # what decides where a pair stands
 
 
@@ -236,7 +236,7 @@ def describe_searcher(fact: Mapping[str, Any]) -> str:
     """One of `searcher_facts` in a line, and what to do when many rows lie outside it."""
     recall = f", recall@10 {fact['recall_at_10']:.3f}" if "recall_at_10" in fact else ""
     newer = f"; {fact['newer']:,} newer ones compared one by one" if fact["newer"] else ""
-    fold = ": `radt index compact` folds them in" if fact["newer"] > _MANY_NEWER else ""
+    fold = ": `radt index compact` folds them in" if fact["newer"] > MANY_NEWER else ""
     return f"{fact['pairs']:,} pairs by {fact['kind']}{recall}{newer}{fold}"
 
 

@@ -133,6 +133,27 @@ def test_the_answer_says_how_common_its_words_are(shell: Shell, kb: Path, monkey
     assert shell.json("query", "a yellow zeppelin", "--kb", kb, "--explain", "--by", "clip")["words"] == {}
 
 
+def test_a_query_without_a_word_is_told_so(shell: Shell, kb: Path) -> None:
+    assert "no word of the query is searched for" in shell("query", "of the !", "--kb", kb)[1]
+    assert "no word of the query" not in shell("query", "zeppelin", "--kb", kb)[1]
+
+
+def test_a_slow_query_says_what_is_outside_the_searcher(
+    shell: Shell, kb: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words, hint = ["query", "yellow", "--kb", kb, "--by", "bm25"], "`radt index compact` folds them in"
+    monkeypatch.setattr("index.knowledge_base.KnowledgeBase.unsearched", lambda self: 50_000)
+    assert hint not in shell(*words)[1]
+    monkeypatch.setattr("index.commands.query._SLOW_MS", 0.0)
+    assert hint in " ".join(shell(*words)[1].split())
+
+
+def test_a_column_that_says_nothing_is_left_out(shell: Shell, kb: Path) -> None:
+    assert "bm25" in shell("query", "yellow", "--kb", kb)[1]
+    assert "bm25" not in shell("query", "yellow", "--kb", kb, "--by", "clip")[1]
+    assert "clip" not in shell("query", "yellow", "--kb", kb, "--by", "bm25")[1].partition("caption")[0]
+
+
 def test_many_queries_are_written_as_they_are_answered(
     shell: Shell, kb: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
