@@ -52,10 +52,12 @@ class Framing:
     @classmethod
     def of(cls, model: Any, preprocess: Any) -> "Framing | None":
         """That of the model's `preprocess_cfg`. None when `preprocess` is not what open_clip makes of it."""
-        from open_clip.model import get_model_preprocess_cfg
         from open_clip.transform import PreprocessCfg, image_transform_v2
 
-        config = PreprocessCfg(**get_model_preprocess_cfg(model))
+        settings = getattr(getattr(model, "visual", None), "preprocess_cfg", None)
+        if not settings:
+            return None
+        config = PreprocessCfg(**settings)
         if repr(image_transform_v2(config, is_train=False)) != repr(preprocess):
             return None
         height, width = (config.size, config.size) if isinstance(config.size, int) else config.size

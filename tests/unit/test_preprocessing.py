@@ -204,6 +204,7 @@ def test_a_transform_of_ones_own_is_left_to_pillow(tiny_clip: Path) -> None:
         embedder = ClipEmbedder(model, tokenizer, other, name=name, resize_on_device=True)
         twin = ClipEmbedder(model, tokenizer, other, name=name)
         assert np.array_equal(embedder.images([photo(64, 48)]), twin.images([photo(64, 48)]))
+    assert Framing.of(object(), preprocess) is None
 
 
 def test_many_images_of_one_size_are_worked_on_in_parts(tiny_clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
