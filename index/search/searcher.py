@@ -196,7 +196,8 @@ class ExactSearcher:
             scores = rough[positions]
             threshold = np.partition(scores, len(scores) - top_k)[len(scores) - top_k] - margin
             positions = positions[scores >= threshold]
-        exact = inner_products(query, self.vectors[positions])
+        everything = len(positions) == len(self.vectors)  # as when all are ranked: taking them would copy them
+        exact = inner_products(query, self.vectors if everything else self.vectors[positions])
         best = np.lexsort((positions, -exact))[:top_k]
         return self.ids[positions[best]], exact[best]
 
