@@ -64,9 +64,10 @@ def add_compare(app: typer.Typer, default_model: str | None) -> None:
         with queries_progress(as_json, total=len(lines)) as on_query:
             differences = compare_sides(a, b, lines, k=k, on_query=on_query)
         summary = summarize(differences)
+        alike = (f"k {k}", f"where {where}" if where else "")
         names = (
-            _name(kb_a, by, fusion, snapshot_a or ""),
-            _name(kb_b, by_b or by, fusion_b or fusion, snapshot_b or "", "exact" * exact_b),
+            _name(kb_a, by, fusion, snapshot_a or "", *alike),
+            _name(kb_b, by_b or by, fusion_b or fusion, snapshot_b or "", "exact" * exact_b, *alike),
         )
         if html is not None:
             write_compare_sheet(html, a, b, differences, names=names, summary=summary)

@@ -88,7 +88,7 @@ def _card(hit: "Hit", elsewhere: int | None, image: str) -> str:
     return (
         f"<li{' class=only' if elsewhere is None else ''}><figure>{image}</figure>"
         f'<p class="place">{hit.rank}{was} &middot; {hit.score:.4f}</p>'
-        f'<p class="caption" title="{html.escape(hit.caption)}">{html.escape(hit.caption)}</p></li>\n'
+        f'<p class="caption" title="{hit.id}: {html.escape(hit.caption)}">{html.escape(hit.caption)}</p></li>\n'
     )
 
 

@@ -237,6 +237,17 @@ def test_a_long_caption_leaves_room_for_the_other_hits(
     assert shell.json("query", "fox", "--kb", tmp_path / "kb", "--by", "bm25")["hits"][0]["caption"] == long.strip()
 
 
+def test_a_comparison_says_how_both_sides_were_asked(shell: Shell, kb: Path, tmp_path: Path) -> None:
+    (tmp_path / "q.txt").write_text("yellow")
+    words = ["compare", kb, kb, "--queries", tmp_path / "q.txt", "--by", "bm25", "-k", 3, "--where", "width > 3"]
+    out = " ".join(shell(*words, "--html", tmp_path / "sheet.html")[1].split())
+    assert "by bm25, k 3, where width > 3" in out
+    sheet = (tmp_path / "sheet.html").read_text()
+    assert "k 3, where width &gt; 3" in sheet
+    (one,) = shell.json(*words)["queries"]
+    assert f'title="{one["shared"][0]["id_a"]}: ' in sheet
+
+
 @pytest.mark.slow
 def test_a_closed_pipe_and_an_interrupt_end_quietly(kb: Path, tmp_path: Path) -> None:
     (tmp_path / "q.txt").write_text("a red circle\n" * 20_000)
