@@ -36,7 +36,7 @@ def print_answer(
     if result.shortfall:
         console.print(escape(result.shortfall), highlight=False)
     load = result.timings_ms.get("load", 0.0)
-    took = _took(sum(result.timings_ms.values()) - load) + f", and {_took(load)} to load the model" * (load > 1)
+    took = _took(sum(result.timings_ms.values()) - load) + f", and {_took(load)} to load" * (load > 1)
     console.print(
         f"[dim]{escape(_joined(head['kb']))}, snapshot {_joined(head['snapshot'])}, {took}[/dim]", highlight=False
     )

@@ -8,7 +8,7 @@ one's. Built on the views of `view.py`; the retriever is the one that a single k
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cached_property, reduce
+from functools import cached_property, partial, reduce
 from operator import add
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -214,6 +214,13 @@ class JoinedView:
         """As `View.repeats_of`, in every part by the bytes of the image as well: the parts were grouped apart."""
         return with_same_bytes(self._joined, self.duplicates.members(ids))
 
+    def late(self, *, subset: Subset | None, exact: bool) -> Callable[[], None] | None:
+        """As `View.late`, of every part."""
+        parts = [_part_of(subset, own) for own in self._own]
+        found = [view.late(subset=part, exact=exact) for view, part in zip(self._views, parts, strict=True)]
+        waiting = [load for load in found if load is not None]
+        return partial(_call_all, waiting) if waiting else None
+
     def search(self, queries: Queries, *, top_k: int, subset: Subset | None, exact: bool) -> Found:
         """As `View.search`: every part's best, merged."""
         answers = []
@@ -345,6 +352,11 @@ def _check_parts(parts: "Sequence[KnowledgeBase]") -> None:
                 f"{part.name} was made by the model {part.manifest.model}, and the others by {model}: their "
                 "vectors cannot be compared. Leave it out, or build it again with the model of the others"
             )
+
+
+def _call_all(functions: Sequence[Callable[[], None]]) -> None:
+    for each in functions:
+        each()
 
 
 def _part_of(subset: Subset | None, own: Int64[ndarray, " own"]) -> Subset | None:

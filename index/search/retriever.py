@@ -53,7 +53,7 @@ _MOST_CANDIDATES = 1 << 23  # of the queries answered at once: about 100 bytes e
 class SearchResult:
     """Hits, best first; where the time went, in milliseconds; and the stages that candidates went through.
 
-    `timings_ms` has load (of the model, the first time), embed, decompose, filter, vector, lexical, fuse, diversity
+    `timings_ms` has load (of model and searcher, at first), embed, decompose, filter, vector, lexical, fuse, diversity
     and fetch. `matching` rows pass the filter, `examined` were looked at by the search by vector. `shortfall` says why
     there are fewer than k hits, `parts` what the prompt was decomposed into. `lists` has the ids that were left after
     vector, words, union, thresholds and duplicates, in order: one list, or one for each part of the prompt.
@@ -429,6 +429,9 @@ class Retriever:
         by_vector = [RankedList()] * len(queries)
         by_words = [RankedList()] * len(queries)
         if vectors is not None:
+            if load := view.late(subset=request.subset, exact=request.exact):
+                with trace("load"):
+                    load()
             with trace("vector"):
                 by_vector = _search_vectors(vectors, queries, request, view, trace=trace, depth=depth)
         if request.uses_words:

@@ -12,7 +12,7 @@ import re
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +70,7 @@ class _Shard:
 
     def search(self, queries: Queries, wanted: int, **effort: int) -> tuple[Ids, Scores]:
         """The best `wanted` of this shard, in any order, padded as `Searcher.search` says."""
-        raw = self._loaded()
+        raw = self.load()
         arguments = {"final_num_neighbors": wanted, **effort}
         if self.vectors is not None and effort:
             arguments["final_num_neighbors"] = effort["pre_reorder_num_neighbors"]
@@ -86,7 +86,8 @@ class _Shard:
         ids = np.where(real, self.ids[np.where(real, positions, 0)], NO_ID)
         return ids, np.where(real, scores, -np.inf).astype(np.float32, copy=False)
 
-    def _loaded(self) -> Any:
+    def load(self) -> Any:
+        """ScaNN's own searcher, which is kept if it is to stay in memory."""
         raw = self.raw if self.raw is not None else _load(self.folder)
         if self.is_resident:
             self.raw = raw
@@ -116,6 +117,7 @@ class ScannSearcher:
         self._dim = dim
         self.note = ""
         self._table = table
+        self._is_loaded = False
         self._instead: ExactSearcher | ExactStream | None = None
         self._stored: list[tuple[Any, Any]] | None = None  # see `_stored_vectors`
 
@@ -150,8 +152,8 @@ class ScannSearcher:
         nothing = padded(len(queries), top_k)
         if not len(queries) or not len(self.ids):
             return nothing
-        if self._instead is None and self._table is not None:
-            self._instead = self._without_scann(self._table)
+        if not self._is_loaded:
+            self.load()
         if self._instead is not None:
             return self._instead.search(queries, top_k=top_k)
         answers = [nothing]
@@ -170,6 +172,19 @@ class ScannSearcher:
             here = shard.ids[places] == ids
             rows[here] = stored[places[here]]
         return rows
+
+    def late(self) -> Callable[[], None] | None:
+        """As `LoadsLate.late`."""
+        return None if self._is_loaded else self.load
+
+    def load(self) -> None:
+        """Read what stays in memory, of ScaNN or else of the table."""
+        if self._table is not None:
+            self._instead = self._without_scann(self._table)
+        for shard in self._shards if self._instead is None else ():
+            if shard.is_resident:
+                shard.load()
+        self._is_loaded = True
 
     def _without_scann(self, table: VectorRows) -> ExactSearcher | ExactStream | None:
         """Who compares every row where ScaNN cannot be imported, in memory unless that takes much of it; else None."""

@@ -1,6 +1,6 @@
 """The store at one version beside a searcher that may be older: what is newer, what is gone, what is in memory."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -84,6 +84,10 @@ class View(Protocol):
         """The rows that an SQL filter leaves. QueryError when it does not parse."""
         ...
 
+    def late(self, *, subset: Subset | None, exact: bool) -> Callable[[], None] | None:
+        """What loads that which such a search needs and is not there yet; None when all is."""
+        ...
+
     def search(self, queries: Queries, *, top_k: int, subset: Subset | None, exact: bool) -> Found:
         """As `Searcher.search`, over all rows or over a subset of them."""
         ...
@@ -104,6 +108,15 @@ class View(Protocol):
 
     def repeats_of(self, ids: Int64[ndarray, " n"]) -> Int64[ndarray, " m"]:
         """These rows and every row that shows the same picture as one of them, ascending."""
+        ...
+
+
+@runtime_checkable
+class LoadsLate(Protocol):
+    """A searcher that is opened before it is loaded: who searches by words alone does not wait for that."""
+
+    def late(self) -> Callable[[], None] | None:
+        """What has to be called before the first search, or would be called by it; None once that is done."""
         ...
 
 
@@ -172,6 +185,11 @@ class StoreView:
             subset = Subset(where=condition, ids=np.sort(self._store.matching_ids(condition)))
             _remember(self._subsets, condition, subset)
         return subset
+
+    def late(self, *, subset: Subset | None, exact: bool) -> Callable[[], None] | None:
+        """As `View.late`."""
+        is_asked = not exact and (subset is None or not self._is_small(len(subset.ids)))
+        return self._searcher.late() if is_asked and isinstance(self._searcher, LoadsLate) else None
 
     def search(self, queries: Queries, *, top_k: int, subset: Subset | None, exact: bool) -> Found:
         """As `View.search`: a small subset exactly, a large one by asking the searcher for more than is wanted."""

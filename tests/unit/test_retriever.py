@@ -21,6 +21,7 @@ from index.search.duplicates import build_duplicates
 from index.search.fusion import best_first, fuse
 from index.search.lexical import RankBM25, build_fts
 from index.search.retriever import By, Retriever
+from index.search.scann_searcher import ScannSearcher
 from index.search.searcher import (
     ArrayRows,
     ExactSearcher,
@@ -722,6 +723,29 @@ def test_filters_are_remembered_until_the_store_changes(store: PairStore, monkey
 def test_options_without_effect_are_refused(frozen: PairStore, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(QueryError, match=message):
         exact_retriever(frozen).search(**arguments)
+
+
+@needs_scann
+def test_scann_is_loaded_when_vectors_are_searched_and_that_is_not_charged_to_the_query(
+    store: PairStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build_searcher("scann", ArrayRows(*store.ids_and_vectors()), tmp_path / "s", snapshot=store.high_water)
+    searcher = open_searcher(tmp_path / "s", store)
+    assert isinstance(searcher, ScannSearcher)
+    load = searcher.load
+
+    def slowly() -> None:
+        time.sleep(0.2)
+        load()
+
+    monkeypatch.setattr(searcher, "load", slowly)
+    retriever = Retriever(store, searcher, HashEmbedder())
+    few: dict[str, Any] = {"where": "width >= 0"}  # compared one by one
+    for asked in ({"by": "bm25"}, {"exact": True}, few):
+        assert retriever.search("red dog", **asked).timings_ms["load"] == 0
+        assert searcher.late() is not None
+    first, second = (retriever.search("red dog").timings_ms for _ in range(2))
+    assert (first["load"] >= 200, second["load"]) == (True, 0)
 
 
 def test_loading_the_model_is_not_charged_to_the_query(frozen: PairStore) -> None:
