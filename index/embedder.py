@@ -468,18 +468,26 @@ def _named_weights(name: str) -> tuple[str, str]:
         return architecture, _first_fitting_tag(architecture, tags)
     if weights != UNTRAINED and weights not in tags:
         raise ModelError(f"{architecture} has no weights {weights!r}{_nearest(weights, [*tags, UNTRAINED])}")
+    twin = f"{architecture}-quickgelu"
+    if weights in open_clip.list_pretrained_tags_by_model(twin) and not _fits(architecture, weights):
+        raise ModelError(f"the weights {weights!r} fit the activation of {twin}: ask for {twin}/{weights}")
     return architecture, weights
 
 
 def _first_fitting_tag(architecture: str, tags: Sequence[str]) -> str:
     """OpenAI's weights fit only the quickgelu twin of an architecture; open_clip would load them and merely warn."""
+    for tag in tags:
+        if _fits(architecture, tag):
+            return tag
+    raise ModelError(f"{architecture} has no published weights; ask for {architecture}/{UNTRAINED} or give a folder")
+
+
+def _fits(architecture: str, tag: str) -> bool:
+    """Whether the weights were trained with the activation that the architecture has."""
     from open_clip import get_model_config, get_pretrained_cfg
 
     wanted = bool((get_model_config(architecture) or {}).get("quick_gelu", False))
-    for tag in tags:
-        if bool(get_pretrained_cfg(architecture, tag).get("quick_gelu", False)) == wanted:
-            return tag
-    raise ModelError(f"{architecture} has no published weights; ask for {architecture}/{UNTRAINED} or give a folder")
+    return bool(get_pretrained_cfg(architecture, tag).get("quick_gelu", False)) == wanted
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

@@ -246,8 +246,8 @@ def _notes(kb: KnowledgeBase, config: BuildConfig, ledger: Ledger, tally: _Tally
         )
     if twice := ledger.named_otherwise():
         notes.append(
-            f"{len(twice)} of these shards are here under the name of dataset {twice[0].dataset!r} too, so that their "
-            "pairs are here twice; `radt index remove --dataset NAME` takes a dataset out"
+            f"dataset {twice[0].dataset!r} has {len(twice)} of these shards too, so that their pairs are here twice; "
+            "`radt index remove --dataset NAME` takes a dataset out"
         )
     if config.part is not None:
         nothing = "" if tally.layouts or tally.skipped else ", no shard of these sources falls to it"

@@ -68,7 +68,7 @@ def test_copies_of_what_is_not_read_again_are_told_to_scripts_too(shell: Shell, 
 
 def test_the_same_shards_under_two_names_are_told(shell: Shell, kb: Path, corpus: Path) -> None:
     (note,) = shell.json("build", corpus, "--kb", kb, "--dataset", "animals")["notes"]
-    assert "2 of these shards are here under the name of dataset 'pets' too" in note
+    assert "dataset 'pets' has 2 of these shards too" in note
     assert shell.json("remove", "--dataset", "animals", "--kb", kb)["removed"] == 12
 
 
@@ -159,3 +159,11 @@ def test_the_images_at_the_top_of_a_source_have_a_name_for_people(shell: Shell, 
     assert shell.json("show", pair, "--kb", kb)["shard"] == "."
     (source / "0.png").write_bytes(encode(draw(7)))
     assert "shard '(top folder)' of dataset 'photos'" in shell("verify", "--kb", kb)[1].replace("\n", " ")
+
+
+def test_weights_of_another_activation_are_refused_with_the_name_that_fits(
+    shell: Shell, corpus: Path, tmp_path: Path
+) -> None:
+    """open_clip would load them, warn, and make vectors that are nobody's."""
+    told = shell.error("build", corpus, "--kb", tmp_path / "kb", "--model", "ViT-B-32/openai")
+    assert "ask for ViT-B-32-quickgelu/openai" in told
