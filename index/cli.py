@@ -14,7 +14,7 @@ from index.commands.plan import add_plan
 from index.commands.query import add_query
 from index.commands.verify import add_verify
 from index.commands.views import add_views
-from index.errors import UserError, damage
+from index.errors import UserError, damage, was_interrupted
 from index.text import one_line
 
 
@@ -49,9 +49,11 @@ def run(app: Callable[..., Any], args: Sequence[str] | None = None) -> NoReturn:
     except UserError as error:
         if is_debug:
             raise
-        _fail(str(error), 1)
+        _fail(_stopped(words), 130) if was_interrupted(error) else _fail(str(error), 1)
     except (OSError, ValueError) as error:
         what = damage(error)
+        if was_interrupted(error) and not is_debug:
+            _fail(_stopped(words), 130)
         if is_debug or what is None:
             raise
         _fail(f"{_DAMAGED}: {what}", 1)

@@ -42,6 +42,15 @@ def damage(error: BaseException) -> str | None:
     return line.removeprefix("External error: ").removeprefix("LanceError(IO): ") if is_damage else None
 
 
+def was_interrupted(error: BaseException | None) -> bool:
+    """Whether Ctrl-C is behind an error: while Arrow waits for Lance, it becomes an error of theirs."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt) or "External error: KeyboardInterrupt" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def check_filter(where: str) -> None:
     """An empty filter is a variable that was not set, not every pair: nobody means to take all of them down."""
     if not where.strip():

@@ -181,7 +181,7 @@ def add_query(app: typer.Typer, default_model: str | None) -> None:
         if as_json:
             print_json({**answer.to_json(head, is_explained=explain), **facts, **_note(base)})
         else:
-            print_answer(answer, head, facts, hints=[] if explain else _why_slow(base, answer.result))
+            print_answer(answer, head, facts, hints=[] if explain or exact else _why_slow(base, answer.result))
 
 
 def _check_usage(text: str | None, ways: Mapping[str, Any], *, seed: int | None, about_one: bool) -> None:

@@ -367,14 +367,14 @@ def _check_quality(store: PairStore, records: Sequence[ShardRecord], config: Bui
         )
     if pairs == 0:
         raise CorpusError(
-            f"no sample of {bad} could be used{_first_reason(store, records)}; {QUARANTINE} in the knowledge base says "
+            f"no sample of {bad} could be used{_first_reason(store, records)}; `radt index stats --quarantine` says "
             "why for each"
         )
     if bad > config.max_bad_fraction * (pairs + bad):
         share = bad / (pairs + bad)
         raise CorpusError(
             f"{bad} of {pairs + bad} samples are bad, a share of {share:.3f} above --max-bad-fraction "
-            f"{config.max_bad_fraction}; {QUARANTINE} in the knowledge base says why for each"
+            f"{config.max_bad_fraction}; `radt index stats --quarantine` says why for each"
         )
 
 
@@ -407,7 +407,7 @@ class _Quality:
         if self._read >= JUDGED_FROM and share > self._most:
             self.complaint = (
                 f"{self._bad} of the {self._pairs + self._bad} samples so far are bad, a share of {share:.3f} above "
-                f"--max-bad-fraction {self._most}, so no more are read; {QUARANTINE} in the knowledge base says why "
+                f"--max-bad-fraction {self._most}, so no more are read; `radt index stats --quarantine` says why "
                 "for each, and with a larger fraction the same command goes on"
             )
         return bool(self.complaint)

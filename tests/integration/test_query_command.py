@@ -183,6 +183,20 @@ def test_many_queries_are_written_as_they_are_answered(
     assert "cannot filter by" in shell.error(*words, "--json", "--where", "colour = 3")
 
 
+@pytest.mark.parametrize("where", [[], ["--where", "width > 3"]])
+def test_an_interrupt_that_lance_makes_an_error_of_is_one_all_the_same(
+    shell: Shell, kb: Path, monkeypatch: pytest.MonkeyPatch, where: list[str]
+) -> None:
+    import lance
+
+    def interrupted(self: Any, *args: Any, **more: Any) -> None:
+        raise ValueError("External error: KeyboardInterrupt: ")  # what ArrowInvalid is, and says
+
+    monkeypatch.setattr(lance.LanceDataset, "to_table", interrupted)
+    code, out, err = shell("query", "yellow", "--kb", kb, "--by", "bm25", *where)
+    assert (code, out, err) == (130, "", "error: stopped; the same command begins anew\n")
+
+
 def test_the_page_carries_the_command_that_asks_it_again(
     shell: Shell, kb: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
