@@ -26,6 +26,7 @@ from index.search.searcher import (
     check_queries,
     check_rows,
     padded,
+    reorder_for,
 )
 
 if TYPE_CHECKING:
@@ -35,7 +36,6 @@ _TABLE = "vectors.lance"
 _LISTED_FROM = 5_000  # rows; below that Lance scans them all
 _ROWS_PER_LIST = 256  # at least: Lance trains no list with fewer
 _REORDER = 50  # candidates scored by their full vectors when nothing was calibrated; more when more is asked for
-_REORDER_FACTOR = 2
 _STREAM_ROWS = 1 << 14
 
 
@@ -96,8 +96,7 @@ class LanceSearcher:
             share = min(1.0, 2.0 * wanted / len(self.ids))
             lists = self.settings.get("leaves_to_search") or self.settings["lists_to_search"]  # the name of format 1
             nearest["nprobes"] = max(lists, math.ceil(share * self.leaves))
-            reorder = max(self.settings.get("reorder", _REORDER), _REORDER_FACTOR * wanted)
-            nearest["refine_factor"] = math.ceil(reorder / wanted)
+            nearest["refine_factor"] = math.ceil(reorder_for(wanted, self.settings.get("reorder", _REORDER)) / wanted)
         table = self._dataset.scanner(columns=["id", "_distance"], nearest=nearest).to_table()
         return table["id"].to_numpy(), (1.0 - table["_distance"].to_numpy()).astype(np.float32)
 

@@ -38,6 +38,7 @@ from index.search.searcher import (
     check_rows,
     merge_answers,
     padded,
+    reorder_for,
 )
 from index.search.sizes import code_training_rows, default_ram, scann_block, scann_leaves, training_rows
 
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
     from index.search.sizes import Structure
 
 _REORDER = 100  # candidates scored exactly when nothing was calibrated; more when more is asked for
-_REORDER_FACTOR = 2
 _PARALLEL_FROM = 32  # queries
 _MOST_IN_A_TASK = 256  # queries; larger tasks are slower, 35,000 and 18,000 a second at 256 and 1000
 _STREAM_ROWS = 1 << 15
@@ -217,9 +217,8 @@ class ScannSearcher:
         if not self.leaves:
             return {}
         share = min(1.0, 2.0 * wanted / rows)
-        reorder = max(self.settings.get("reorder", _REORDER), _REORDER_FACTOR * wanted)
         return {
-            "pre_reorder_num_neighbors": min(rows, reorder),
+            "pre_reorder_num_neighbors": min(rows, reorder_for(wanted, self.settings.get("reorder", _REORDER))),
             "leaves_to_search": max(self.settings["leaves_to_search"], math.ceil(share * self.leaves)),
         }
 

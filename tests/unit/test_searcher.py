@@ -22,6 +22,7 @@ from index.search.searcher import (
     is_as_planned,
     open_searcher,
     recall,
+    reorder_for,
     shifted_queries,
 )
 from index.search.sizes import choose_structure
@@ -292,3 +293,8 @@ def test_of_equal_pictures_any_are_the_true_ones() -> None:
     others = ExactSearcher(np.arange(20, 40), vectors[20:])  # knows ten copies of each, and not those of lowest id
     assert recall(others, exact, vectors[:2], top_k=10) == 1.0
     assert recall(others, exact, vectors[:1], top_k=20) == 0.5
+
+
+def test_more_answers_need_more_exact_scores() -> None:
+    assert [reorder_for(wanted, 50) for wanted in (1, 5, 10, 20, 50, 100)] == [50, 50, 50, 94, 213, 398]
+    assert reorder_for(1000, 25) == 2000  # twice as many at least
