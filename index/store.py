@@ -254,6 +254,10 @@ class PairStore:
         """Ids and unit vectors of those of these pairs that are there, in stored order."""
         return self._arrays(self._named(ids.tolist(), ["id", "vector"]).to_batches())
 
+    def known(self, columns: Sequence[str]) -> list[str]:
+        """Those of these columns that the table has: one of an older format lacks what came later."""
+        return [name for name in columns if name in self._dataset.schema.names]
+
     def row_map(self, lookups: int) -> RowMap | None:
         """Where the pairs of the present version lie; None until `lookups`, added up, repay reading that."""
         now = (self.version, self.hidden)
@@ -544,7 +548,7 @@ class PairStore:
 
     def _named(self, ids: Sequence[int], columns: Sequence[str]) -> "pa.Table":
         """These columns of those of the pairs that are there, in stored order, without columns of a later format."""
-        columns = [name for name in columns if name in self._dataset.schema.names]
+        columns = self.known(columns)
         rows = self.row_map(len(ids))
         if rows is not None:
             return rows.read(np.array(_possible(ids), dtype=np.int64), columns)

@@ -60,15 +60,18 @@ class Copies:
     """What shows the same picture in a knowledge base, as it is when this is made: 33 bytes for each pair there."""
 
     def __init__(self, kb: "KnowledgeBase"):
+        import pyarrow
+
         self._view, self._embedder = kb.retriever.view, kb.embedder
         parts = ([np.empty(0, dtype)] for dtype in (np.int64, np.uint64, np.int64, np.bool_))
         ids, marks, hashes, has_hash = parts
-        columns = ["id", "image_sha256", "dhash"]
+        columns = kb.store.known(["id", "image_sha256", "dhash"])
         for batch in kb.store.dataset.to_batches(columns=columns, filter=kb.store.shown_where("kind = 'pair'")):
             ids.append(batch.column("id").to_numpy())
             marks.append(np.array([_mark(digest) for digest in batch.column("image_sha256").to_pylist()], np.uint64))
-            hashes.append(batch.column("dhash").fill_null(0).to_numpy())
-            has_hash.append(batch.column("dhash").is_valid().to_numpy(zero_copy_only=False))
+            dhash = batch.column("dhash") if "dhash" in columns else pyarrow.nulls(len(batch), pyarrow.int64())
+            hashes.append(dhash.fill_null(0).to_numpy())
+            has_hash.append(dhash.is_valid().to_numpy(zero_copy_only=False))
         order = np.argsort(np.concatenate(ids))
         self._ids, self._marks = np.concatenate(ids)[order], np.concatenate(marks)[order]
         self._hashes, self._has_hash = np.concatenate(hashes)[order], np.concatenate(has_hash)[order]

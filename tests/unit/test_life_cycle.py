@@ -24,6 +24,7 @@ from index.ingest.engines import StagedShard, run_local
 from index.ingest.parts import Part
 from index.knowledge_base import FORMAT, KnowledgeBase, Manifest
 from index.records import ShardRecord, table_schema
+from index.search.copies import Copies
 from index.search.lexical import FTS_NAME
 from index.search.retriever import Retriever
 from index.store import PairStore, Rewrite
@@ -90,6 +91,7 @@ def test_an_older_format_is_read_as_it_is(corpus: Path, tmp_path: Path, monkeypa
         assert kb.show(expected[0]).caption == row.caption
         assert (kb.stats()["format"], len(kb)) == (1, 15)
         assert verify(kb).is_sound
+        assert len(Copies(kb)._ids) == 15
     assert files(tmp_path / "kb") == before
 
 
