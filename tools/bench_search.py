@@ -42,6 +42,7 @@ WIDE_CLUSTER = 1000  # of the overlapping ones, at the sizes of a power law
 DEPTHS = (20, 30, 40, 50, 70, 100, 150, 200, 300, 500, 800)  # rows scored exactly, the same for ScaNN and faiss
 FINALISTS = 3  # of each contestant, timed for every level
 STEPS = 18  # up the number of leaves or probes
+HARDLY = 0.001
 
 Search = Callable[[np.ndarray], np.ndarray]
 Point = tuple[int, ...]
@@ -197,13 +198,15 @@ class Bench:
         return index, built
 
     def survey(self, family: Family) -> list[Tried]:
-        """Every point of the grid, up each ladder until all levels are reached."""
+        """Every point of the grid, up each ladder until all levels are reached or two steps find hardly more."""
         tried = []
         for ladder in family.ladders:
+            recalls: list[float] = []
             for point in ladder:
                 recall, seconds = self._once(family.setting(*point))
                 tried.append(Tried(point, round(recall, 4), round(len(self.data.queries) / seconds)))
-                if recall >= max(self.levels):
+                recalls.append(recall)
+                if recall >= max(self.levels) or (len(recalls) > 2 and recall < recalls[-3] + HARDLY):
                     break
         return tried
 

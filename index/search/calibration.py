@@ -15,8 +15,8 @@ from index.search.searcher import CurvePoint, Queries, Scores, Searcher, recall_
 # Above the target, over sqrt(queries): they are a sample, and the recall of one varies by about 0.1. So it is 1.6
 # standard errors, 0.01 for 256 of them
 _MARGIN = 0.16
-# Candidates scored exactly, deepest first. Each costs about as much as the codes of twenty rows, so it is worth
-# knowing how few will do: 50 instead of 100 are a third faster where one leaf is searched (200,000 x 512)
+# Candidates scored exactly, deepest first. Each costs about as much as the codes of thirty rows, so it is worth
+# knowing how few will do: 50 instead of 100 are a quarter faster where one leaf is searched (200,000 x 512)
 _REORDERS = (400, 280, 200, 140, 100, 70, 50, 35, 25)
 _DEEPEST_REORDER = 1600  # when 400 do not do
 _LADDER = 1.15  # from one number of leaves to the next
