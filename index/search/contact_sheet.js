@@ -60,12 +60,6 @@ function termBars(terms) {
   return bars(entries.map(([name, score]) => ({ name, share: score / most, text: score.toFixed(3), kind: "bm25" })));
 }
 
-// The words of the query that a hit does not have; of a pair that is no hit, nobody asked.
-function missingWords(terms) {
-  const missing = terms ? page.words.filter((word) => !(word in terms)) : [];
-  return missing.length ? `not in the caption: ${missing.join(", ")}` : "";
-}
-
 function note(text) {
   return text ? make("p", { class: "made" }, text) : "";
 }
@@ -120,7 +114,7 @@ function show(id) {
     ...section("Nearest pairs", others(pair.neighbors)), ...section("The same picture", others(pair.repeats)));
   const right = make("div", {}, make("h3", {}, "Caption"), make("p", { class: "text" }, pair.caption),
     ...section("Scores", pair.scores ? bars(pair.scores) : null), note(pair.made ? `score = ${pair.made}` : ""),
-    ...section("Words that earned bm25", termBars(pair.terms)), note(missingWords(pair.terms)),
+    ...section("Words that earned bm25", termBars(pair.terms)), note(pair.missing?.length ? `not in the caption: ${pair.missing.join(", ")}` : ""),
     ...section("Look for what is like it", commandLine(id)), ...section("The pair", table(pair.facts)),
     ...section("Metadata", Object.keys(pair.metadata).length ? table(Object.entries(pair.metadata)) : null));
   dialog.replaceChildren(head, make("div", { class: "panel" }, left, right));

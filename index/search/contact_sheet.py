@@ -18,6 +18,7 @@ from index.errors import UserError
 from index.records import Hit, StoredPair
 from index.search.explain import ExactDifference, Surroundings, WhyNot, describe_searcher, how_fused
 from index.search.pictures import data_uri, open_picture, picture
+from index.search.words import Tokenizer
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -73,6 +74,7 @@ def write_contact_sheet(
         about = pairs.get(str(hit.id), _about_hit(hit))
         found_in = [["found in", hit.kb]] if hit.kb is not None else []
         scores = _about_score(hit, best, earned, result)
+        scores["missing"] = _missing(hit, earned, words or {})
         if result is not None:
             scores["made"] = how_fused(hit, result, asked.get("fusion", "rrf"))
         pairs[str(hit.id)] = {**about, **scores, "facts": found_in + about["facts"]}
@@ -85,7 +87,7 @@ def write_contact_sheet(
         repeat=_command_line(repeat),
         notes=_notes(result, exact, why_not, around),
         hits=f"<main>\n{''.join(cards)}</main>" if cards else '<p class="none">Nothing found.</p>',
-        pairs=_script_json({"command": command, "words": list(words or ()), "pairs": pairs}),
+        pairs=_script_json({"command": command, "pairs": pairs}),
         script=folder.joinpath("contact_sheet.js").read_text(encoding="utf-8"),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -293,6 +295,14 @@ def _about_score(
         if (value := getattr(hit, name)) is not None
     ]
     return {"scores": rows, "terms": dict(terms)}
+
+
+def _missing(hit: Hit, terms: Mapping[str, float], words: Iterable[str]) -> list[str]:
+    """The words of the query, or of the part of it that a hit answers, that its caption does not have."""
+    if hit.bm25 is None:
+        return []
+    asked = set(words) if hit.part is None else set(Tokenizer()(hit.part))
+    return [word for word in words if word in asked and word not in terms]
 
 
 def _metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:

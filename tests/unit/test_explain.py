@@ -23,6 +23,7 @@ from index.search.explain import (
     surroundings,
     term_scores,
     why_not,
+    word_counts,
 )
 from index.search.fusion import FusionRule
 from index.search.joined import JoinedKnowledgeBase
@@ -444,3 +445,21 @@ def test_a_difference_that_is_not_the_searchers_is_told_as_such(tmp_path: Path) 
     assert "of the nearest vectors it found 1.00" in difference.summary
     assert "among the best 100 of each list" in difference.summary
     assert all(re.fullmatch(r"number \d+ was number \d+|in place of .*", line) for line, _ in difference.lines)
+
+
+def test_the_panel_names_the_words_that_a_caption_lacks(base: KnowledgeBase, tmp_path: Path) -> None:
+    zeppelin, green = "a red circle left of a zeppelin", "a red circle left of a green circle"
+    for text, asked, lacked in (
+        (zeppelin, {"by": "bm25"}, {"left", "zeppelin"}),
+        (zeppelin, {"by": "tfidf"}, set()),  # which tells no words
+        (green, {"by": "bm25"}, {"left", "green"}),
+        (green, {"by": "bm25", "decompose": "phrases"}, set()),  # of its own part of the prompt
+    ):
+        result = base.query(text, k=1, **asked)
+        terms = term_scores(base.retriever, text, result.hits)
+        words = word_counts(base.retriever, text, result)
+        page = sheet(tmp_path, result.hits, text, result=result, terms=terms, words=words, asked=asked)
+        (about,) = panel_data(page)["pairs"].values()
+        assert "red" in about["caption"]
+        assert set(about["missing"]) == lacked
+        assert ("<b>zeppelin</b> in none" in page) == (text == zeppelin)
