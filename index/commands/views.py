@@ -132,6 +132,8 @@ def _rows(values: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
     is_count = isinstance(value, int) and not isinstance(value, bool)
     return f"{value:,}" if is_count else plain(value)
 
