@@ -107,6 +107,11 @@ def steps(pairs: str, kb: str, *, count: int, ram: str) -> list[Step]:
             lambda answer: f"{answer['pairs']:,} pairs",
         ),
         Step(
+            [*f"index neighbors {pairs}/00000.tar --kb {kb} --by clip --out".split(), f"{kb}-neighbors.parquet"],
+            lambda answer: answer["shards_done"] == 1 and answer["pairs"] > answer["short"],
+            lambda answer: f"{answer['pairs'] / answer['seconds']:.0f} training pairs/s, the model's loading included",
+        ),
+        Step(
             ["generate", "a vepo on an orange background", "--kb", kb, "-n", "2", "--out", f"{kb}-pictures"],
             lambda answer: len(answer["images"]) == 2,
             lambda answer: "two pictures",
@@ -123,6 +128,7 @@ def main() -> None:
     pairs, kb = given.work / "pairs", given.work / "kb"
     subprocess.run([sys.executable, HERE / "make_pairs.py", pairs, "--num", str(given.pairs)], check=True)
     shutil.rmtree(kb, ignore_errors=True)
+    Path(f"{kb}-neighbors.parquet").unlink(missing_ok=True)
     print(f"{given.pairs:,} pairs, {os.cpu_count()} processors of {platform.machine()}, {date.today()}\n")
     print("| `radt ...` | s | peak MiB | |\n|---|---:|---:|---|")
     lines = []

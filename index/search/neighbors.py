@@ -36,6 +36,7 @@ BATCH = 256  # pairs looked up at once,
 BATCH_BYTES = 256 << 20  # but so many bytes of them, images included, where every search loads the searcher anew
 _PAIR_BYTES, _HIT_BYTES = 4096, 1024  # of a pair beside its image, with its vector; and of each of its neighbours
 GROUP_ROWS = 4096  # rows of a row group of the output
+_MANY_EXCLUDED = (64, 512)  # ids; pairs with more are asked apart
 METADATA_KEY = b"radt.neighbors"  # of the Parquet file: the settings, snapshot and shards it was made from
 
 
@@ -186,15 +187,25 @@ class _Finder:
         vectors: Float32[ndarray, "n d"] | None,
         excluded: Sequence[Int64[ndarray, " _"]] | None,
     ) -> list[list[Hit]]:
-        return self._retriever.search_many(
-            [pair.caption for pair in pairs],
-            vectors=vectors,
-            k=self._config.k,
-            by=self._config.by,
-            fusion=self._config.fusion,
-            where=self._config.where,
-            exclude=None if excluded is None else [ids.tolist() for ids in excluded],
+        """Pairs of which much is excluded are asked apart: all of a search go as deep as the one that must."""
+        found: list[list[Hit]] = [[] for _ in pairs]
+        depth = np.digitize(
+            [0 if excluded is None else len(excluded[row]) for row in range(len(pairs))], _MANY_EXCLUDED
         )
+        for lot in np.unique(depth):
+            rows = np.nonzero(depth == lot)[0].tolist()
+            hits = self._retriever.search_many(
+                [pairs[row].caption for row in rows],
+                vectors=None if vectors is None else vectors[rows],
+                k=self._config.k,
+                by=self._config.by,
+                fusion=self._config.fusion,
+                where=self._config.where,
+                exclude=None if excluded is None else [excluded[row].tolist() for row in rows],
+            )
+            for row, own in zip(rows, hits, strict=True):
+                found[row] = own
+        return found
 
 
 # Part files
