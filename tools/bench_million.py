@@ -107,7 +107,17 @@ def steps(pairs: str, kb: str, *, count: int, ram: str) -> list[Step]:
             lambda answer: f"{answer['pairs']:,} pairs",
         ),
         Step(
-            [*f"index neighbors {pairs}/00000.tar --kb {kb} --by clip --out".split(), f"{kb}-neighbors.parquet"],
+            [
+                "index",
+                "neighbors",
+                f"{pairs}/00000.tar",
+                "--kb",
+                kb,
+                "--by",
+                "clip",
+                "--out",
+                f"{kb}-neighbors.parquet",
+            ],
             lambda answer: answer["shards_done"] == 1 and answer["pairs"] > answer["short"],
             lambda answer: f"{answer['pairs'] / answer['seconds']:.0f} training pairs/s, the model's loading included",
         ),
