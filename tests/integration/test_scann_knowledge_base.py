@@ -23,7 +23,7 @@ from index.search.duplicates import build_duplicates
 from index.search.lance_searcher import LanceSearcher
 from index.search.neighbors import NeighborsConfig, write_neighbors
 from index.search.scann_searcher import ScannSearcher
-from index.search.searcher import recall_of
+from index.search.searcher import exact_searcher, recall_of
 from tests.fakes import COLORS, HashEmbedder, needs_scann, sample, write_tar
 
 ROOT = Path(__file__).parents[2]
@@ -105,7 +105,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
             rows = corpus()
             for start in range(0, len(rows), 500):
                 kb.store.add(rows[start : start + 500])
-            kb.build_search(kind, recall=RECALL)
+            kb.build_search(kind, recall=RECALL, duplicates=kind == "scann")  # of Lance they take seconds
             kb.tag_build()
             made[kind] = folder
         return made[kind]
@@ -120,9 +120,8 @@ def frozen(request: pytest.FixtureRequest, built: Callable[[str], Path]) -> Know
 
 @pytest.fixture(params=KINDS)
 def kb(request: pytest.FixtureRequest, built: Callable[[str], Path], tmp_path: Path) -> KnowledgeBase:
-    """A copy that may be changed. Lance takes seconds to look for duplicates anew, and goes without."""
-    without = shutil.ignore_patterns("duplicates") if request.param == "lance" else None
-    shutil.copytree(built(request.param), tmp_path / "kb", ignore=without)
+    """A copy that may be changed."""
+    shutil.copytree(built(request.param), tmp_path / "kb")
     return KnowledgeBase.open(tmp_path / "kb", HashEmbedder())
 
 
@@ -182,8 +181,9 @@ def test_filters_of_every_selectivity(frozen: KnowledgeBase, width: int) -> None
         assert {hit.id for hit in hits} <= set(frozen.store.matching_ids(where).tolist())
 
 
-def test_a_picture_that_is_there_two_hundred_times_is_one_hit(frozen: KnowledgeBase) -> None:
-    frozen.search("anything")
+@needs_scann
+def test_a_picture_that_is_there_two_hundred_times_is_one_hit(built: Callable[[str], Path]) -> None:
+    frozen = KnowledgeBase.open(built("scann"), HashEmbedder())
     summary = frozen.stats()["duplicates"]
     assert (summary["largest"], summary["pairs"]) == (CROWD, CROWD)
     vector = frozen.store.get([10**15 + ROWS], vectors=True)[0].vector
@@ -304,9 +304,9 @@ def test_a_snapshot_is_what_it_was(kb: KnowledgeBase) -> None:
     assert past.search("number 0077", k=1, by="bm25")[0].caption == caption_of(77)
 
 
-def test_groups_by_the_searcher_are_those_by_products(frozen: KnowledgeBase, tmp_path: Path) -> None:
-    from index.search.searcher import exact_searcher
-
+@needs_scann
+def test_groups_by_the_searcher_are_those_by_products(built: Callable[[str], Path], tmp_path: Path) -> None:
+    frozen = KnowledgeBase.open(built("scann"), HashEmbedder())
     by_products = build_duplicates(frozen.store, exact_searcher(frozen.store), tmp_path)
     found = frozen.retriever.view.duplicates
     np.testing.assert_array_equal([by_products.ids, by_products.groups], [found.ids, found.groups])
