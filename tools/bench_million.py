@@ -93,7 +93,7 @@ def steps(pairs: str, kb: str, *, count: int, ram: str) -> list[Step]:
         ),
         Step(
             ["index", "compact", "--kb", kb, "--keep", "1"],
-            lambda answer: True,
+            lambda answer: answer["pairs"] == count and answer["versions_removed"] > 0,
             lambda answer: "purged, merged, folded in",
         ),
         Step(
