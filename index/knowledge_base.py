@@ -5,8 +5,11 @@ START HERE. The folder holds `kb.json` (which model made the vectors, which sear
 """
 
 import json
+import secrets
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from hashlib import sha256
@@ -25,7 +28,7 @@ from index.records import BadSample, Hit, ImageLocation, StoredPair, pair_id
 from index.remote import RemoteFolder, remote_url
 from index.rows import TABLE
 from index.search.duplicates import FOLDER as DUPLICATES
-from index.search.duplicates import Duplicates, build_duplicates
+from index.search.duplicates import Duplicates, build_duplicates, groups_stamp
 from index.search.retriever import Retriever, SearchResult
 from index.search.searcher import (
     DEFAULT_RECALL,
@@ -114,7 +117,10 @@ class KnowledgeBase:
         if manifest.format != FORMAT:  # read as it is, and upgraded when it is first written
             self.store.before_writing = self._upgrade
         self._searcher: tuple[str | None, Searcher] | None = None  # with its name in `kb.json`
-        self._retriever: Retriever | None = None
+        self._groups: object = None  # which duplicate groups lie beside the searcher
+        self._retriever: tuple[object, Retriever] | None = None  # with what it was made for
+        self._opening = threading.Lock()  # two threads that ask first open the searcher once
+        self._is_held = False
 
     @classmethod
     def create(cls, directory: str | Path, embedder: Embedder) -> "KnowledgeBase":
@@ -187,23 +193,24 @@ class KnowledgeBase:
         except (OSError, ValueError, KnowledgeBaseError):  # Lance has no error of its own for a missing file
             if not self.is_outdated():
                 raise
+            self.refresh()
             return self.retriever.search(text, **asked)  # a compaction has deleted a file that was being read
 
     @property
     def retriever(self) -> Retriever:
-        """The retriever over the store as it is now and the searcher that `kb.json` names now."""
-        if self.store.snapshot is not None:
-            return self._past_retriever()
-        self.refresh()
-        if self._retriever is None or self._searcher is None or self._searcher[0] != self.manifest.searcher:
-            folder = self.directory / (self.manifest.searcher or "searchers/none")
-            self._searcher = (self.manifest.searcher, self.open_searcher())
-            groups = Duplicates.open(folder)
-            self._retriever = Retriever(self.store, self._searcher[1], self.embedder, duplicates=groups)
-        searcher, covers = self._searcher[1], self.manifest.covers
-        if covers is not None and searcher.snapshot is not None:
-            searcher.snapshot = max(searcher.snapshot, covers)  # a compaction has moved the rows that it knows
-        return self._retriever
+        """The retriever over the store, the searcher that `kb.json` names and its duplicate groups, as they are now."""
+        with self._opening:
+            return self._present_retriever() if self.store.snapshot is None else self._past_retriever()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Inside it all queries are of one state, that of now; of a later one if a compaction deletes files of it."""
+        _ = self.retriever  # sees what is there now
+        self._is_held = True
+        try:
+            yield
+        finally:
+            self._is_held = False
 
     def refresh(self) -> None:
         """See table and `kb.json` of one moment: a searcher younger than the table could miss rows of it."""
@@ -213,6 +220,7 @@ class KnowledgeBase:
             self.manifest = Manifest.read(self.directory)
             self.store.moved_files = self.manifest.moved_files
             self.store.refresh()
+            self._groups = groups_stamp(self._searcher_folder)
             if Manifest.read(self.directory) == self.manifest:
                 return
 
@@ -250,9 +258,8 @@ class KnowledgeBase:
 
     def searcher_manifest(self) -> SearcherManifest | None:
         """What `kb.json` names as the searcher, if any."""
-        name = self.manifest.searcher
-        folder = self.directory / name if name else None
-        return SearcherManifest.read(folder) if folder is not None and folder.exists() else None
+        folder = self._searcher_folder
+        return SearcherManifest.read(folder) if folder.exists() else None
 
     def searcher_choice(self) -> SearcherChoice:
         """What to ask for to keep the kind of the searcher; one that compares every row may have been outgrown."""
@@ -261,7 +268,7 @@ class KnowledgeBase:
 
     def open_searcher(self) -> Searcher:
         """The searcher that `kb.json` names, as it was built; every row is compared where it names none."""
-        folder = self.directory / (self.manifest.searcher or "searchers/none")
+        folder = self._searcher_folder
         return open_searcher(folder, self.store, url=self.remote.url_of(folder) if self.remote else None)
 
     # Changing
@@ -338,17 +345,18 @@ class KnowledgeBase:
         with self.store.lock(), one_sentence(self.directory):
             self.refresh()
             current = self._readable_searcher()
-            had_groups = current is None or self._has_groups()
+            if duplicates is None:
+                duplicates = current is None or self._has_groups()
             if current is not None:
                 recall, ram = recall or current.target_recall, ram or current.ram
             recall = recall or DEFAULT_RECALL
             structure = choose_structure(self.store.count(), self.store.dim, ram=ram, kind=kind)
             is_good = current is not None and is_as_planned(current, structure, target_recall=recall)
-            if current is None or not is_good or self._changed_rows(current) > (_spare(current) * may_lag):
-                current = self._replace_searcher(structure.kind, seed, recall=recall, ram=ram)
-            if had_groups if duplicates is None else duplicates:
-                self._find_duplicates()
-            spare = _spare(current) * may_lag
+            if current is None or not is_good or self._changed_rows(current) > _spare(current, may_lag=may_lag):
+                current = self._replace_searcher(structure.kind, seed, recall=recall, ram=ram, duplicates=duplicates)
+            elif duplicates and not self._has_groups():
+                build_duplicates(self.store, self.open_searcher(), self._searcher_folder)
+            spare = _spare(current, may_lag=may_lag)
             if not spare or self.store.count_unindexed(FTS_NAME) > spare:
                 build_fts(self.store)
             self.store.index_ids()
@@ -390,10 +398,32 @@ class KnowledgeBase:
                 f"{self.directory} is of an older format and has to be upgraded in place before it is written: {error}"
             ) from error
 
+    def _present_retriever(self) -> Retriever:
+        if not self._is_held:
+            self.refresh()
+        name = self.manifest.searcher
+        if self._searcher is None or self._searcher[0] != name:
+            self._searcher = (name, self.open_searcher())
+        searcher, covers, folder = self._searcher[1], self.manifest.covers, self._searcher_folder
+        if covers is not None and searcher.snapshot is not None:
+            searcher.snapshot = max(searcher.snapshot, covers)  # a compaction has moved the rows that it knows
+        return self._kept_retriever(
+            (name, self._groups),  # groups may land beside a searcher that has long been named
+            lambda: Retriever(self.store, searcher, self.embedder, duplicates=Duplicates.open(folder)),
+        )
+
     def _past_retriever(self) -> Retriever:
-        if self.store.refresh() or self._retriever is None:
-            self._retriever = Retriever(self.store, StreamSearcher(self.store), self.embedder)
-        return self._retriever
+        if not self._is_held:
+            self.store.refresh()
+        return self._kept_retriever(
+            self.store.hidden, lambda: Retriever(self.store, StreamSearcher(self.store), self.embedder)
+        )
+
+    def _kept_retriever(self, made_for: object, make: Callable[[], Retriever]) -> Retriever:
+        """The one that was made before, if it was for the same."""
+        if self._retriever is None or self._retriever[0] != made_for:
+            self._retriever = (made_for, make())
+        return self._retriever[1]
 
     def _changed_rows(self, searcher: SearcherManifest) -> int:
         """Rows that were written or went since the searcher was built."""
@@ -402,13 +432,12 @@ class KnowledgeBase:
         return new + max(searcher.rows - known, 0)
 
     def _replace_searcher(
-        self, kind: Literal["exact", "scann", "lance"], seed: int, *, recall: float, ram: int | None
+        self, kind: Literal["exact", "scann", "lance"], seed: int, *, recall: float, ram: int | None, duplicates: bool
     ) -> SearcherManifest:
         """Build beside the old one, then let `kb.json` name it: whoever reads meanwhile has one or the other."""
         high_water = self.store.high_water
-        name = f"searchers/{high_water}-{kind}"
-        if self.manifest.searcher == name:  # the same rows, another recall or another size: readers look at the name
-            name += f"-{self.store.version}"
+        # No name comes twice, for readers look at nothing else: the same rows may be built from for another recall.
+        name = f"searchers/{high_water}-{kind}-{secrets.token_hex(4)}"
         built = build_searcher(
             kind,
             self.store,
@@ -419,6 +448,9 @@ class KnowledgeBase:
             target_recall=recall,
             ram=ram,
         )
+        if duplicates:
+            folder = self.directory / name
+            build_duplicates(self.store, open_searcher(folder, self.store), folder)
         previous = self.manifest.searcher
         self.manifest = replace(self.manifest, searcher=name, covers=high_water, moved_files=())
         self.manifest.write(self.directory)
@@ -427,13 +459,13 @@ class KnowledgeBase:
                 shutil.rmtree(folder)
         return built
 
-    def _has_groups(self) -> bool:
-        return (self.directory / str(self.manifest.searcher) / DUPLICATES).exists()
+    @property
+    def _searcher_folder(self) -> Path:
+        """That of the searcher that `kb.json` names; where it names none, one that is never there."""
+        return self.directory / (self.manifest.searcher or "searchers/none")
 
-    def _find_duplicates(self) -> None:
-        folder = self.directory / str(self.manifest.searcher)
-        if not self._has_groups():
-            build_duplicates(self.store, self.open_searcher(), folder)
+    def _has_groups(self) -> bool:
+        return (self._searcher_folder / DUPLICATES).exists()
 
     def _calibration_queries(self, seed: int) -> np.ndarray:
         """Captions as queries: text vectors lie elsewhere than image vectors, and those flatter the recall."""
@@ -481,9 +513,11 @@ class _Picture:
     dhash: int
 
 
-def _spare(searcher: SearcherManifest) -> int:
-    """How many rows may lag behind a searcher; exact search has nothing to rebuild, so none there."""
-    return 0 if searcher.kind == "exact" else min(LAGGING_ROWS, int(LAGGING_SHARE * searcher.rows))
+def _spare(searcher: SearcherManifest, *, may_lag: bool) -> int:
+    """How many rows may lag behind a searcher, if any may; exact search has nothing to rebuild, so none there."""
+    if not may_lag or searcher.kind == "exact":
+        return 0
+    return min(LAGGING_ROWS, int(LAGGING_SHARE * searcher.rows))
 
 
 def _make_table(directory: Path, dim: int) -> None:

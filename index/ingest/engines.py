@@ -4,7 +4,6 @@ An engine makes nothing visible; the build commits what it yields. The local one
 Ray (`ray_engine.py`) yields them as they end.
 """
 
-import os
 import queue
 import threading
 from collections import deque
@@ -23,7 +22,8 @@ from index.ingest.decode import Decoded, KeepImages, bad, chunks, decode_chunk
 from index.ingest.meter import Meter, Stage
 from index.ingest.readers import Sample, Shard
 from index.records import BadSample, ShardRecord, StoredPair
-from index.store import PairStore, tombstones
+from index.search.sizes import processors
+from index.store import PairStore, Staged
 
 T = TypeVar("T")
 
@@ -32,6 +32,8 @@ STAGE_BYTES = 64 << 20  # of image copies and thumbnails, likewise
 PENDING_BLOCKS = 3  # blocks of rows that wait for the disk
 AHEAD_CHUNKS = 32  # chunks of samples read and decoded ahead of the network, and two for each decoding thread
 LEFT_BATCHES = 1  # with the network while rows are put away and the next batch is gathered
+LEFT_SHARDS = 32  # that have been read and wait for it
+IDLE_SECONDS = 1.0  # without anything new from the reader, after which what is done is seen to
 MEASURE_AFTER = 10.0  # seconds, of a build that is long enough to find out what the device could do at best
 
 Outcomes = list[Decoded | BadSample]
@@ -42,18 +44,9 @@ class StagedShard:
     """A shard whose rows are ready and not yet visible."""
 
     record: ShardRecord
-    fragments: Sequence[Any]
-
-    @property
-    def pairs(self) -> int:
-        """How many will be there: those of the record, but for what was taken down before."""
-        rows = sum(_rows(fragment) for fragment in self.fragments)
-        return rows - self.forbidden - self.record.bad - 1  # and the ledger's entry
-
-    @property
-    def forbidden(self) -> int:
-        """How many pairs were turned away because their image has been taken down."""
-        return sum(tombstones(fragment) for fragment in self.fragments)
+    rows: Staged  # of these, fewer pairs than the record says: without what was taken down before
+    version: int  # of the table when reading began: removals after that may have been missed
+    brought: int = 0  # pairs whose vectors came along
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,12 +63,14 @@ class _ShardInHand:
     """What has become of a shard."""
 
     work: _ShardWork
+    version: int
     decoded: list[Decoded] = field(default_factory=list)  # to be embedded
     rows: list[StoredPair] = field(default_factory=list)  # to be written
     rows_bytes: int = 0
     bad: list[BadSample] = field(default_factory=list)
-    writes: list[Future[list[Any]]] = field(default_factory=list)
+    writes: list[Future[Staged]] = field(default_factory=list)
     pairs: int = 0
+    brought: int = 0  # samples with vectors of their own
     batches: int = 0  # with the network
     is_read: bool = False  # no more samples will come
     is_staged: bool = False  # all its rows are with the writer
@@ -98,18 +93,20 @@ def run_local(
     store: PairStore,
     claim: Callable[[Sequence[StoredPair]], None],
     on_batch: Callable[[int], None],
+    on_idle: Callable[[], None] = lambda: None,
     workers: int | None = None,
     keep: KeepImages | None = None,
     meter: Meter | None = None,
 ) -> Generator[StagedShard, None, None]:
     """Stage shards, given with stamp and digest, on this machine: threads read and decode, one embeds, one writes.
 
-    `on_batch` hears how many images go into the network, `meter` where the time goes. `claim` sees the rows before
-    they are written, and raises if one must not be. Images, vectors and rows are in memory as far as they are read
-    ahead, and in a few blocks, however long a shard is; of all of it only the keys and the bad samples are kept. When
-    something fails, the shards that are whole are yielded before it is raised.
+    `on_batch` hears how many images go into the network, `meter` where the time goes, and `on_idle` is called when
+    the reader has been silent for a while. `claim` sees the rows before they are written, and raises if one must not
+    be. Images, vectors and rows are in memory as far as they are read ahead, and in a few blocks, however long a shard
+    is; of all of it only the keys and the bad samples are kept. When something fails, the shards that are whole are
+    yielded before it is raised.
     """
-    workers = workers or os.cpu_count() or 1
+    workers = workers or processors()
     meter = meter or Meter()
     with ThreadPoolExecutor(workers) as threads, ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as writer:
         decoders = _Decoders(threads, workers, embedder, keep or KeepImages())
@@ -117,7 +114,9 @@ def run_local(
         events = _prefetch(_events(shards, decoders), size=AHEAD_CHUNKS + 2 * workers)
         try:
             for event in _metered(events, meter):
-                if isinstance(event, _ShardWork):
+                if isinstance(event, _Silence):
+                    on_idle()
+                elif isinstance(event, _ShardWork):
                     line.begin(event)
                 elif event is None:
                     line.end()
@@ -237,20 +236,22 @@ class _Line:
         self._hand: _ShardInHand | None = None
         self._batches: deque[_Batch] = deque()
         self._ended: deque[_ShardInHand] = deque()
-        self._pending: deque[Future[list[Any]]] = deque()
+        self._pending: deque[Future[Staged]] = deque()
 
     def begin(self, work: _ShardWork) -> None:
         """What is taken from now on belongs to this shard."""
-        self._hand = _ShardInHand(work=work)
+        self._hand = _ShardInHand(work=work, version=self._store.version)
 
     def take(self, outcomes: Outcomes) -> None:
         """More samples of the shard; embedded and written as soon as there are enough of them."""
         hand = self._shard()
         for outcome in outcomes:
-            hand.foreign_dim = getattr(outcome, "foreign_dim", 0) or hand.foreign_dim
             if isinstance(outcome, BadSample):
                 hand.bad.append(outcome)
-            elif outcome.prepared is None:
+                continue
+            hand.foreign_dim = outcome.foreign_dim or hand.foreign_dim
+            if outcome.prepared is None:
+                hand.brought += 1
                 self._keep(hand, [outcome], [outcome.vector])
             else:
                 hand.decoded.append(outcome)
@@ -266,6 +267,8 @@ class _Line:
         hand.is_read = True
         self._ended.append(hand)
         self._write_due(hand)
+        if len(self._ended) > LEFT_SHARDS:  # those behind it need no network: they must not pile up
+            self.await_network()
 
     def await_network(self, *, but: int = 0) -> None:
         """Put away what the network has made, until at most `but` batches are with it."""
@@ -280,14 +283,16 @@ class _Line:
 
     def finished(self, *, wait: bool = False) -> Iterator[StagedShard]:
         """The ended shards whose rows are ready, in order; with `wait`, all whose rows the writer has."""
+        while not wait and self._batches and self._batches[0].vectors.done():
+            self.await_network(but=len(self._batches) - 1)
         while self._ended and self._ended[0].is_staged:
             if not wait and not all(write.done() for write in self._ended[0].writes):
                 return
             self._meter.enter("write")
             hand = self._ended.popleft()
-            fragments = [fragment for write in hand.writes for fragment in write.result()]
+            rows = Staged.together(write.result() for write in hand.writes)
             self._meter.shards += 1
-            yield StagedShard(record=_record(hand), fragments=fragments)
+            yield StagedShard(record=_record(hand), rows=rows, version=hand.version, brought=hand.brought)
 
     def _shard(self) -> _ShardInHand:
         assert self._hand is not None, "samples come after their shard"
@@ -377,19 +382,25 @@ def _record(hand: _ShardInHand) -> ShardRecord:
     )
 
 
-def _rows(staged: Any) -> int:
-    """Of a table in memory, or of a fragment on disk."""
-    return int(staged.physical_rows if hasattr(staged, "physical_rows") else staged.num_rows)
+class _Silence:
+    """Nothing has come for `IDLE_SECONDS`."""
 
 
-def _prefetch(items: Iterator[T], *, size: int) -> Generator[T, None, None]:
+def _prefetch(items: Iterator[T], *, size: int) -> Generator[T | _Silence, None, None]:
     """The same items, made by a thread that is at most `size` ahead. Closing it stops the thread."""
     waiting: queue.Queue[_Item[T] | None] = queue.Queue(size)
     stop = threading.Event()
     thread = threading.Thread(target=_fill, args=(items, waiting, stop), name="read-shards", daemon=True)
     thread.start()
     try:
-        while (entry := waiting.get()) is not None:
+        while True:
+            try:
+                entry = waiting.get(timeout=IDLE_SECONDS)
+            except queue.Empty:
+                yield _Silence()
+                continue
+            if entry is None:
+                return
             if entry.error is not None:
                 raise entry.error
             yield entry.items[0]

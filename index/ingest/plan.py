@@ -7,7 +7,6 @@ which the build chooses too; the word index from the unit costs below.
 
 import json
 import math
-import os
 import sys
 import tempfile
 import time
@@ -35,6 +34,7 @@ from index.records import BadSample, Pair, ShardRecord, StoredPair
 from index.search.duplicates import COMPARED_ROWS
 from index.search.searcher import DEFAULT_RECALL
 from index.search.sizes import Structure, choose_structure, default_ram, working_bytes
+from index.search.sizes import processors as usable_processors
 from index.stats import folder_bytes
 from index.store import INDEX_ROWS, PairStore
 
@@ -175,7 +175,7 @@ def make_plan(
     if pairs < 1 or machines < 1:
         raise ConfigError(f"a plan needs at least one pair and one machine, got {pairs} and {machines}")
     ram = default_ram() if ram is None else ram
-    processors = processors or os.cpu_count() or 1
+    processors = processors or usable_processors()
     workers = workers or processors
     each = math.ceil(pairs / machines)
     structure = choose_structure(each, costs.dim, ram=ram, kind=kind)
@@ -326,7 +326,7 @@ def probe(shards: Sequence[Shard], embedder: Embedder, *, keep: KeepImages) -> U
         process_bytes=_most_memory(),
         foreign_dim=max(item.foreign_dim for item in good),
         bad_share=1 - sum(isinstance(outcome, Decoded) for outcome in outcomes) / len(outcomes),
-        measured_on=f"{len(good)} pairs of {len(shards)} shards on {os.cpu_count()} processors",
+        measured_on=f"{len(good)} pairs of {len(shards)} shards on {usable_processors()} processors",
     )
 
 

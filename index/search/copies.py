@@ -16,22 +16,30 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int64
 from numpy import ndarray
 
-from index.embedder import decode_scaled
+from index.embedder import Embedder, decode_scaled
 from index.errors import CorpusError
 from index.images import difference_hash
 from index.records import Hit, Pair
-from index.search.duplicates import NEAR, NEAR_BITS, differing_bits, near_neighbors
+from index.search.duplicates import (
+    NEAR,
+    NEAR_BITS,
+    NO_CONTENT,
+    PictureMarks,
+    content_mark,
+    differing_bits,
+    near_neighbors,
+)
 from index.search.ids import distinct
+from index.search.view import View
 
 if TYPE_CHECKING:
     import PIL.Image
 
-    from index.knowledge_base import KnowledgeBase
+    from index.store import PairStore
 
 _MOST_NEAR = 11 << 7  # neighbours of one picture that are looked for at once; what is beyond is found among the hits
 _THREADS = 4  # that decode
 _DECODED = 64  # pictures in memory at once
-_NO_DIGEST = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,24 +65,12 @@ class Pictures:
 
 
 class Copies:
-    """What shows the same picture in a knowledge base, as it is when this is made: 33 bytes for each pair there."""
+    """What shows the same picture in a store, as a view of it was made: 33 bytes for each pair there."""
 
-    def __init__(self, kb: "KnowledgeBase"):
-        import pyarrow
-
-        self._view, self._embedder = kb.retriever.view, kb.embedder
-        parts = ([np.empty(0, dtype)] for dtype in (np.int64, np.uint64, np.int64, np.bool_))
-        ids, marks, hashes, has_hash = parts
-        columns = kb.store.known(["id", "image_sha256", "dhash"])
-        for batch in kb.store.dataset.to_batches(columns=columns, filter=kb.store.shown_where("kind = 'pair'")):
-            ids.append(batch.column("id").to_numpy())
-            marks.append(np.array([_mark(digest) for digest in batch.column("image_sha256").to_pylist()], np.uint64))
-            dhash = batch.column("dhash") if "dhash" in columns else pyarrow.nulls(len(batch), pyarrow.int64())
-            hashes.append(dhash.fill_null(0).to_numpy())
-            has_hash.append(dhash.is_valid().to_numpy(zero_copy_only=False))
-        order = np.argsort(np.concatenate(ids))
-        self._ids, self._marks = np.concatenate(ids)[order], np.concatenate(marks)[order]
-        self._hashes, self._has_hash = np.concatenate(hashes)[order], np.concatenate(has_hash)[order]
+    def __init__(self, store: "PairStore", view: View, embedder: Embedder):
+        marks = PictureMarks.read(store)
+        self._view, self._embedder = view, embedder
+        self._ids, self._marks, self._hashes, self._has_hash = marks.ids, marks.contents, marks.hashes, marks.has_hash
         self._by_mark = np.argsort(self._marks, kind="stable")
 
     def pictures(self, pairs: Sequence[Pair]) -> Pictures:
@@ -181,21 +177,15 @@ class Copies:
     def _same_bytes(self, pair: Pair) -> Int64[ndarray, " n"]:
         """Positions of the pairs with the bytes of this one or, where it brings none, with what is stored of it."""
         if pair.encoded is not None:
-            return self._marked(_mark(sha256(pair.encoded).hexdigest()))
+            return self._marked(content_mark(sha256(pair.encoded).hexdigest()))
         at = int(np.searchsorted(self._ids, pair.id))
         if at == len(self._ids) or self._ids[at] != pair.id:
             return np.empty(0, np.int64)
         mark = int(self._marks[at])
-        return np.array([at]) if mark == _NO_DIGEST else self._marked(mark)
+        return np.array([at]) if mark == NO_CONTENT else self._marked(mark)
 
     def _marked(self, mark: int) -> Int64[ndarray, " n"]:
         first, last = (
-            int(np.searchsorted(self._marks, np.uint64(mark), side=side, sorter=self._by_mark))
-            for side in ("left", "right")
+            int(np.searchsorted(self._marks, mark, side=side, sorter=self._by_mark)) for side in ("left", "right")
         )
         return self._by_mark[first:last]
-
-
-def _mark(digest: str | None) -> int:
-    """The first 64 bits; two pictures that share them by chance would only not be neighbours of each other."""
-    return _NO_DIGEST if digest is None else int(digest[:16], 16)

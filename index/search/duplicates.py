@@ -46,6 +46,8 @@ _BLOCK_LINKS = 1 << 21  # links held at once
 _JOINED_AT_ONCE = 1 << 16
 _FINDING_ROOTS = 32  # times cheaper than joining, for each position
 
+NO_CONTENT = -1
+
 OnBatch = Callable[[int, int], None]  # rows done, of how many
 
 
@@ -119,14 +121,45 @@ class Duplicates:
         return {} if self.manifest is None else to_dict(self.manifest)
 
 
-@dataclass(frozen=True, slots=True)
-class _Rows:
-    """What every pair is compared by, in order of id."""
+def groups_stamp(directory: Path) -> tuple[int, int] | None:
+    """Another one when other groups have landed in a searcher's folder; None while there are none."""
+    try:
+        found = (directory / FOLDER / "manifest.json").stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PictureMarks:
+    """By what the pictures of a store's pairs are told apart, in order of id: 25 bytes a pair."""
 
     ids: Int64[ndarray, " rows"]
+    contents: Int64[ndarray, " rows"]  # `content_mark` of each
     hashes: Int64[ndarray, " rows"]
     has_hash: Bool[ndarray, " rows"]
-    contents: list[tuple[Int64[ndarray, " m"], Int64[ndarray, " m"]]]  # two positions of the same bytes, in lists
+
+    @classmethod
+    def read(cls, store: "PairStore") -> "PictureMarks":
+        """Those of the pairs that are there now; a table of an older format has no difference hashes."""
+        import pyarrow
+
+        ids, contents, hashes, has_hash = ([np.empty(0, dtype)] for dtype in (np.int64, np.int64, np.int64, np.bool_))
+        columns = store.known(["id", "image_sha256", "dhash"])
+        for batch in store.dataset.to_batches(columns=columns, filter=store.shown_where("kind = 'pair'")):
+            ids.append(batch.column("id").to_numpy())
+            contents.append(_content_marks(batch.column("image_sha256").to_pylist()))
+            dhash = batch.column("dhash") if "dhash" in columns else pyarrow.nulls(len(batch), pyarrow.int64())
+            hashes.append(dhash.fill_null(0).to_numpy())
+            has_hash.append(dhash.is_valid().to_numpy(zero_copy_only=False))
+        all_ids = np.concatenate(ids)
+        order = np.argsort(all_ids)
+        return cls(
+            ids=all_ids[order],
+            contents=np.concatenate(contents)[order],
+            hashes=np.concatenate(hashes)[order],
+            has_hash=np.concatenate(has_hash)[order],
+        )
 
     def alike(self, one: Int64[ndarray, " m"], other: Int64[ndarray, " m"], *, bits: int) -> Bool[ndarray, " m"]:
         """Whether the difference hashes at these positions agree, or one of the two has none."""
@@ -204,10 +237,9 @@ def build_duplicates(
     start = time.perf_counter()
     if isinstance(searcher, ExactSearcher) and len(searcher.ids) > COMPARED_ROWS:
         near = None
-    rows = _read_rows(store)
+    rows = PictureMarks.read(store)
     forest = _Forest(len(rows.ids))
-    for one, other in rows.contents:
-        forest.join(one, other)
+    forest.join(*_equal_neighbors(rows.contents))
     exact = _sizes(forest.roots())
     if near is not None:
         for one, other in _near_pairs(store, searcher, rows.ids, forest, near=near, on_batch=on_batch):
@@ -234,35 +266,19 @@ def build_duplicates(
     return found
 
 
-def _read_rows(store: "PairStore") -> _Rows:
-    ids, hashes, has_hash, contents = ([np.empty(0, dtype)] for dtype in (np.int64, np.int64, np.bool_, np.int64))
-    columns = ["id", "dhash", "image_sha256"]
-    for batch in store.dataset.to_batches(columns=columns, filter="kind = 'pair'"):
-        ids.append(batch.column("id").to_numpy())
-        hashes.append(batch.column("dhash").fill_null(0).to_numpy())
-        has_hash.append(batch.column("dhash").is_valid().to_numpy(zero_copy_only=False))
-        contents.append(_digests(batch.column("image_sha256").to_pylist()))
-    all_ids = np.concatenate(ids)
-    order = np.argsort(all_ids)
-    return _Rows(
-        all_ids[order],
-        np.concatenate(hashes)[order],
-        np.concatenate(has_hash)[order],
-        [_equal_neighbors(np.concatenate(contents)[order])],
-    )
+def content_mark(sha256: str | None) -> int:
+    """63 bits for the bytes of a picture, `NO_CONTENT` where they are not known: eight bytes rather than sixty-four."""
+    if sha256 is None:
+        return NO_CONTENT
+    return int.from_bytes(blake2b(sha256.encode(), digest_size=8).digest(), "big") >> 1
 
 
-def _digests(texts: list[str | None]) -> Int64[ndarray, " n"]:
-    """63 bits for each text, and -1 for None: eight bytes a row rather than sixty-four."""
-    numbers = (
-        -1 if text is None else int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
-        for text in texts
-    )
-    return np.fromiter(numbers, dtype=np.int64, count=len(texts))
+def _content_marks(digests: list[str | None]) -> Int64[ndarray, " n"]:
+    return np.fromiter(map(content_mark, digests), dtype=np.int64, count=len(digests))
 
 
 def _equal_neighbors(values: Int64[ndarray, " n"]) -> tuple[Int64[ndarray, " m"], Int64[ndarray, " m"]]:
-    """Links of two positions with the same value, enough to tie together all that have it; -1 is no value."""
+    """Links of two positions with the same value, enough to tie together all that have it; below 0 is none."""
     order = np.argsort(values, kind="stable")
     ordered = values[order]
     (at,) = np.nonzero((ordered[1:] == ordered[:-1]) & (ordered[1:] >= 0))

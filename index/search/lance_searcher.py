@@ -5,7 +5,6 @@ leave this file as inner products.
 """
 
 import math
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +16,7 @@ from numpy import ndarray
 
 from index.errors import KnowledgeBaseError
 from index.search.searcher import (
+    STREAM_ROWS,
     Ids,
     Queries,
     Scores,
@@ -28,6 +28,7 @@ from index.search.searcher import (
     padded,
     reorder_for,
 )
+from index.search.sizes import processors
 
 if TYPE_CHECKING:
     from index.search.sizes import Structure
@@ -36,7 +37,6 @@ _TABLE = "vectors.lance"
 _LISTED_FROM = 5_000  # rows; below that Lance scans them all
 _ROWS_PER_LIST = 256  # at least: Lance trains no list with fewer
 _REORDER = 50  # candidates scored by their full vectors when nothing was calibrated; more when more is asked for
-_STREAM_ROWS = 1 << 14
 
 
 class LanceSearcher:
@@ -82,7 +82,7 @@ class LanceSearcher:
         wanted = min(top_k, len(self.ids))
         if not len(queries) or not wanted:
             return found, scores
-        with ThreadPoolExecutor(min(len(queries), 2 * (os.cpu_count() or 1))) as threads:
+        with ThreadPoolExecutor(min(len(queries), 2 * processors())) as threads:
             answers = threads.map(lambda query: self._nearest(query, wanted), queries)
             for row, (ids, values) in enumerate(answers):
                 order = np.lexsort((ids, -values))
@@ -135,7 +135,7 @@ def _arrow_batches(rows: VectorRows, schema: Any, ids: list[Any]) -> Iterator[An
     """The rows as Arrow has them; `ids` collects theirs."""
     import pyarrow as pa
 
-    for some, vectors in rows.vector_batches(_STREAM_ROWS):
+    for some, vectors in rows.vector_batches(STREAM_ROWS):
         check_rows(some, vectors)
         ids.append(some)
         column = pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(vectors).ravel()), rows.dim)

@@ -6,7 +6,6 @@ the same terms and the same score to each; rank-bm25 is the reference that the t
 
 import json
 import math
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from numpy import ndarray
 from index.errors import KnowledgeBaseError, QueryError
 from index.search.fusion import best_first
 from index.search.ids import contains
+from index.search.sizes import processors
 from index.search.words import K1, B, Postings, Statistics, Tokenizer
 
 if TYPE_CHECKING:
@@ -428,7 +428,7 @@ def build_fts(store: "PairStore", *, tokenizer: Tokenizer | None = None) -> None
             replace=True,
             with_position=False,
             memory_limit=_FTS_MEMORY_MIB,
-            num_workers=min(_FTS_WORKERS, os.cpu_count() or 1),
+            num_workers=min(_FTS_WORKERS, processors()),
             **tokenizer.settings,
         )
         store.refresh()
@@ -450,7 +450,7 @@ def at_once(function: Callable[..., Any], *columns: Sequence[Any]) -> list[Any]:
     """`map`, with a thread for each processor: Lance works outside Python's lock."""
     if len(columns[0]) < 2:
         return list(map(function, *columns))
-    with ThreadPoolExecutor(min(len(columns[0]), os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(len(columns[0]), processors())) as pool:
         return list(pool.map(function, *columns))
 
 

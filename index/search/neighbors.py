@@ -25,6 +25,7 @@ from index.search.copies import Copies, Pictures
 from index.search.duplicates import NEAR, NEAR_BITS
 from index.search.fusion import FusionRule
 from index.search.ids import distinct
+from index.search.view import View
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -107,9 +108,8 @@ def write_neighbors(
     _check_places(source, Path(out))
     path, report = Path(out), NeighborsReport(out=str(out))
     finder = _Finder(kb, config)
-    report.snapshot = kb.store.version
-    if config.exclude_group:
-        report.ungrouped, report.warning = _ungrouped(kb)
+    report.snapshot = finder.snapshot
+    report.ungrouped, report.warning = finder.ungrouped
     shards: list[Shard] = []
     for shard in read(source, dataset=dataset, allow_partial=allow_partial):
         shards.append(shard) if isinstance(shard, Shard) else report.skipped.append(shard)
@@ -140,12 +140,17 @@ class _Finder:
     """Finds the neighbours of many pairs at once, in the knowledge base as it was when this was made."""
 
     def __init__(self, kb: "KnowledgeBase", config: NeighborsConfig):
-        self._retriever = kb.retriever
+        self._retriever = kb.retriever  # once: to ask for it again is to see what others have committed since
+        view = self._retriever.view
+        self.snapshot = kb.store.version
         self._config = config
-        self._copies = Copies(kb) if config.exclude_group or config.query == "image" else None
+        needs_copies = config.exclude_group or config.query == "image"
+        self._copies = Copies(kb.store, view, kb.embedder) if needs_copies else None
+        self.ungrouped = _ungrouped(kb, view) if config.exclude_group else (0, "")
         manifest = kb.searcher_manifest()
-        is_resident = manifest is None or manifest.settings.get("is_resident", True)
-        self.batch_rows = BATCH if is_resident else max(BATCH, BATCH_BYTES // (_PAIR_BYTES + config.k * _HIT_BYTES))
+        self._is_resident = manifest is None or manifest.settings.get("is_resident", True)
+        most = max(BATCH, BATCH_BYTES // (_PAIR_BYTES + config.k * _HIT_BYTES))
+        self.batch_rows = BATCH if self._is_resident else most
 
     def __call__(self, pairs: Sequence[Pair]) -> list[tuple[Pair, list[Hit]]]:
         """Each pair with its neighbours, best first; a pair whose image is needed and cannot be read is left out."""
@@ -187,11 +192,14 @@ class _Finder:
         vectors: Float32[ndarray, "n d"] | None,
         excluded: Sequence[Int64[ndarray, " _"]] | None,
     ) -> list[list[Hit]]:
-        """Pairs of which much is excluded are asked apart: all of a search go as deep as the one that must."""
+        """Pairs of which much is excluded are asked apart: all of a search go as deep as the one that must.
+
+        Not where every search loads the searcher anew, which takes longer than depth does.
+        """
         found: list[list[Hit]] = [[] for _ in pairs]
-        depth = np.digitize(
-            [0 if excluded is None else len(excluded[row]) for row in range(len(pairs))], _MANY_EXCLUDED
-        )
+        depth = np.zeros(len(pairs), np.int64)
+        if excluded is not None and self._is_resident:
+            depth = np.digitize([len(ids) for ids in excluded], _MANY_EXCLUDED)
         for lot in np.unique(depth):
             rows = np.nonzero(depth == lot)[0].tolist()
             hits = self._retriever.search_many(
@@ -339,9 +347,9 @@ def _batches(shard: Shard, rows: int) -> Iterator[list[Sample]]:
         yield batch
 
 
-def _ungrouped(kb: "KnowledgeBase") -> tuple[int, str]:
+def _ungrouped(kb: "KnowledgeBase", view: View) -> tuple[int, str]:
     """How many pairs of the knowledge base no duplicate group was looked for, and a sentence when there are some."""
-    manifest, pairs = kb.retriever.view.duplicates.manifest, len(kb)
+    manifest, pairs = view.duplicates.manifest, len(kb)
     newer = kb.unsearched()
     ungrouped = newer if manifest is not None and manifest.near is not None else pairs
     if not ungrouped:

@@ -14,7 +14,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ from numpy import ndarray
 from index.errors import KnowledgeBaseError, MissingExtraError
 from index.search.searcher import (
     NO_ID,
+    STREAM_ROWS,
     ExactSearcher,
     ExactStream,
     Ids,
@@ -40,7 +41,7 @@ from index.search.searcher import (
     padded,
     reorder_for,
 )
-from index.search.sizes import code_training_rows, default_ram, scann_block, scann_leaves, training_rows
+from index.search.sizes import code_training_rows, may_be_held, processors, scann_block, scann_leaves, training_rows
 
 if TYPE_CHECKING:
     from index.search.sizes import Structure
@@ -48,8 +49,6 @@ if TYPE_CHECKING:
 _REORDER = 100  # candidates scored exactly when nothing was calibrated; more when more is asked for
 _PARALLEL_FROM = 32  # queries
 _MOST_IN_A_TASK = 256  # queries; larger tasks are slower, 35,000 and 18,000 a second at 256 and 1000
-_STREAM_ROWS = 1 << 15
-_RESIDENT_SHARE = 0.1  # of the memory; without ScaNN, vectors that take more are read for each search
 _VECTORS = "vectors.npy"  # the exact ones, when ScaNN itself does not keep them
 _STDERR = threading.Lock()  # there is one for the whole process
 _CHATTER = re.compile(rb"^([IW]\d{4} |WARNING: All log messages before absl)")
@@ -67,6 +66,7 @@ class _Shard:
     raw: Any = None  # ScaNN's own searcher, once it has been read from `folder`
     is_resident: bool = True  # else it is read for each search
     vectors: Any = None  # float32 [rows, d] on disk; None: ScaNN has them
+    loading: Any = field(default_factory=threading.Lock)  # two that search first load it once
 
     def search(self, queries: Queries, wanted: int, **effort: int) -> tuple[Ids, Scores]:
         """The best `wanted` of this shard, in any order, padded as `Searcher.search` says."""
@@ -75,7 +75,7 @@ class _Shard:
         if self.vectors is not None and effort:
             arguments["final_num_neighbors"] = effort["pre_reorder_num_neighbors"]
         if len(queries) >= _PARALLEL_FROM:
-            arguments["batch_size"] = min(_MOST_IN_A_TASK, max(16, math.ceil(len(queries) / _processors())))
+            arguments["batch_size"] = min(_MOST_IN_A_TASK, max(16, math.ceil(len(queries) / processors())))
             positions, scores = raw.search_batched_parallel(np.ascontiguousarray(queries), **arguments)
         else:
             positions, scores = raw.search_batched(np.ascontiguousarray(queries), **arguments)
@@ -88,10 +88,12 @@ class _Shard:
 
     def load(self) -> Any:
         """ScaNN's own searcher, which is kept if it is to stay in memory."""
-        raw = self.raw if self.raw is not None else _load(self.folder)
-        if self.is_resident:
-            self.raw = raw
-        return raw
+        if not self.is_resident:
+            return _load(self.folder)
+        with self.loading:
+            if self.raw is None:
+                self.raw = _load(self.folder)
+            return self.raw
 
 
 class ScannSearcher:
@@ -118,6 +120,7 @@ class ScannSearcher:
         self.note = ""
         self._table = table
         self._is_loaded = False
+        self._loading = threading.Lock()
         self._instead: ExactSearcher | ExactStream | None = None
         self._stored: list[tuple[Any, Any]] | None = None  # see `_stored_vectors`
 
@@ -179,12 +182,15 @@ class ScannSearcher:
 
     def load(self) -> None:
         """Read what stays in memory, of ScaNN or else of the table."""
-        if self._table is not None:
-            self._instead = self._without_scann(self._table)
-        for shard in self._shards if self._instead is None else ():
-            if shard.is_resident:
-                shard.load()
-        self._is_loaded = True
+        with self._loading:
+            if self._is_loaded:  # by another thread meanwhile
+                return
+            if self._table is not None:
+                self._instead = self._without_scann(self._table)
+            for shard in self._shards if self._instead is None else ():
+                if shard.is_resident:
+                    shard.load()
+            self._is_loaded = True
 
     def _without_scann(self, table: VectorRows) -> ExactSearcher | ExactStream | None:
         """Who compares every row where ScaNN cannot be imported, in memory unless that takes much of it; else None."""
@@ -198,9 +204,9 @@ class ScannSearcher:
             "are exact and take longer. `radt index build --searcher lance` makes a searcher that runs anywhere"
         )
         _log.warning(self.note)
-        if 4 * self._dim * len(self.ids) > _RESIDENT_SHARE * default_ram():
+        if not may_be_held(len(self.ids), self._dim):
             return ExactStream(table, within=self.ids)
-        ids, vectors = zip(*table.vector_batches(_STREAM_ROWS), strict=True)
+        ids, vectors = zip(*table.vector_batches(STREAM_ROWS), strict=True)
         return ExactSearcher(np.concatenate(ids), np.concatenate(vectors)).subset(self.ids)
 
     def _stored_vectors(self) -> list[tuple[Any, Any]]:
@@ -298,7 +304,7 @@ def _write_shards(rows: VectorRows, directory: Path, total: int, per_shard: int)
 def _cut(rows: VectorRows, per_shard: int) -> Iterator[tuple[Any, Any]]:
     """The batches, cut again where a shard ends."""
     room = per_shard
-    for ids, vectors in rows.vector_batches(_STREAM_ROWS):
+    for ids, vectors in rows.vector_batches(STREAM_ROWS):
         start = 0
         while start < len(ids):
             stop = min(len(ids), start + room)
@@ -335,7 +341,7 @@ def _build_shard(folder: Path, settings: dict[str, Any]) -> None:
         builder = builder.score_brute_force()
     (folder / "scann").mkdir()
     with _quiet():
-        raw = builder.set_n_training_threads(_processors()).build()
+        raw = builder.set_n_training_threads(processors()).build()
         raw.serialize(str(folder / "scann"), relative_path=True)
     if not is_kept:
         (folder / _VECTORS).unlink()
@@ -382,10 +388,6 @@ def _exact_scores(queries: Queries, positions: Any, real: Any, vectors: Vectors)
         here = here[np.argsort(positions[row, here])]
         scores[row, here] = vectors[positions[row, here]] @ query
     return scores
-
-
-def _processors() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager

@@ -35,7 +35,7 @@ EXACT_BELOW = 20_000  # rows; ScaNN's own rule of thumb (google-research/scann, 
 RECALL_AT = 10
 DEFAULT_RECALL = 0.95
 _BLOCK_SCORES = 1 << 24  # scores held at once by exact search: 64 MiB of float32
-_STREAM_ROWS = 1 << 15  # rows read at once: 64 MiB of 512 numbers
+STREAM_ROWS = 1 << 15  # rows read at once: 64 MiB of 512 numbers
 _RECALL_QUERIES = 200
 _FEWEST_CAPTIONS = 30  # fewer than these say little of a recall, so shifted rows stand in
 _ASKED_BYTES = 256 << 20  # of queries and their answers, for which shards that are not in memory are loaded once
@@ -216,7 +216,7 @@ class ExactStream:
         where: str | None = None,
         *,
         within: Int64[ndarray, " n"] | None = None,
-        rows_at_once: int = _STREAM_ROWS,
+        rows_at_once: int = STREAM_ROWS,
     ):
         self._rows, self._where, self._within, self._rows_at_once = rows, where, within, rows_at_once
 
@@ -429,7 +429,7 @@ def check_queries(queries: Queries, *, dim: int) -> None:
 def check_all_rows(rows: VectorRows) -> Int64[ndarray, " rows"]:
     """`check_rows` for rows that are streamed: their ids, ascending."""
     ids = [np.empty(0, np.int64)]
-    for some, vectors in rows.vector_batches(_STREAM_ROWS):
+    for some, vectors in rows.vector_batches(STREAM_ROWS):
         check_rows(some, vectors)
         ids.append(some)
     return ascending_ids(ids)
@@ -485,7 +485,7 @@ def _sample(rows: VectorRows, num: int, *, seed: int) -> Vectors:
     total = rows.count()
     chosen = np.sort(np.random.default_rng(seed).choice(total, size=min(num, total), replace=False))
     picked, start = [np.empty((0, rows.dim), np.float32)], 0
-    for ids, vectors in rows.vector_batches(_STREAM_ROWS):
+    for ids, vectors in rows.vector_batches(STREAM_ROWS):
         here = chosen[(chosen >= start) & (chosen < start + len(ids))] - start
         picked.append(vectors[here])
         start += len(ids)

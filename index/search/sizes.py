@@ -22,6 +22,8 @@ _LANCE_ROW_BYTES = 16  # row address and the factors that go with a code
 _LANCE_BITS = 5  # of IVF_RQ for each number: Lance's default; measured 336 B a row of 512, as this makes it
 _LANCE_CACHE_BYTES = 1 << 30  # what Lance keeps of an index and of pages while it serves
 
+HELD_SHARE = 0.1  # of the memory; vectors that take more are read for each search
+
 # Seconds of one processor; 2 cores of an Intel Xeon (Sapphire Rapids) shared with other work, 2026-11-21. Measured and
 # by these: 200k x 512 with 100k training rows 35 and 35, with 20k 15 and 15; 200k x 128 7.0 and 7.2; 200k x 256 in 3
 # shards 32 and 34, in 8 shards 30 and 32
@@ -159,6 +161,16 @@ def default_ram() -> int:
         if limit.isdigit():
             total = min(total, int(limit))
     return total * 4 // 5
+
+
+def may_be_held(rows: int, dim: int) -> bool:
+    """Whether vectors beside the searcher's own, thrice as much while they load, take little enough of the memory."""
+    return 4 * dim * rows <= HELD_SHARE * default_ram()
+
+
+def processors() -> int:
+    """Those that this process may run on: fewer than the machine has, where someone has bound it to some."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def parse_bytes(text: str) -> int:

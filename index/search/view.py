@@ -1,5 +1,6 @@
 """The store at one version beside a searcher that may be older: what is newer, what is gone, what is in memory."""
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
@@ -26,7 +27,7 @@ from index.search.searcher import (
     padded,
     queries_at_once,
 )
-from index.search.sizes import default_ram
+from index.search.sizes import may_be_held
 
 if TYPE_CHECKING:
     from index.store import PairStore
@@ -35,7 +36,6 @@ _IN_MEMORY_WORDS = 200_000  # captions up to which a batch of queries is scored 
 _SMALL_SUBSET = 20_000  # rows left by a filter up to which they are simply compared one by one,
 _SMALL_SHARE = 0.02  # if they are no more of all rows than this, or few: else asking the searcher for more is faster
 _FEW_ROWS = 2_000
-_RESIDENT_SHARE = 0.1  # of the memory; vectors that take more (thrice as much to load) are read for each exact search
 _KEPT_FILTERS = 8  # whose ids are remembered: sessions and batches ask for the same ones again
 _NO_IDS: Int64[ndarray, " 0"] = np.empty(0, dtype=np.int64)
 
@@ -147,6 +147,12 @@ class _Filtered:
     searcher: ExactSearcher | None = None
 
 
+class _AheadOfThread(threading.local):
+    """What a thread was told to expect: threads that share a view each search ahead for their own queries."""
+
+    lot: Ahead | None = None
+
+
 class StoreView:
     """Searches the rows of the store as it is now, whatever the searcher was built from."""
 
@@ -171,7 +177,7 @@ class StoreView:
         self._subsets: dict[str, Subset] = {}
         self._filtered: dict[str, _Filtered] = {}
         self._words: dict[str, Lexical] = {}
-        self._ahead: Ahead | None = None
+        self._ahead = _AheadOfThread()
 
     @property
     def duplicates(self) -> Duplicates:
@@ -205,12 +211,12 @@ class StoreView:
 
     def expect(self, queries: Queries | None, *, top_k: int = 1, subset: Subset | None = None) -> None:
         """As `LooksAhead.expect`: of no use to a searcher that is in memory."""
-        self._ahead = None
+        self._ahead.lot = None
         if queries is None or is_resident(self._searcher):
             return
         valid, _ = self._split(subset)
         top_k = max(1, min(top_k, len(valid)))
-        self._ahead = Ahead(
+        self._ahead.lot = Ahead(
             lambda lot, *, top_k: _search_valid(self._searcher, lot, top_k, valid)[:2],
             queries,
             top_k=top_k,
@@ -279,7 +285,8 @@ class StoreView:
     def _search_known(self, queries: Queries, top_k: int, valid: Int64[ndarray, " valid"]) -> Found:
         """Among the rows that the searcher knows; perhaps it was asked before."""
         wanted = min(top_k, len(valid))
-        known = None if self._ahead is None else self._ahead.answer(queries, top_k=wanted, among=valid)
+        ahead = self._ahead.lot
+        known = None if ahead is None else ahead.answer(queries, top_k=wanted, among=valid)
         if known is not None:
             return Found(*known, examined=_examined(self._searcher, wanted))
         return _search_valid(self._searcher, queries, top_k, valid)
@@ -305,7 +312,7 @@ class StoreView:
         """Who compares every row, or every one that a filter leaves: in memory, unless that takes much of it."""
         rows = len(self.ids) if subset is None else len(subset.ids)
         is_loaded = self._exact is not None or isinstance(self._searcher, ExactSearcher)
-        if not is_loaded and 4 * self._store.dim * rows > _RESIDENT_SHARE * default_ram():
+        if not is_loaded and not may_be_held(rows, self._store.dim):
             if subset is None:
                 return ExactStream(self._store)
             return ExactStream(self._store, subset.where, within=subset.ids)
@@ -314,12 +321,25 @@ class StoreView:
     def _subset_searcher(self, subset: Subset) -> ExactSearcher:
         """The rows that a filter leaves, in memory."""
         kept = self._kept(subset)
-        if kept.searcher is None:
+        searcher = kept.searcher
+        if searcher is None:
+            self._let_go(len(subset.ids))
             if self._exact is not None or isinstance(self._searcher, ExactSearcher):
-                kept.searcher = self.exact_searcher().subset(subset.ids)
+                searcher = self.exact_searcher().subset(subset.ids)
             else:
-                kept.searcher = exact_searcher(self._store, subset.where).subset(subset.ids)
-        return kept.searcher
+                searcher = exact_searcher(self._store, subset.where).subset(subset.ids)
+            kept.searcher = searcher
+        return searcher
+
+    def _let_go(self, rows: int) -> None:
+        """Make room for the vectors of so many rows: all subsets together may take what one may, the oldest go."""
+        others = [kept for kept in list(self._filtered.values()) if kept.searcher is not None]
+        held = rows + sum(len(kept.ids) for kept in others)
+        for kept in others:
+            if may_be_held(held, self._store.dim):
+                return
+            kept.searcher = None
+            held -= len(kept.ids)
 
     def _searcher_of(self, ids: Int64[ndarray, " n"]) -> ExactSearcher:
         """One that has these rows, and perhaps others."""

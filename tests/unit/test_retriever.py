@@ -344,7 +344,7 @@ def test_exact_search_does_not_load_vectors_that_take_much_memory(
     in_memory = exact_retriever(frozen)
     expected = in_memory.search("red dog", k=9, exact=True, **asked)
     place = in_memory.standing(expected.hits[4].id, "red dog", **asked)
-    monkeypatch.setattr(module, "_RESIDENT_SHARE", 0.0)
+    monkeypatch.setattr("index.search.sizes.HELD_SHARE", 0.0)
     monkeypatch.setattr(module, "exact_searcher", lambda *_: pytest.fail("the vectors are loaded"))
     streamed = Retriever(frozen, open_searcher(tmp_path / "old", frozen), HashEmbedder())
     found = streamed.search("red dog", k=9, exact=True, **asked)
@@ -405,7 +405,7 @@ def test_a_large_subset_is_searched_by_the_searcher(frozen: PairStore, monkeypat
 def test_without_a_searcher_rows_are_compared_when_vectors_are_asked_for(
     frozen: PairStore, monkeypatch: pytest.MonkeyPatch, share: float
 ) -> None:
-    monkeypatch.setattr(module, "_RESIDENT_SHARE", share)
+    monkeypatch.setattr("index.search.sizes.HELD_SHARE", share)
     read: list[str] = []
 
     def watch(name: str) -> None:

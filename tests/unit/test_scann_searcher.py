@@ -305,7 +305,7 @@ def test_without_scann_what_it_built_is_searched_exactly_and_that_is_said(
 ) -> None:
     folder, ids, vectors, manifest = built
     monkeypatch.setitem(sys.modules, "scann", None)
-    monkeypatch.setattr(module, "_RESIDENT_SHARE", 0.0 if is_streamed else 0.1)
+    monkeypatch.setattr("index.search.sizes.HELD_SHARE", 0.0 if is_streamed else 0.1)
     newer = ArrayRows(np.append(ids, ids.max() + 1), np.concatenate([vectors, vectors[:1]]))
     searcher = ScannSearcher.open(folder, manifest, table=newer)
     assert (searcher.note, caplog.records) == ("", [])  # nothing is said where only words are searched
