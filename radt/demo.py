@@ -107,11 +107,12 @@ def _drop_if_of_another_model(directory: Path, embedder: "ClipEmbedder", say: Sa
 
 def query(kb: KnowledgeBase, page: Path, say: Say) -> Path:
     """Look one description up and show what is found on a page of its own."""
+    from index.search.answer import Question, ask
     from index.search.contact_sheet import write_contact_sheet
 
-    result = kb.query(QUERY, k=QUERY_HITS)
-    write_contact_sheet(page, QUERY, result.hits, timings_ms=result.timings_ms)
-    names = ", ".join(hit.caption.partition(":")[0] for hit in result.hits[:4])
+    answer = ask(kb, Question(label=QUERY, text=QUERY), {"k": QUERY_HITS})
+    write_contact_sheet(page, answer)
+    names = ", ".join(hit.caption.partition(":")[0] for hit in answer.result.hits[:4])
     say(f"query {QUERY!r} finds {names}, ...: {page}")
     return page
 

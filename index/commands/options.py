@@ -115,14 +115,17 @@ def check_datasets(base: "KnowledgeBase | JoinedKnowledgeBase", datasets: Sequen
 
 @contextmanager
 def queries_progress(is_silent: bool, *, total: int) -> Iterator[Callable[[str], None]]:
-    """A bar on stderr while it runs, on a terminal only: what to call with each query."""
+    """A bar on stderr while it runs, on a terminal only: what to call with each query.
+
+    What is printed meanwhile stays on stdout, which must not be the same terminal then.
+    """
     if is_silent or not sys.stderr.isatty():
         yield lambda query: None
         return
     from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    with Progress(console=Console(stderr=True), transient=True, redirect_stdout=False) as progress:
         task = progress.add_task("queries", total=total)
         yield lambda query: progress.update(task, advance=1)
 
@@ -194,7 +197,7 @@ def print_json_as_it_comes(
     """
     for place, document in enumerate(documents):
         start = f"{_opened(head)}{json.dumps(name)}: [" if place == 0 else ", "
-        print(start + _json(document), end="")
+        print(start + _json(document), end="", flush=True)
     rest = _json(last())
     print("]}" if rest == "{}" else f"], {rest[1:]}")
 

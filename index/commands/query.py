@@ -2,8 +2,10 @@
 
 import secrets
 import shlex
+import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
@@ -26,60 +28,48 @@ from index.errors import QueryError
 
 if TYPE_CHECKING:
     from index.knowledge_base import KnowledgeBase
-    from index.search.explain import ExactDifference, WhyNot
+    from index.search.answer import Answer, Question
     from index.search.joined import JoinedKnowledgeBase
     from index.search.retriever import SearchResult
 
     Base: TypeAlias = KnowledgeBase | JoinedKnowledgeBase
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Question:
-    """What is looked for: its name for people, its words, and what stands in for them on the CLIP side."""
-
-    label: str
-    text: str | None = None
-    asked: Mapping[str, Any] = field(default_factory=dict)
+_By = Literal["hybrid", "clip", "bm25", "tfidf"]
+_Fusion = Literal["rrf", "sum", "product"]
+_Decompose = Literal["off", "phrases", "terms"]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Answer:
-    """A question, what was found, and what was asked about that.
+@dataclass(frozen=True, kw_only=True)
+class QueryOptions:
+    """How is looked for, whatever that is: arguments of `Retriever.search` by their names, and their defaults here."""
 
-    If told, `terms` are the words that earned each hit's bm25, and `words` says how many captions have each word asked.
-    """
+    k: int = 5
+    by: _By = "hybrid"
+    fusion: _Fusion = "rrf"
+    where: str | None = None
+    dataset: Sequence[str] | None = None
+    min_score: float | None = None
+    min_clip: float | None = None
+    min_bm25: float | None = None
+    diversity: float = 0.0
+    decompose: _Decompose = "off"
 
-    question: Question
-    result: "SearchResult"
-    terms: list[dict[str, float]]
-    words: dict[str, int]
-    exact: "ExactDifference | None" = None
-    why_not: "WhyNot | None" = None
+    def search(self) -> dict[str, Any]:
+        """All of them."""
+        return {each.name: getattr(self, each.name) for each in fields(self)}
 
-    def to_json(self, head: Mapping[str, Any], *, is_explained: bool) -> dict[str, Any]:
-        """As DESIGN fixes it, and what was asked for beyond that."""
-        hits = [hit.to_json() for hit in self.result.hits]
-        document = {
-            "query": self.question.label,
-            **head,
-            "timings_ms": {name: round(ms, 3) for name, ms in self.result.timings_ms.items()},
-            "hits": hits,
-        }
-        if self.result.shortfall:
-            document["shortfall"] = self.result.shortfall
-        if self.result.parts:
-            document["parts"] = self.result.parts
-        if self.exact is not None:
-            document["exact"] = self.exact.to_json()
-        if self.why_not is not None:
-            document["why_not"] = self.why_not.to_json()
-        if is_explained:
-            document["stages"] = [stage.to_json() for stage in self.result.stages]
-            document["words"] = self.words
-            for hit, found, terms in zip(hits, self.result.hits, self.terms, strict=True):
-                hit["terms"] = terms
-                hit["ranks"] = {name: self.result.rank(name, found.id) for name in ("vector", "words")}
-        return document
+    def given(self) -> dict[str, Any]:
+        """Those that say something."""
+        return {each.name: value for each in fields(self) if (value := getattr(self, each.name)) != each.default}
+
+    def told(self, answer: "Answer") -> dict[str, Any]:
+        """What the scores of an answer depend on, for who compares them with others; null: of no effect."""
+        from index.search.fusion import RANK_CONSTANT
+
+        by = "clip" if self.by == "hybrid" and answer.question.text is None else self.by
+        fusion = self.fusion if by == "hybrid" else None
+        constant = RANK_CONSTANT if fusion == "rrf" else None
+        return {"by": by, "fusion": fusion, "rank_constant": constant, "k": self.k, "depth": answer.result.depth}
 
 
 _JSON_HELP = (
@@ -88,10 +78,9 @@ _JSON_HELP = (
     "offset, size) and metadata; kb with several knowledge bases, part with --decompose. Where they apply also "
     "shortfall, parts, note, exact (recall, vector_recall, missed, extra, timings_ms), why_not (id, stage, sentence, "
     "where it stands). --explain adds stages, words, searcher, and to each hit terms and ranks. With --queries these "
-    "lie in queries, one for each line."
+    "lie in queries, one for each line; snapshot and asked in one where they are not those of the first."
 )
 _SLOW_MS = 1000.0
-_DEFAULTS = {"k": 5, "by": "hybrid", "fusion": "rrf", "diversity": 0.0, "decompose": "off"}
 
 
 def add_query(app: typer.Typer, default_model: str | None) -> None:
@@ -101,9 +90,9 @@ def add_query(app: typer.Typer, default_model: str | None) -> None:
     def query(
         kbs: KbsOption,
         text: Annotated[str | None, typer.Argument(help="What to look for.")] = None,
-        k: Annotated[int, typer.Option("-k", min=1, help="How many hits.")] = 5,
-        by: Annotated[Literal["hybrid", "clip", "bm25", "tfidf"], typer.Option(help="What to compare by.")] = "hybrid",
-        fusion: Annotated[Literal["rrf", "sum", "product"], typer.Option(help="How hybrid joins the two.")] = "rrf",
+        k: Annotated[int, typer.Option("-k", min=1, help="How many hits.")] = QueryOptions.k,
+        by: Annotated[_By, typer.Option(help="What to compare by.")] = QueryOptions.by,
+        fusion: Annotated[_Fusion, typer.Option(help="How hybrid joins the two.")] = QueryOptions.fusion,
         image: Annotated[
             Path | None, typer.Option(exists=True, dir_okay=False, help="Look for what is like it.")
         ] = None,
@@ -128,10 +117,10 @@ def add_query(app: typer.Typer, default_model: str | None) -> None:
         min_bm25: Annotated[float | None, typer.Option(callback=finite, help="Lowest BM25 score of a hit.")] = None,
         diversity: Annotated[
             float, typer.Option(min=0.0, max=1.0, help="Prefer hits unlike those above: 0 off, 1 at any cost.")
-        ] = 0.0,
+        ] = QueryOptions.diversity,
         decompose: Annotated[
-            Literal["off", "phrases", "terms"], typer.Option(help="Find neighbours of every thing that the text names.")
-        ] = "off",
+            _Decompose, typer.Option(help="Find neighbours of every thing that the text names.")
+        ] = QueryOptions.decompose,
         exact: Annotated[
             bool, typer.Option("--exact/--no-exact", help="Compare every pair, and show what that changes.")
         ] = False,
@@ -148,36 +137,45 @@ def add_query(app: typer.Typer, default_model: str | None) -> None:
     ) -> None:
         """Find the best pairs for a text, an image, a pair or a vector, and see why."""
         from index.commands.query_tables import print_answer
+        from index.search.answer import ask
 
         ways = {"image": image, "id": pair, "random": is_random or None, "vector": vector, "queries": queries}
         _check_usage(text, ways, seed=seed, about_one=html is not None or why_not is not None)
-        if is_random and seed is None:
-            seed = secrets.randbelow(2**32)
+        options = QueryOptions(
+            k=k,
+            by=by,
+            fusion=fusion,
+            where=where,
+            dataset=dataset,
+            min_score=min_score,
+            min_clip=min_clip,
+            min_bm25=min_bm25,
+            diversity=diversity,
+            decompose=decompose,
+        )
         base = open_all_for_query(kbs, model, default_model, snapshot=snapshot)
         check_datasets(base, dataset)
-        asked: dict[str, Any] = {"k": k, "by": by, "fusion": fusion, "where": where, "dataset": dataset}
-        asked |= {"min_score": min_score, "min_clip": min_clip, "min_bm25": min_bm25}
-        asked |= {"diversity": diversity, "decompose": decompose}
-        head: dict[str, Any] = {"kb": kbs[0] if len(kbs) == 1 else kbs, "snapshot": base.store.version}
         if queries is not None:
-            head["asked"] = _told(asked, by=by)
-            _ask_all(base, read_lines(queries), asked, head=head, exact=exact, as_json=as_json, is_explained=explain)
+            _ask_all(base, read_lines(queries), options, kbs=kbs, exact=exact, as_json=as_json, is_explained=explain)
             return
+        if is_random and seed is None:
+            seed = secrets.randbelow(2**32)
         if pair is not None or is_random:
             question = _like_a_pair(base, pair, text=text, seed=seed)
         else:
             question = _question(base, text, image=image, vector=vector)
-        head["asked"] = _told(asked, by="clip" if by == "hybrid" and question.text is None else by)
-        needs_terms = explain or html is not None or not as_json
-        answer = _answer(base, question, asked, exact=exact, why_not=why_not, needs_terms=needs_terms)
-        facts = _facts(base) if explain else {}
-        if html is not None:
-            more = {"exact": exact, "why_not": why_not, "explain": explain, "snapshot": snapshot, "model": model}
-            repeat = _repeated(kbs, text, {**ways, "seed": seed, **asked, **more})
-            like = _repeated(kbs, None, {"snapshot": snapshot, "model": model})
-            _write_page(html, base, answer, asked, kbs=kbs, commands=(like, repeat))
-            if not as_json:
-                say(f"the page is {html}; open it in a browser")
+        with_words = explain or html is not None or not as_json
+        with base.held():
+            answer = ask(base, question, options.search(), exact=exact, lost=why_not, with_words=with_words)
+            facts = _facts(base) if explain else {}
+            if html is not None:
+                state = {"snapshot": snapshot, "model": model}
+                more = {"seed": seed, "exact": exact, "why_not": why_not, "explain": explain}
+                repeat = _repeated(kbs, text, {**ways, **options.given(), **more, **state})
+                _write_page(html, base, answer, kbs=kbs, command=_repeated(kbs, None, state), repeat=repeat)
+        if html is not None and not as_json:
+            say(f"the page is {html}; open it in a browser")
+        head = _head(kbs, options, answer)
         if as_json:
             print_json({**answer.to_json(head, is_explained=explain), **facts, **_note(base)})
         else:
@@ -195,45 +193,48 @@ def _check_usage(text: str | None, ways: Mapping[str, Any], *, seed: int | None,
         raise typer.BadParameter("--html and --why-not are about one query, not about --queries")
 
 
-def _told(asked: Mapping[str, Any], *, by: str) -> dict[str, Any]:
-    """What the scores depend on, for who compares them with others; null: of no effect."""
-    from index.search.fusion import RANK_CONSTANT
-    from index.search.request import Request
-
-    fusion = asked["fusion"] if by == "hybrid" else None
-    constant = RANK_CONSTANT if fusion == "rrf" else None
-    depth = Request(k=asked["k"], by="hybrid").depth
-    return {"by": by, "fusion": fusion, "rank_constant": constant, "k": asked["k"], "depth": depth}
+def _head(kbs: Sequence[str], options: QueryOptions, answer: "Answer") -> dict[str, Any]:
+    """What was searched, and how."""
+    return {"kb": kbs[0] if len(kbs) == 1 else kbs, "snapshot": answer.snapshot, "asked": options.told(answer)}
 
 
 def _ask_all(
     base: "Base",
     lines: Sequence[str],
-    asked: dict[str, Any],
+    options: QueryOptions,
     *,
-    head: Mapping[str, Any],
+    kbs: Sequence[str],
     exact: bool,
     as_json: bool,
     is_explained: bool,
 ) -> None:
-    """Every line, one after the other. JSON is written as it comes, so that many queries need no memory."""
+    """Every line, one after the other and of one state. Each is told when it is answered, and kept no longer."""
     from index.commands.query_tables import print_answers
+    from index.search.answer import Question, ask
 
-    def answers() -> Iterator[Answer]:
-        with queries_progress(as_json, total=len(lines)) as on_query:
-            for line in lines:
-                question = Question(label=line, text=line)
-                yield _answer(base, question, asked, exact=exact, why_not=None, needs_terms=is_explained)
+    def answers() -> "Iterator[Answer]":
+        is_silent = as_json or sys.stdout.isatty()  # rows that come are progress enough
+        with base.held(), queries_progress(is_silent, total=len(lines)) as on_query:
+            for place, line in enumerate(lines):
+                question, is_warm = Question(label=line, text=line), place > 0
+                yield ask(base, question, options.search(), exact=exact, with_words=is_explained, is_warm=is_warm)
                 on_query(line)
 
     def last() -> dict[str, Any]:
         return {**(_facts(base) if is_explained else {}), **_note(base)}
 
-    if as_json:
-        documents = (answer.to_json({}, is_explained=is_explained) for answer in answers())
-        print_json_as_it_comes(head, "queries", documents, last)
-    else:
-        print_answers(list(answers()))
+    if not as_json:
+        print_answers(answers())
+        return
+    coming = answers()
+    first = next(coming)
+    head = _head(kbs, options, first)
+
+    def document(answer: "Answer") -> dict[str, Any]:
+        own = {name: value for name, value in _head(kbs, options, answer).items() if value != head[name]}
+        return answer.to_json(own, is_explained=is_explained)
+
+    print_json_as_it_comes(head, "queries", map(document, chain([first], coming)), last)
 
 
 def _why_slow(base: "Base", result: "SearchResult") -> list[str]:
@@ -249,19 +250,22 @@ def _note(base: "Base") -> dict[str, str]:
     return {"note": base.note} if base.note else {}
 
 
-def _question(base: "Base", text: str | None, *, image: Path | None, vector: Path | None) -> Question:
+def _question(base: "Base", text: str | None, *, image: Path | None, vector: Path | None) -> "Question":
     """By words, by a picture or a vector, or by words and one of those."""
+    from index.search.answer import Question
+
     if vector is not None:
-        asked = {"vector": _read_vector(vector, dim=base.manifest.dim)}
-        return Question(label=text or str(vector), text=text, asked=asked)
+        return Question(label=text or str(vector), text=text, vector=_read_vector(vector, dim=base.manifest.dim))
     if image is not None:
-        return Question(label=text or str(image), text=text, asked={"image": _open_image(image)})
+        return Question(label=text or str(image), text=text, image=_open_image(image))
     return Question(label=text or "", text=text)
 
 
-def _like_a_pair(base: "Base", pair: int | None, *, text: str | None, seed: int | None) -> Question:
+def _like_a_pair(base: "Base", pair: int | None, *, text: str | None, seed: int | None) -> "Question":
     """By a pair's own vector; one drawn by `seed` if none is named."""
     import numpy as np
+
+    from index.search.answer import Question
 
     label = ""
     if pair is None:
@@ -270,26 +274,7 @@ def _like_a_pair(base: "Base", pair: int | None, *, text: str | None, seed: int 
             raise QueryError("there is no pair to draw: the knowledge base is empty")
         pair = int(np.random.default_rng(seed).choice(ids))
         label = f" (--random --seed {seed})"
-    return Question(
-        label=text or f"{pair}{label}", text=text, asked={"vector": base.show(pair).vector, "exclude": [pair]}
-    )
-
-
-def _answer(
-    base: "Base", question: Question, asked: dict[str, Any], *, exact: bool, why_not: int | None, needs_terms: bool
-) -> Answer:
-    from index.search.explain import exact_difference, term_scores, word_counts
-    from index.search.explain import why_not as follow
-
-    asked = {**asked, **question.asked}
-    difference = exact_difference(base.query, question.text, **asked) if exact else None
-    result = base.query(question.text, **asked) if difference is None else difference.exact
-    lost = None
-    if why_not is not None:
-        lost = follow(base.retriever, why_not, question.text, result=result, **asked, exact=exact)
-    terms = term_scores(base.retriever, question.text, result.hits) if needs_terms else []
-    words = word_counts(base.retriever, question.text, result) if needs_terms else {}
-    return Answer(question=question, result=result, terms=terms, words=words, exact=difference, why_not=lost)
+    return Question(label=text or f"{pair}{label}", text=text, vector=base.show(pair).vector, exclude=(pair,))
 
 
 def _facts(base: "Base") -> dict[str, Any]:
@@ -299,33 +284,16 @@ def _facts(base: "Base") -> dict[str, Any]:
     return {"searcher": facts[0] if len(facts) == 1 else facts}
 
 
-def _write_page(
-    path: Path, base: "Base", answer: Answer, asked: Mapping[str, Any], *, kbs: Sequence[str], commands: tuple[str, str]
-) -> None:
-    """`commands`: to which the id of a pair is added, and the one that asks the same again."""
-    from index.search.contact_sheet import write_contact_sheet
+def _write_page(path: Path, base: "Base", answer: "Answer", *, kbs: Sequence[str], command: str, repeat: str) -> None:
+    """`command` is the one to which the id of a pair is added, `repeat` the one that asks the same again."""
+    from index.search.contact_sheet import Searched, write_contact_sheet
     from index.search.explain import searcher_facts, surroundings
 
+    searched = Searched(kb=" + ".join(kbs), searchers=searcher_facts(base), command=command, repeat=repeat)
     more = [] if answer.why_not is None else [answer.why_not.id]
+    around = surroundings(base, answer.result.hits, more=more)
     try:
-        write_contact_sheet(
-            path,
-            answer.question.label,
-            answer.result.hits,
-            kb=" + ".join(kbs),
-            snapshot=base.store.version,
-            asked=asked,
-            searchers=searcher_facts(base),
-            query_image=answer.question.asked.get("image"),
-            terms=answer.terms,
-            words=answer.words,
-            result=answer.result,
-            around=surroundings(base, answer.result.hits, more=more),
-            exact=answer.exact,
-            why_not=answer.why_not,
-            command=commands[0],
-            repeat=commands[1],
-        )
+        write_contact_sheet(path, answer, searched=searched, around=around)
     except OSError as error:
         raise QueryError(f"cannot write {path}: {error.strerror or error}; name another file") from error
 
@@ -334,7 +302,7 @@ def _repeated(kbs: Sequence[str], text: str | None, options: Mapping[str, Any]) 
     """What to type to ask the same again, from any folder."""
     words = ["radt", "index", "query", *([text] if text is not None else [])]
     for name, value in {"kb": list(map(_from_anywhere, kbs)), **options}.items():
-        if value is None or value is False or value == _DEFAULTS.get(name):
+        if value is None or value is False:
             continue
         flag = "-k" if name == "k" else f"--{name.replace('_', '-')}"
         for one in value if isinstance(value, list) else [value]:

@@ -1,7 +1,7 @@
 """What `radt index query` shows to people: a table of hits, the waterfall of stages, and what was asked about them."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.bar import Bar
@@ -12,8 +12,8 @@ from index.commands.options import escape
 from index.search.explain import describe_searcher
 
 if TYPE_CHECKING:
-    from index.commands.query import Answer
     from index.records import Hit
+    from index.search.answer import Answer
     from index.search.explain import ExactDifference
     from index.search.retriever import SearchResult
 
@@ -21,6 +21,7 @@ _WORDS_SHOWN = 4  # of a hit
 _LONGEST = 160  # characters of a caption
 _LONG_MS = 5000.0  # from here on in seconds
 _BAR = 20  # characters of the longest bar
+_NUMBERS = {"score": 8, "hits": 6, "recall": 6, "ms": 9}  # and the characters of each
 
 
 def print_answer(
@@ -54,19 +55,31 @@ def print_answer(
         console.print(f"[bold]why not: {stage}[/bold]. {sentence}", highlight=False)
 
 
-def print_answers(answers: "Sequence[Answer]") -> None:
-    """Several queries: the best hit of each."""
-    table = Table("query", "best hit")
-    for name in ("score", "hits", "ms"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for answer in answers:
-        hits = answer.result.hits
-        best = (escape(_short(hits[0].caption)), f"{hits[0].score:.4f}") if hits else ("nothing found", "")
-        recall = "" if answer.exact is None else f" (recall {answer.exact.recall:.2f})"
-        times = answer.result.timings_ms
-        took = sum(times.values()) - times.get("load", 0.0)
-        table.add_row(escape(answer.question.label), *best, f"{len(hits)}{recall}", f"{took:.1f}")
-    Console().print(table)
+def print_answers(answers: "Iterable[Answer]") -> None:
+    """Several queries: the best hit of each, printed when it is there and kept no longer.
+
+    So each row is a table of its own, and columns have the same width whatever is in them.
+    """
+    console = Console()
+    for place, answer in enumerate(answers):
+        table = Table(show_header=place == 0, show_edge=False, pad_edge=False, expand=True)
+        table.add_column("query", ratio=2)
+        table.add_column("best hit", ratio=3)
+        best, numbers = _best_hit(answer)
+        for name in numbers:
+            table.add_column(name, justify="right", no_wrap=True, width=_NUMBERS[name])
+        table.add_row(escape(answer.question.label), escape(best), *numbers.values())
+        console.print(table)
+
+
+def _best_hit(answer: "Answer") -> tuple[str, dict[str, str]]:
+    """A row of `print_answers`: the caption, and the numbers beside it by name."""
+    hits, times = answer.result.hits, answer.result.timings_ms
+    numbers = {"score": f"{hits[0].score:.4f}" if hits else "", "hits": f"{len(hits):,}"}
+    if answer.exact is not None:
+        numbers["recall"] = f"{answer.exact.recall:.2f}"
+    numbers["ms"] = f"{sum(times.values()) - times.get('load', 0.0):.1f}"
+    return _short(hits[0].caption) if hits else "nothing found", numbers
 
 
 def _took(ms: float) -> str:

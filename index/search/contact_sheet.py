@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from string import Template
@@ -16,14 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 from index.errors import UserError
 from index.records import Hit, StoredPair
-from index.search.explain import ExactDifference, Surroundings, WhyNot, describe_searcher, how_fused
+from index.search.answer import Answer
+from index.search.explain import ExactDifference, Surroundings, describe_searcher, how_fused
 from index.search.pictures import data_uri, open_picture, picture
+from index.search.retriever import SearchResult
 from index.search.words import Tokenizer
 
 if TYPE_CHECKING:
     import PIL.Image
-
-    from index.search.retriever import SearchResult
 
 _THUMBNAIL = 448  # pixels: twice the width of a card
 _SMALL = 96  # pixels of a picture that is no hit
@@ -33,37 +34,32 @@ _SHORTEST = 0.05  # milliseconds, below which a clock did nothing
 _PREPARING = ("embed", "decompose")  # clocks before the first stage; loading the model is not a part of a query
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Searched:
+    """What was searched, for the head of a page, and how one goes on from there.
+
+    `searchers` are `searcher_facts`. `repeat` is the shell command that asks the same, `command` the one to which
+    `--id ID` is added.
+    """
+
+    kb: str = ""
+    searchers: Sequence[Mapping[str, Any]] = ()
+    command: str = ""
+    repeat: str = ""
+
+
 def write_contact_sheet(
-    path: Path,
-    query: str,
-    hits: Sequence[Hit],
-    *,
-    timings_ms: Mapping[str, float] | None = None,
-    kb: str = "",
-    snapshot: int | tuple[int, ...] | None = None,
-    asked: Mapping[str, Any] | None = None,
-    searchers: Sequence[Mapping[str, Any]] = (),
-    query_image: "PIL.Image.Image | None" = None,
-    terms: Sequence[Mapping[str, float]] | None = None,
-    words: Mapping[str, int] | None = None,
-    result: "SearchResult | None" = None,
-    around: Surroundings | None = None,
-    exact: ExactDifference | None = None,
-    why_not: WhyNot | None = None,
-    command: str = "",
-    repeat: str = "",
+    path: Path, answer: Answer, *, searched: Searched | None = None, around: Surroundings | None = None
 ) -> None:
     """Write one HTML file with everything inside it: pictures in order, captions, every score, a panel for each.
 
-    `terms` says for each hit which words of the query earned its bm25, `words` how many captions have each of them.
-    `result` adds the stages and the ranks in each list, `around` what lies around the hits. `asked` are the arguments
-    of the query and `searchers` its `searcher_facts`, for the head of the page. `repeat` is the shell command that
-    asks the same, `command` the one to which `--id ID` is added.
+    `around` is what lies around the hits.
     """
+    searched, result, hits = searched or Searched(), answer.result, answer.result.hits
     folder = files("index.search")
     template = Template(folder.joinpath("contact_sheet.html").read_text(encoding="utf-8"))
-    around, asked = around or Surroundings(), asked or {}
-    all_terms = terms or [{} for _ in hits]
+    around = around or Surroundings()
+    all_terms = answer.terms or [{} for _ in hits]
     best = {name: max((value for hit in hits if (value := getattr(hit, name))), default=0.0) for name in _SCORES}
     cards = [
         _card(hit, best, earned, picture(around.pairs.get(hit.id, hit), pixels=_THUMBNAIL))
@@ -74,20 +70,19 @@ def write_contact_sheet(
         about = pairs.get(str(hit.id), _about_hit(hit))
         found_in = [["found in", hit.kb]] if hit.kb is not None else []
         scores = _about_score(hit, best, earned, result)
-        scores["missing"] = _missing(hit, earned, words or {})
-        if result is not None:
-            scores["made"] = how_fused(hit, result, asked.get("fusion", "rrf"))
+        scores["missing"] = _missing(hit, earned, answer.words)
+        scores["made"] = how_fused(hit, result, answer.asked.get("fusion", "rrf"))
         pairs[str(hit.id)] = {**about, **scores, "facts": found_in + about["facts"]}
     page = template.substitute(
-        title=html.escape(query),
-        query=html.escape(query),
-        query_image=_query_image(query_image),
-        facts=_facts(len(hits), result, kb=kb, snapshot=snapshot, asked=asked, searchers=searchers, words=words or {}),
-        stages=_stages(result, timings_ms or {}),
-        repeat=_command_line(repeat),
-        notes=_notes(result, exact, why_not, around),
+        title=html.escape(answer.question.label),
+        query=html.escape(answer.question.label),
+        query_image=_query_image(answer.question.image),
+        facts=_facts(answer, searched),
+        stages=_stages(result),
+        repeat=_command_line(searched.repeat),
+        notes=_notes(answer, around),
         hits=f"<main>\n{''.join(cards)}</main>" if cards else '<p class="none">Nothing found.</p>',
-        pairs=_script_json({"command": command, "pairs": pairs}),
+        pairs=_script_json({"command": searched.command, "pairs": pairs}),
         script=folder.joinpath("contact_sheet.js").read_text(encoding="utf-8"),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -135,29 +130,21 @@ def _query_image(image: "PIL.Image.Image | None") -> str:
 # The head of the page
 
 
-def _facts(
-    hits: int,
-    result: "SearchResult | None",
-    *,
-    kb: str,
-    snapshot: int | tuple[int, ...] | None,
-    asked: Mapping[str, Any],
-    searchers: Sequence[Mapping[str, Any]],
-    words: Mapping[str, int],
-) -> str:
+def _facts(answer: Answer, searched: Searched) -> str:
     """Lines under the title: what was searched, how it was asked, by whom, and how common the words are."""
-    searched = [f"<b>{hits}</b> {'hit' if hits == 1 else 'hits'}"]
-    searched += [f"from <b>{html.escape(kb)}</b>"] if kb else []
-    if snapshot is not None:
-        numbers = snapshot if isinstance(snapshot, tuple) else (snapshot,)
-        searched.append(f"snapshot {' + '.join(map(str, numbers))}")
-    parts = [] if result is None else [f"<b>{html.escape(part)}</b>" for part in result.parts]
-    counts = [f"<b>{html.escape(word)}</b> {f'in {n:,}' if n else 'in none'}" for word, n in words.items()]
+    hits = len(answer.result.hits)
+    what = [f"<b>{hits}</b> {'hit' if hits == 1 else 'hits'}"]
+    what += [f"from <b>{html.escape(searched.kb)}</b>"] if searched.kb else []
+    if answer.snapshot is not None:
+        numbers = answer.snapshot if isinstance(answer.snapshot, tuple) else (answer.snapshot,)
+        what.append(f"snapshot {' + '.join(map(str, numbers))}")
+    parts = [f"<b>{html.escape(part)}</b>" for part in answer.result.parts]
+    counts = [f"<b>{html.escape(word)}</b> {f'in {n:,}' if n else 'in none'}" for word, n in answer.words.items()]
     lines = [
-        searched,
-        _options(asked),
+        what,
+        _options(answer.asked),
         [f"searched for {', '.join(parts)}, counted together below"] if len(parts) > 1 else [],
-        [html.escape(describe_searcher(fact)) for fact in searchers],
+        [html.escape(describe_searcher(fact)) for fact in searched.searchers],
         ["words of the query in captions: " + ", ".join(counts)] if counts else [],
     ]
     return "".join(f'<p class="facts">{" &middot; ".join(line)}</p>\n' for line in lines if line)
@@ -183,12 +170,10 @@ def _command_line(command: str) -> str:
     return f'<div class="command repeat"><code>{html.escape(command)}</code>{button}</div>\n'
 
 
-def _stages(result: "SearchResult | None", timings_ms: Mapping[str, float]) -> str:
+def _stages(result: SearchResult) -> str:
     """A waterfall: each stage at the time it ran, with how many candidates it left."""
-    rows: list[tuple[str, int | None, float]] = [(name, None, ms) for name, ms in timings_ms.items()]
-    if result is not None and result.stages:
-        rows = [(name, None, result.timings_ms.get(name, 0.0)) for name in _PREPARING]
-        rows += [(stage.stage, stage.kept, stage.ms) for stage in result.stages]
+    rows: list[tuple[str, int | None, float]] = [(name, None, result.timings_ms.get(name, 0.0)) for name in _PREPARING]
+    rows += [(stage.stage, stage.kept, stage.ms) for stage in result.stages]
     rows = [row for row in rows if row[1] is not None or row[2] >= _SHORTEST]
     total = sum(ms for _, _, ms in rows)
     if not total:
@@ -215,12 +200,10 @@ def _stage(name: str, kept: int | None, ms: float, *, start: float, share: float
     )
 
 
-def _notes(
-    result: "SearchResult | None", exact: ExactDifference | None, why_not: WhyNot | None, around: Surroundings
-) -> str:
-    notes = []
-    if result is not None and result.shortfall:
-        notes.append(_note("Fewer than asked for", f"<p>{html.escape(result.shortfall)}.</p>"))
+def _notes(answer: Answer, around: Surroundings) -> str:
+    notes, exact, why_not = [], answer.exact, answer.why_not
+    if answer.result.shortfall:
+        notes.append(_note("Fewer than asked for", f"<p>{html.escape(answer.result.shortfall)}.</p>"))
     if exact is not None:
         notes.append(_note(f"Compared with every pair: recall {exact.recall:.2f}", _difference(exact)))
     if why_not is not None:
@@ -279,11 +262,9 @@ def _place(shown: Hit | StoredPair) -> Iterable[tuple[str, Any]]:
 
 
 def _about_score(
-    hit: Hit, best: Mapping[str, float], terms: Mapping[str, float], result: "SearchResult | None"
+    hit: Hit, best: Mapping[str, float], terms: Mapping[str, float], result: SearchResult
 ) -> dict[str, Any]:
-    ranks = {"score": hit.rank, "clip": None, "bm25": None}
-    if result is not None:
-        ranks |= {"clip": result.rank("vector", hit.id), "bm25": result.rank("words", hit.id)}
+    ranks = {"score": hit.rank, "clip": result.rank("vector", hit.id), "bm25": result.rank("words", hit.id)}
     rows = [
         {
             "name": name,

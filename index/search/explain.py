@@ -144,9 +144,15 @@ class Surroundings:
     repeats: dict[int, list[int]] = field(default_factory=dict)
 
 
-def exact_difference(ask: Callable[..., SearchResult], text: str | None, **asked: Any) -> ExactDifference:
-    """Answer a query in both ways. `ask` is `KnowledgeBase.query`; `asked` are its arguments but for `exact`."""
-    for is_exact in (False, True):  # loads vectors, words and model, which no later query pays for
+def exact_difference(
+    ask: Callable[..., SearchResult], text: str | None, *, is_warm: bool = False, **asked: Any
+) -> ExactDifference:
+    """Answer a query in both ways. `ask` is `KnowledgeBase.query`; `asked` are its arguments but for `exact`.
+
+    Unless it `is_warm` from another query, each way is gone once before: that loads vectors, words and model, which
+    no later query pays for.
+    """
+    for is_exact in () if is_warm else (False, True):
         ask(text, exact=is_exact, **asked)
     approximate = ask(text, exact=False, **asked)
     return ExactDifference(exact=ask(text, exact=True, **asked), approximate=approximate)

@@ -6,7 +6,8 @@ one's. Built on the views of `view.py`; the retriever is the one that a single k
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cached_property, partial, reduce
 from operator import add
@@ -74,6 +75,8 @@ class JoinedKnowledgeBase:
         except (OSError, ValueError, KnowledgeBaseError):  # as in `KnowledgeBase.query`
             if not any(part.is_outdated() for part in self.parts):
                 raise
+            for part in self.parts:
+                part.refresh()
             result = self.retriever.search(text, **asked)
         return replace(result, hits=[replace(hit, kb=self.part_of(hit.id).name) for hit in result.hits])
 
@@ -85,6 +88,14 @@ class JoinedKnowledgeBase:
             self._retriever = Retriever.over(self.store, self._make_view, self.embedder)
             self._asked = asked
         return self._retriever
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """As `KnowledgeBase.held`, of each."""
+        with ExitStack() as stack:
+            for part in self.parts:
+                stack.enter_context(part.held())
+            yield
 
     @property
     def note(self) -> str:

@@ -54,9 +54,10 @@ class SearchResult:
     """Hits, best first; where the time went, in milliseconds; and the stages that candidates went through.
 
     `timings_ms` has load (of model and searcher, at first), embed, decompose, filter, vector, lexical, fuse, diversity
-    and fetch. `matching` rows pass the filter, `examined` were looked at by the search by vector. `shortfall` says why
-    there are fewer than k hits, `parts` what the prompt was decomposed into. `lists` has the ids that were left after
-    vector, words, union, thresholds and duplicates, in order: one list, or one for each part of the prompt.
+    and fetch. `matching` rows pass the filter, `examined` were looked at by the search by vector. Each list was asked
+    for `depth` candidates, for more than at first where those made too few hits. `shortfall` says why there are fewer
+    than k hits, `parts` what the prompt was decomposed into. `lists` has the ids that were left after vector, words,
+    union, thresholds and duplicates, in order: one list, or one for each part of the prompt.
     """
 
     hits: list[Hit]
@@ -64,6 +65,7 @@ class SearchResult:
     stages: list[Stage] = field(default_factory=list)
     matching: int = 0
     examined: int = 0
+    depth: int = 0
     shortfall: str | None = None
     parts: list[str] = field(default_factory=list)
     lists: dict[str, list[Int64[ndarray, " _"]]] = field(default_factory=dict, repr=False)
@@ -174,6 +176,7 @@ class Retriever:
             stages=trace.stages(matching=matching, hits=len(hits)),
             matching=matching,
             examined=trace.examined,
+            depth=trace.depth,
             shortfall=_shortfall(len(hits), request, trace, matching=matching),
             parts=asked.labels,
             lists=trace.lists,
@@ -395,6 +398,7 @@ class Retriever:
         answers: list[list[Hit]] = [[] for _ in asked]
         pending = list(range(len(asked))) if rows else []
         while pending:
+            trace.depth = depth
             _expect(view, [query for p in pending for query in asked[p].queries], request, depth=depth)
             short: list[int] = []
             at_once = max(1, min(_EMBED_BATCH, _MOST_CANDIDATES // depth))

@@ -40,6 +40,7 @@ class Trace:
     def __init__(self) -> None:
         self.milliseconds: dict[str, float] = dict.fromkeys(_CLOCKS, 0.0)
         self.kept: dict[str, int] = {}
+        self.depth = 0  # candidates that each list was asked for
         self.examined = 0  # rows that the search by vector looked at
         self.excluded = 0  # ids that may not be found
         self.lists: dict[str, list[Int64[ndarray, " _"]]] = {}  # of the last round, as `SearchResult.lists`

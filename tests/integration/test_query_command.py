@@ -183,6 +183,89 @@ def test_many_queries_are_written_as_they_are_answered(
     assert "cannot filter by" in shell.error(*words, "--json", "--where", "colour = 3")
 
 
+def test_rows_for_people_are_printed_as_they_come(
+    shell: Shell, kb: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each before the next is asked, under one head, and no earlier answer is kept."""
+    import gc
+
+    from index.search import answer
+
+    lines = [f"a {color} number {n}" for n, color in enumerate(("red", "green", "blue", "yellow"))]
+    (tmp_path / "q.txt").write_text("\n".join(lines))
+    ask, seen, warm = answer.ask, [], []
+
+    def watched(*args: Any, **more: Any) -> Any:
+        gc.collect()
+        seen.append(shell.capsys.readouterr().out)
+        warm.append(more["is_warm"])
+        assert sum(type(one) is answer.Answer for one in gc.get_objects()) <= 1
+        return ask(*args, **more)
+
+    monkeypatch.setattr(answer, "ask", watched)
+    monkeypatch.setenv("COLUMNS", "120")
+    out = shell("query", "--queries", tmp_path / "q.txt", "--kb", kb, "--by", "bm25", "--exact")[1]
+    assert warm == [False, True, True, True]
+    for line, before in zip(lines, [*seen[1:], out], strict=True):
+        assert line in " ".join(before.split())
+    assert [("best hit" in each, "recall" in each) for each in [*seen[1:], out]] == [(True, True)] + [
+        (False, False)
+    ] * 3
+
+
+def test_the_head_of_many_answers_is_true_of_all(
+    shell: Shell, kb: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_clip: Path
+) -> None:
+    """Also where others write meanwhile; and the depth is that of the lists that were fused."""
+    import shutil
+
+    from index.embedder import ClipEmbedder
+    from index.knowledge_base import KnowledgeBase
+    from index.search import answer
+    from tests.fakes import draw
+
+    shutil.copytree(kb, tmp_path / "kb")
+    writer = KnowledgeBase.open(tmp_path / "kb", ClipEmbedder.load(str(tiny_clip)))
+    ask, asked = answer.ask, iter([None, "a zeppelin"])
+
+    def interrupted(*args: Any, **more: Any) -> Any:
+        if caption := next(asked, None):
+            writer.add([draw(99)], caption)
+        return ask(*args, **more)
+
+    (tmp_path / "q.txt").write_text("zeppelin\n" * 2)
+    monkeypatch.setattr(answer, "ask", interrupted)
+    words = ["query", "--kb", tmp_path / "kb", "--by", "bm25"]
+    document = shell.json(*words, "--queries", tmp_path / "q.txt")
+    first, second = document["queries"]
+    assert first["hits"] == second["hits"] == []
+    assert "snapshot" not in second
+    later = shell.json(*words, "zeppelin")
+    assert (len(later["hits"]), later["snapshot"] > document["snapshot"]) == (1, True)
+    exact = ["query", "--kb", kb, "yellow", "--exact"]
+    assert shell.json(*exact)["asked"]["depth"] == NUM_PAIRS  # every pair has a rank in both lists
+    assert shell.json(*exact, "--where", "caption LIKE '%circle%'")["asked"]["depth"] < NUM_PAIRS
+    assert shell.json(*exact, "--by", "clip")["asked"]["depth"] == 100
+
+
+@pytest.mark.slow
+def test_answers_in_a_pipe_are_there_when_they_are_made(kb: Path, tmp_path: Path) -> None:
+    """Nobody flushes a pipe for us: a reader has the first answers long before the last."""
+    import os
+
+    (tmp_path / "q.txt").write_text("a red circle\n" * 20_000)
+    command = [sys.executable, "-m", "radt.cli", "index", "query", "--queries", str(tmp_path / "q.txt")]
+    command += ["--kb", str(kb), "--by", "bm25", "--json", "-k", "1"]
+    quiet = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=quiet) as process:
+        assert process.stdout is not None
+        first = os.read(process.stdout.fileno(), 1 << 16)  # what was flushed first: a buffer would be 8 KiB and cut
+        process.kill()
+    assert first.startswith(b'{"kb"')
+    assert len(first) < 4096
+    assert len(json.loads(first + b"]}")["queries"]) >= 1
+
+
 @pytest.mark.parametrize("where", [[], ["--where", "width > 3"]])
 def test_an_interrupt_that_lance_makes_an_error_of_is_one_all_the_same(
     shell: Shell, kb: Path, monkeypatch: pytest.MonkeyPatch, where: list[str]

@@ -14,8 +14,10 @@ import pytest
 
 from index.knowledge_base import KnowledgeBase
 from index.records import Hit, ImageLocation, StoredPair, pair_id
-from index.search.contact_sheet import write_contact_sheet
+from index.search.answer import Answer, Question
+from index.search.contact_sheet import Searched, write_contact_sheet
 from index.search.explain import (
+    Surroundings,
     describe_searcher,
     exact_difference,
     how_fused,
@@ -29,8 +31,9 @@ from index.search.fusion import FusionRule
 from index.search.joined import JoinedKnowledgeBase
 from index.search.lexical import build_fts
 from index.search.pictures import open_picture
-from index.search.retriever import Retriever
+from index.search.retriever import Retriever, SearchResult
 from index.search.searcher import exact_searcher
+from index.search.trace import Stage
 from index.store import PairStore
 from tests.fakes import HashEmbedder, caption_of, draw
 
@@ -74,15 +77,27 @@ class Collector(HTMLParser):
         assert self.open.pop() == tag
 
 
-def sheet(folder: Path, hits: list[Hit], query: str = "a toy", **more: Any) -> str:
+def sheet(
+    folder: Path,
+    found: list[Hit] | SearchResult,
+    query: str = "a toy",
+    *,
+    around: Surroundings | None = None,
+    **more: Any,
+) -> str:
+    """A page; `more` are fields of its answer or of its head."""
     path = folder / "out" / "sheet.html"
-    write_contact_sheet(path, query, hits, **more)
+    result = found if isinstance(found, SearchResult) else SearchResult(hits=found, timings_ms={})
+    head = Searched(**{name: more.pop(name) for name in ("kb", "command") if name in more})
+    question = Question(label=query, image=more.pop("image", None))
+    write_contact_sheet(path, Answer(question=question, result=result, **more), searched=head, around=around)
     return path.read_text(encoding="utf-8")
 
 
 def test_the_page_stands_alone(tmp_path: Path) -> None:
     hits = [hit(tmp_path, rank) for rank in (1, 2, 3)]
-    page = sheet(tmp_path, hits, timings_ms={"embed": 3.0, "vector": 1.0}, kb="toys kb")
+    stages = [Stage(stage="vector", kept=7, ms=1.0)]
+    page = sheet(tmp_path, SearchResult(hits=hits, timings_ms={"embed": 3.0}, stages=stages), kb="toys kb")
     parsed = Collector(page)
     assert parsed.tags.count("article") == 3
     assert len(parsed.sources) == 3
@@ -133,7 +148,7 @@ def test_an_image_that_is_gone_does_not_stop_the_page(tmp_path: Path) -> None:
 
 
 def test_no_hits_and_a_query_by_image(tmp_path: Path) -> None:
-    page = sheet(tmp_path, [], query_image=PIL.Image.new("RGB", (8, 8)))
+    page = sheet(tmp_path, [], image=PIL.Image.new("RGB", (8, 8)))
     assert "Nothing found" in page
     assert len(Collector(page).sources) == 1
 
@@ -266,6 +281,16 @@ def test_what_the_approximate_search_missed(tmp_path: Path) -> None:
     assert told.to_json()["clip_rank"] == 2
     difference = exact_difference(retriever.search, None, **asked)
     assert [hit.id for hit in difference.exact.hits] == [name(str(n)) for n in (0, 1, 2, 3)]
+    ways: list[bool] = []
+
+    def counted(text: str | None, *, exact: bool, **asked: Any) -> SearchResult:
+        ways.append(exact)
+        return retriever.search(text, exact=exact, **asked)
+
+    for is_warm, told in ((False, [False, True, False, True]), (True, [False, True])):
+        ways.clear()
+        exact_difference(counted, None, is_warm=is_warm, **asked)
+        assert ways == told
     assert not difference.is_moot
     assert difference.vector_recall == 0.75
     assert [line for line, _ in difference.lines] == ["number 2 was not found", "in place of those, as number 4"]
@@ -311,7 +336,7 @@ def test_the_panel_has_all_that_is_known(base: KnowledgeBase, tmp_path: Path) ->
     result = base.query("a green circle", k=3)
     around = surroundings(base, result.hits)
     terms = term_scores(base.retriever, "a green circle", result.hits)
-    page = sheet(tmp_path, result.hits, result=result, around=around, terms=terms, command="radt index query --kb kb")
+    page = sheet(tmp_path, result, around=around, terms=terms, command="radt index query --kb kb")
     data = panel_data(page)
     assert data["command"] == "radt index query --kb kb"
     hit = result.hits[0]
@@ -337,7 +362,7 @@ def test_the_panel_has_all_that_is_known(base: KnowledgeBase, tmp_path: Path) ->
 def test_the_panel_cannot_be_broken_by_what_users_wrote(base: KnowledgeBase, tmp_path: Path) -> None:
     result = base.query("circle quotes facts", k=7)
     evil = next(hit for hit in result.hits if hit.caption == EVIL)
-    page = sheet(tmp_path, result.hits, EVIL, result=result, around=surroundings(base, result.hits), command=EVIL)
+    page = sheet(tmp_path, result, EVIL, around=surroundings(base, result.hits), command=EVIL)
     Collector(page)
     assert "<script>alert" not in page
     about = panel_data(page)["pairs"][str(evil.id)]
@@ -356,7 +381,7 @@ def test_several_knowledge_bases_are_explained_as_one(base: KnowledgeBase, tmp_p
     around = surroundings(joined, result.hits)
     assert all(hit.id in around.pairs and around.neighbors[hit.id] for hit in result.hits)
     assert [one["pairs"] for one in searcher_facts(joined)] == [7, 6]
-    page = sheet(tmp_path, result.hits, result=result, around=around)
+    page = sheet(tmp_path, result, around=around)
     assert dict(panel_data(page)["pairs"][str(result.hits[-1].id)]["facts"])["found in"] == result.hits[-1].kb
     assert exact_difference(joined.query, "circle number", k=9).recall == 1
 
@@ -366,7 +391,7 @@ def test_the_notes_of_a_page(base: KnowledgeBase, tmp_path: Path) -> None:
     missing = why_not(base.retriever, int(base.store.matching_ids()[4]), "a red circle", k=2, result=result)
     exact = exact_difference(base.query, "a red circle", k=2)
     around = surroundings(base, result.hits, more=[missing.id])
-    page = sheet(tmp_path, result.hits, result=result, around=around, exact=exact, why_not=missing)
+    page = sheet(tmp_path, result, around=around, exact=exact, why_not=missing)
     assert "Compared with every pair: recall 1.00" in page
     assert f"Why not {missing.id}? Stage: {missing.stage}" in page
     assert html.escape(missing.sentence) in page
@@ -374,7 +399,7 @@ def test_the_notes_of_a_page(base: KnowledgeBase, tmp_path: Path) -> None:
         r"<li><span>(\w+)</span><span class=\"kept\">\d", page
     )
     nothing = base.query("a red circle", k=2, where="id < 0")
-    assert "Fewer than asked for" in sheet(tmp_path, [], result=nothing)
+    assert "Fewer than asked for" in sheet(tmp_path, nothing)
 
 
 def test_pictures_are_shown_as_the_camera_was_held(tmp_path: Path) -> None:
@@ -458,7 +483,7 @@ def test_the_panel_names_the_words_that_a_caption_lacks(base: KnowledgeBase, tmp
         result = base.query(text, k=1, **asked)
         terms = term_scores(base.retriever, text, result.hits)
         words = word_counts(base.retriever, text, result)
-        page = sheet(tmp_path, result.hits, text, result=result, terms=terms, words=words, asked=asked)
+        page = sheet(tmp_path, result, text, terms=terms, words=words, asked=asked)
         (about,) = panel_data(page)["pairs"].values()
         assert "red" in about["caption"]
         assert set(about["missing"]) == lacked
