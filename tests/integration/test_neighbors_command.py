@@ -18,6 +18,7 @@ from index.errors import ConfigError, CorpusError
 from index.ingest.build import BuildConfig, build
 from index.knowledge_base import KnowledgeBase
 from index.search import neighbors as module
+from index.search.copies import Copies
 from index.search.neighbors import METADATA_KEY, NeighborsConfig, write_neighbors
 from index.search.retriever import Retriever
 from index.store import PairStore
@@ -242,6 +243,29 @@ def test_stopped_within_a_shard_leaves_no_half_part(
     with pytest.raises(StopError):
         write_neighbors(kb, str(source), tmp_path / "n.parquet", NeighborsConfig(), on_pairs=stop)
     assert [path.name for path in (tmp_path / ".n.parquet.parts").iterdir()] == ["settings.json"]
+
+
+@pytest.mark.parametrize("moment", ["before the copies are known", "after"])
+def test_what_others_commit_while_it_starts_is_seen_by_no_part_of_it(
+    kb: KnowledgeBase, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    config = NeighborsConfig(k=8)
+    write_neighbors(kb, str(source), tmp_path / "alone.parquet", config)
+    other = KnowledgeBase.open(kb.directory, HashEmbedder())
+
+    class Meanwhile(Copies):
+        def __init__(self, *given: Any) -> None:
+            if moment != "after":
+                other.add([draw(number) for number in range(100, 104)], "a red circle number 1")
+            super().__init__(*given)
+            if moment == "after":
+                other.add([draw(number) for number in range(100, 104)], "a red circle number 1")
+
+    monkeypatch.setattr(module, "Copies", Meanwhile)
+    report = write_neighbors(kb, str(source), tmp_path / "n.parquet", config)
+    assert (tmp_path / "n.parquet").read_bytes() == (tmp_path / "alone.parquet").read_bytes()
+    assert report.snapshot < other.store.version
+    assert report.ungrouped == 0
 
 
 @pytest.mark.parametrize("change", ["settings", "knowledge base", "source"])

@@ -166,20 +166,36 @@ def test_who_asks_once_does_not_pay_for_the_map(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("at_once")
-def test_a_knowledge_base_answers_alike_after_each_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_session_answers_after_each_change_as_one_that_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it keeps from one query to the next, with the map and without."""
     generator = np.random.default_rng(5)
     kb = KnowledgeBase.create(tmp_path / "kb", HashEmbedder(dim=DIM))
     kb.store.add([stored(i, generator) for i in range(300)])
     kb.build_search("exact")
 
-    def answers() -> list[list[tuple[int, float, str]]]:
-        reader = KnowledgeBase.open(tmp_path / "kb", HashEmbedder(dim=DIM))
+    def opened() -> KnowledgeBase:
+        return KnowledgeBase.open(tmp_path / "kb", HashEmbedder(dim=DIM))
+
+    def answers(reader: KnowledgeBase) -> list[list[tuple[int, float, str]]]:
         asked = [{"by": by, "where": where} for by in ("hybrid", "bm25") for where in (None, "width < 2")]
         return [[(hit.id, hit.score, hit.caption) for hit in reader.search("red dog", k=9, **one)] for one in asked]
 
-    for change in (lambda: kb.remove(where="width = 1"), lambda: compact(kb), lambda: None):
+    session, found = opened(), list[object]()
+    for change in (
+        lambda: None,
+        lambda: kb.remove(where="width = 1"),
+        lambda: compact(kb),
+        lambda: kb.store.add([stored(i, generator) for i in range(280, 330)]),  # twenty replaced, thirty new
+        lambda: kb.build_search("exact"),
+        lambda: kb.remove(where="width = 0"),
+        lambda: kb.build_search("exact", duplicates=True),
+    ):
         change()
-        found = answers()
+        found.append(answers(session))
+        assert found[-1] == answers(opened())
         with monkeypatch.context() as patch:
             patch.setattr(PairStore, "row_map", lambda self, lookups: None)
-            assert answers() == found
+            assert found[-1] == answers(opened())
+    assert found[0] != found[1] != found[3] != found[5], "the changes can be seen"
