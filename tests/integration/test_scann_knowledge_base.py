@@ -9,6 +9,8 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from index.search.lance_searcher import LanceSearcher
 from index.search.neighbors import NeighborsConfig, write_neighbors
 from index.search.scann_searcher import ScannSearcher
 from index.search.searcher import exact_searcher, recall_of
-from tests.fakes import COLORS, HashEmbedder, needs_scann, sample, write_tar
+from tests.fakes import COLORS, HashEmbedder, draw, encode, needs_scann, sample, write_tar
 
 ROOT = Path(__file__).parents[2]
 ROWS, CROWD = 2300, 200
@@ -315,21 +317,63 @@ def test_groups_by_the_searcher_are_those_by_products(built: Callable[[str], Pat
 # Shards that are not in memory
 
 
-@needs_scann
-@pytest.mark.slow
-def test_each_shard_is_loaded_once_for_many_queries(
-    built: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def on_disk(built: Callable[[str], Path], tmp_path: Path) -> KnowledgeBase:
+    """A copy whose searcher is loaded anew for every search."""
     shutil.copytree(built("scann"), tmp_path / "kb")
     (path,) = (tmp_path / "kb" / "searchers").glob("*/manifest.json")
     manifest = json.loads(path.read_text())
     manifest["settings"]["is_resident"] = False
-    resident = KnowledgeBase.open(built("scann"), HashEmbedder())
     path.write_text(json.dumps(manifest))
-    kb = KnowledgeBase.open(tmp_path / "kb", HashEmbedder())
-    loaded: list[str] = []
+    return KnowledgeBase.open(tmp_path / "kb", HashEmbedder())
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The shards that are loaded from now on."""
+    names: list[str] = []
     load = scann_searcher._load
-    monkeypatch.setattr(scann_searcher, "_load", lambda folder: loaded.append(folder.name) or load(folder))
+    monkeypatch.setattr(scann_searcher, "_load", lambda folder: names.append(folder.name) or load(folder))
+    return names
+
+
+def write_training(folder: Path, num: int) -> str:
+    """So many pictures with their captions."""
+    members: dict[str, bytes] = {}
+    for number in range(num):
+        members |= sample(number)
+    write_tar(folder / "a.tar", members)
+    return str(folder)
+
+
+@needs_scann
+def test_pairs_of_which_much_is_excluded_take_no_load_of_their_own(
+    on_disk: KnowledgeBase, loaded: list[str], tmp_path: Path
+) -> None:
+    """Of 40 pictures one is in the knowledge base 70 times, and one 600 times."""
+    chance, rows = np.random.default_rng(3), list[StoredPair]()
+    for number, times in ((0, 70), (1, 600)):
+        digest = sha256(encode(draw(number))).hexdigest()
+        for i in range(times):
+            row = pair(6000 + 1000 * number + i, unit(chance.standard_normal(32)), caption="a copy")
+            rows.append(replace(row, sha256=digest))
+    on_disk.store.add(rows)
+    source = write_training(tmp_path / "train", 40)
+    report = write_neighbors(on_disk, source, tmp_path / "n.parquet", NeighborsConfig(k=3))
+    assert (report.pairs, report.short) == (40, 0)
+    assert len(loaded) <= 2, "once, or once more for all those queries that were short of hits"
+
+
+@needs_scann
+@pytest.mark.slow
+def test_each_shard_is_loaded_once_for_many_queries(
+    built: Callable[[str], Path],
+    on_disk: KnowledgeBase,
+    loaded: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kb, resident = on_disk, KnowledgeBase.open(built("scann"), HashEmbedder())
     monkeypatch.setattr("index.search.retriever._EMBED_BATCH", 32)
     texts = questions(300)
     for asked in ({}, {"by": "clip", "where": "width > 200"}):
@@ -339,12 +383,9 @@ def test_each_shard_is_loaded_once_for_many_queries(
         assert found == expected
         assert len(loaded) <= 2, asked  # once, or once more for all those queries that were short of hits
     monkeypatch.setattr("index.search.neighbors.BATCH", 32)
-    members: dict[str, bytes] = {}
-    for number in range(100):
-        members |= sample(number)
-    write_tar(tmp_path / "train" / "a.tar", members)
+    source = write_training(tmp_path / "train", 100)
     loaded.clear()
-    report = write_neighbors(kb, str(tmp_path / "train"), tmp_path / "n.parquet", NeighborsConfig(k=3))
+    report = write_neighbors(kb, source, tmp_path / "n.parquet", NeighborsConfig(k=3))
     assert report.pairs == 100
     assert len(loaded) <= 2
     monkeypatch.setattr("index.search.duplicates._BATCH", 100)
