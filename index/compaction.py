@@ -32,7 +32,7 @@ class CompactReport:
     versions_removed: int
     snapshots: tuple[str, ...]  # that are still there
     snapshots_dropped: tuple[str, ...]
-    snapshots_dropped_for_removed: tuple[str, ...]  # their files held pairs that have been taken down
+    snapshots_dropped_for_removed: tuple[str, ...]  # their files held, if only as deleted rows, what was taken down
     searcher: str
     recall_at_10: float
 
@@ -55,8 +55,8 @@ def compact(
     No answer changes, except that BM25 counts anew how rare each word is, and that a rebuilt searcher may approximate
     otherwise. `wait` and `on_wait` are those of `PairStore.lock`.
 
-    Of the snapshots the newest `keep` stay (None: all), but for those whose files hold pairs that were taken down:
-    to purge means to keep them nowhere. ConfigError for a negative number.
+    Of the snapshots the newest `keep` stay (None: all), but for those whose files hold pairs that were taken down,
+    those made after the removal included: to purge means to keep them nowhere. ConfigError for a negative number.
     """
     if keep is not None and keep < 0:
         raise ConfigError(f"keep is a number of snapshots, 0 or more, got {keep}")

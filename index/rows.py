@@ -18,7 +18,7 @@ PAIR_COLUMNS = [
     *("image_uri", "image_offset", "image_size", "image_sha256", "width", "height", "dhash", "metadata"),
 ]
 SHOWN_COLUMNS = [
-    *("id", "dataset", "caption", "image_uri", "image_offset", "image_size", "image_sha256", "metadata"),
+    *("id", "dataset", "source", "caption", "image_uri", "image_offset", "image_size", "image_sha256", "metadata"),
 ]
 SHARD_COLUMNS = ["dataset", "source", "shard", "shard_digest", "metadata"]
 
@@ -42,7 +42,7 @@ def shown_pair(row: dict[str, Any], root: str) -> ShownPair:
         id=row["id"],
         dataset=row["dataset"],
         caption=row["caption"],
-        image=ImageLocation(uri=_resolve(row["image_uri"], root), offset=row["image_offset"], size=row["image_size"]),
+        image=_location(row, root),
         sha256=row["image_sha256"],
         metadata=json.loads(row["metadata"]),
     )

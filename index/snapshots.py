@@ -5,10 +5,17 @@ A snapshot shares its files with the present, so it costs what has been replaced
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Int64
 
 from index.atomic import one_sentence
+from index.search.ids import contains
 from index.store import PairStore
+
+if TYPE_CHECKING:
+    import lance
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,8 +72,41 @@ def drop(store: PairStore, tags: Collection[str]) -> None:
 
 
 def holding_removed(store: PairStore) -> list[str]:
-    """Tags of the snapshots whose files still hold pairs that have been taken down since."""
-    return [each.tag for each in snapshots(store) if PairStore(store.directory, snapshot=each.tag).hidden]
+    """Tags of the snapshots whose files still hold, or may hold, pairs that have been taken down before or since.
+
+    A row that is deleted lies in its file, and its words in the index, until they are written anew.
+    """
+    removed = np.array(sorted(store.removed_ids()), dtype=np.int64)
+    if not len(removed):
+        return []
+    tables = {each.tag: store.dataset.checkout_version(each.tag) for each in snapshots(store)}
+    holds: dict[int, bool] = {}
+    for table in tables.values():
+        for fragment in table.get_fragments():
+            if fragment.fragment_id not in holds:
+                holds[fragment.fragment_id] = _holds(table, fragment, removed)
+    # A fragment that the words were read from, and that no snapshot has any more, cannot be looked into.
+    return [tag for tag, table in tables.items() if any(holds.get(number, True) for number in _fragments(table))]
+
+
+def _holds(table: "lance.LanceDataset", fragment: Any, removed: Int64[np.ndarray, " n"]) -> bool:
+    """Whether one of these pairs lies in the files of a fragment, deleted or not."""
+    scanner = table.scanner(
+        columns=["id"],
+        filter="kind = 'pair'",
+        fragments=[fragment],
+        with_row_id=True,  # Lance gives deleted rows only so
+        include_deleted_rows=True,
+        use_scalar_index=False,  # an index may know the living alone
+    )
+    return any(contains(removed, batch.column("id").to_numpy()).any() for batch in scanner.to_batches())
+
+
+def _fragments(table: "lance.LanceDataset") -> set[int]:
+    """The fragments of a version, and those that its word index was made of."""
+    own = {fragment.fragment_id for fragment in table.get_fragments()}
+    words = [index for index in table.describe_indices() if index.field_names == ["caption"]]
+    return own.union(*(segment.fragment_ids for index in words for segment in index.segments))
 
 
 def _snapshot(name: str, tag: Any) -> Snapshot:

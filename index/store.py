@@ -4,12 +4,11 @@ Everything that must change together is one Lance commit: a shard's pairs, its b
 removal and its tombstone. One writer at a time, by a lock file; readers need no lock.
 """
 
-import json
 import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -18,18 +17,19 @@ import numpy as np
 from jaxtyping import Float32, Int64
 
 from index.atomic import one_sentence
+from index.conditions import bad_where, id_in, of_shards, possible_ids
 from index.errors import KnowledgeBaseError, QueryError
 from index.filters import BAD_FIELDS, filter_errors
 from index.lock import writer_lock
 from index.records import BadSample, ShardRecord, ShownPair, StoredPair, table_schema
 from index.remote import RemoteFolder
+from index.removals import Removed, graves
 from index.row_map import RowMap
 from index.rows import (
     PAIR_COLUMNS,
     SHARD_COLUMNS,
     SHOWN_COLUMNS,
     TABLE,
-    address,
     arrow_table,
     bad_row,
     ledger_row,
@@ -56,17 +56,30 @@ MAP_ROWS = 1 << 25  # pairs up to which it is held in memory where each lies: 24
 MAP_SHARE = 0.001  # which so many look-ups repay; a command that asks once goes without
 
 
-@dataclass(frozen=True, slots=True)
-class Removed:
-    """What has been taken down for good: pairs, and images that no pair may show, by content or by address."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Staged:
+    """Rows that are ready and not yet visible: few in memory, many on disk as Lance's fragments."""
 
-    ids: frozenset[int]
-    digests: frozenset[str]
-    urls: frozenset[str]
+    tables: tuple["pa.Table", ...] = ()
+    fragments: tuple[Any, ...] = ()
+    pairs: int = 0  # how many will be there
+    forbidden: int = 0  # that were turned away, because their image has been taken down
 
-    def forbids(self, pair: StoredPair) -> bool:
-        """Whether it shows such an image."""
-        return pair.sha256 in self.digests or bool(self.urls and address(pair.metadata) in self.urls)
+    @classmethod
+    def together(cls, blocks: Iterable["Staged"]) -> "Staged":
+        """All these rows, in this order."""
+        each = list(blocks)
+        return cls(
+            tables=tuple(table for block in each for table in block.tables),
+            fragments=tuple(fragment for block in each for fragment in block.fragments),
+            pairs=sum(block.pairs for block in each),
+            forbidden=sum(block.forbidden for block in each),
+        )
+
+    @property
+    def bytes_in_memory(self) -> int:
+        """What waits there for the commit."""
+        return sum(table.nbytes for table in self.tables)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -294,7 +307,7 @@ class PairStore:
         """`bad_samples`, a few in memory at once."""
         columns = ["shard", "key", "image_offset", "reason"]
         with filter_errors(where, fields=BAD_FIELDS):
-            for batch in self._dataset.to_batches(columns=columns, filter=_bad_where(where), limit=limit):
+            for batch in self._dataset.to_batches(columns=columns, filter=bad_where(where), limit=limit):
                 for row in batch.to_pylist():
                     yield BadSample(
                         shard=row["shard"], key=row["key"], offset=row["image_offset"], reason=row["reason"]
@@ -323,7 +336,7 @@ class PairStore:
         """Bad samples by reason, most first. What a reason says of the single sample, after a colon, is left out."""
         counts: Counter[str] = Counter()
         with filter_errors(where, fields=BAD_FIELDS):
-            for batch in self._dataset.to_batches(columns=["reason"], filter=_bad_where(where)):
+            for batch in self._dataset.to_batches(columns=["reason"], filter=bad_where(where)):
                 for entry in batch.column("reason").value_counts().to_pylist():
                     counts[entry["values"].partition(":")[0]] += entry["counts"]
         return dict(counts.most_common())
@@ -345,7 +358,7 @@ class PairStore:
         """A filter for who scans `dataset` himself: of a snapshot, what has been taken down since is left out."""
         if not self.hidden:
             return where
-        hidden = f"NOT ({_id_in(sorted(self.hidden))})"
+        hidden = f"NOT ({id_in(sorted(self.hidden))})"
         return f"({where}) AND {hidden}" if where else hidden
 
     # Writing
@@ -378,7 +391,7 @@ class PairStore:
 
     def stage(
         self, pairs: Sequence[StoredPair], *, record: ShardRecord | None = None, bad: Sequence[BadSample] = ()
-    ) -> list[Any]:
+    ) -> Staged:
         """Make rows ready, not yet visible; hand the result to `commit_shards`. Removed ids are dropped.
 
         A pair that shows an image which `remove` has forbidden is dropped too, and counts as removed from then on.
@@ -387,50 +400,49 @@ class PairStore:
         """
         removed = self._taken_down()
         pairs = [pair for pair in pairs if pair.id not in removed.ids]
-        forbidden = [removed_row(pair, with_image=False) for pair in pairs if removed.forbids(pair)]
-        rows = [pair_row(pair) for pair in pairs if not removed.forbids(pair)]
+        welcome = [pair for pair in pairs if not removed.forbids(pair)]
+        new = [pair_row(pair) for pair in welcome]
+        new += [removed_row(pair, with_image=False) for pair in pairs if removed.forbids(pair)]
         if record is not None:
-            rows += [*(bad_row(record, sample) for sample in bad), ledger_row(record)]
-        staged = [arrow_table(forbidden, self._dataset.schema)] if forbidden else []  # by themselves: see `tombstones`
-        if rows:
-            table = arrow_table(rows, self._dataset.schema)
-            is_small = table.num_rows < SMALL_ROWS and table.nbytes < SMALL_BYTES
-            staged += [table] if is_small else self._write_fragments(table)
-        return staged
+            new += [*(bad_row(record, sample) for sample in bad), ledger_row(record)]
+        staged = Staged(pairs=len(welcome), forbidden=len(pairs) - len(welcome))
+        if not new:
+            return staged
+        table = arrow_table(new, self._dataset.schema)
+        if table.num_rows < SMALL_ROWS and table.nbytes < SMALL_BYTES:
+            return replace(staged, tables=(table,))
+        return replace(staged, fragments=tuple(self._write_fragments(table)))
 
-    def commit_shard(self, record: ShardRecord, staged: Sequence[Any], *, is_new: bool = False) -> None:
+    def commit_shard(self, record: ShardRecord, staged: Staged, *, is_new: bool = False) -> None:
         """`commit_shards` of one."""
         self.commit_shards([(record, staged)], replaced=() if is_new else (record,))
 
-    def commit_shards(
-        self, shards: Sequence[tuple[ShardRecord, Sequence[Any]]], *, replaced: Collection[ShardRecord]
-    ) -> None:
+    def commit_shards(self, shards: Sequence[tuple[ShardRecord, Staged]], *, replaced: Collection[ShardRecord]) -> None:
         """Make the staged rows of shards, ledger entries included, visible in one commit.
 
         The rows that the shards in `replaced` had before give way to them; a shard not named there must have none.
         """
         import pyarrow as pa
 
-        parts = [part for _, staged in shards for part in staged]
-        small = [part for part in parts if isinstance(part, pa.Table)]
+        staged = Staged.together(each for _, each in shards)
         with self.lock():
-            fragments = [part for part in parts if not isinstance(part, pa.Table)]
-            if small:
-                fragments += self._write_fragments(pa.concat_tables(small).combine_chunks())
-            self._commit(_of_shards(replaced), fragments)
+            fragments = list(staged.fragments)
+            if staged.tables:
+                fragments += self._write_fragments(pa.concat_tables(staged.tables).combine_chunks())
+            self._commit(of_shards(replaced), fragments)
 
     def restamp(self, records: Collection[ShardRecord]) -> None:
         """Put these entries into the ledger in place of those of the same shards, and leave their rows alone."""
         if records:
             with self.lock():
                 table = arrow_table([ledger_row(record) for record in records], self._dataset.schema)
-                self._commit(f"kind = 'shard' AND {_of_shards(records)}", self._write_fragments(table))
+                self._commit(f"kind = 'shard' AND {of_shards(records)}", self._write_fragments(table))
 
     def drop_shards(self, records: Collection[ShardRecord]) -> None:
         """Take out all rows of these shards. Unlike `remove`, a later build may bring them back."""
         if records:
             with self.lock():
-                self._commit(_of_shards(records), [])
+                self._commit(of_shards(records), [])
 
     def add(self, pairs: Sequence[StoredPair]) -> None:
         """Add pairs outside any shard, visible at once. An old row of the same id, removed ones too, gives way."""
@@ -445,25 +457,20 @@ class PairStore:
     ) -> list[int]:
         """Take pairs down, by ids or by an SQL filter, at once; the ids that were there. No build brings them back.
 
-        `same_image` takes every pair that shows the very image of one of them, too, and no build brings that image,
-        or one from its address, in again: not under another key, in another shard or as another dataset.
+        `same_image` takes every pair that shows the very image of one of them, too, and whatever comes from where
+        such an image lies; and no build brings either in again: not under another key, in another shard or dataset.
         """
         if (ids is None) == (where is None):
             raise QueryError("say which pairs to remove, either by ids or by a filter")
         with self.lock():
-            condition = where if where is not None else _id_in([int(i) for i in ids or ()])
+            condition = where if where is not None else id_in([int(i) for i in ids or ()])
             with filter_errors(where):
-                if same_image:
-                    condition = f"({condition}) OR {self._shows_image_of(condition)}"
-                columns = ["id", "dataset", "shard", "image_sha256", "metadata"]
-                rows = self._dataset.to_table(columns=columns, filter=self._pairs_where(condition)).to_pylist()
-            if rows:
-                gone = [row["id"] for row in rows]
-                graves = [removed_row(row, with_image=same_image) for row in rows]
-                table = arrow_table(graves, self._dataset.schema)
-                self._commit(gone, self._write_fragments(table))
+                rows = graves(self._dataset, condition, same_image=same_image)
+            gone = [int(row["id"]) for row in rows]
+            if gone:
+                self._commit(gone, self._write_fragments(arrow_table(rows, self._dataset.schema)))
                 self._removed = None
-        return [row["id"] for row in rows]
+        return gone
 
     def add_missing_columns(self) -> None:
         """Give a table of an older format the columns that came later, empty: one commit that moves no data."""
@@ -551,13 +558,8 @@ class PairStore:
         columns = self.known(columns)
         rows = self.row_map(len(ids))
         if rows is not None:
-            return rows.read(np.array(_possible(ids), dtype=np.int64), columns)
-        return self._dataset.to_table(columns=columns, filter=self._pairs_where(_id_in(ids)))
-
-    def _shows_image_of(self, condition: str) -> str:
-        table = self._dataset.to_table(columns=["image_sha256"], filter=self._pairs_where(condition))
-        digests = {digest for digest in table.column("image_sha256").to_pylist() if digest}
-        return f"image_sha256 IN ({', '.join(map(_quote, sorted(digests)))})" if digests else "false"
+            return rows.read(np.array(possible_ids(ids), dtype=np.int64), columns)
+        return self._dataset.to_table(columns=columns, filter=self._pairs_where(id_in(ids)))
 
     def _rows_at_once(self) -> int:
         """So many rows that a batch of them, kept images included, is some ten megabytes."""
@@ -578,7 +580,7 @@ class PairStore:
 
         latest = lance.dataset(self._uri)
         removed = latest.to_table(columns=["id"], filter="kind = 'removed'").column("id").to_pylist()
-        there = self._dataset.to_table(columns=["id"], filter=f"kind = 'pair' AND {_id_in(removed)}")
+        there = self._dataset.to_table(columns=["id"], filter=f"kind = 'pair' AND {id_in(removed)}")
         return frozenset(there.column("id").to_pylist())
 
     def _write_fragments(self, table: "pa.Table") -> list[Any]:
@@ -605,14 +607,14 @@ class PairStore:
 
     def _delete_from_fragments(self, obsolete: str | Sequence[int]) -> tuple[list[int], list[Any]]:
         """Fragment ids left empty, and the new metadata of those left with fewer rows; nothing is visible yet."""
-        where = obsolete if isinstance(obsolete, str) else _id_in(obsolete)
+        where = obsolete if isinstance(obsolete, str) else id_in(obsolete)
         rows = self._dataset.scanner(columns=["id"], filter=where, with_row_address=True).to_table()
         fragment_of = rows.column("_rowaddr").to_numpy() >> np.uint64(32)
         emptied: list[int] = []
         trimmed: list[Any] = []
         for fragment_id in np.unique(fragment_of).tolist():
             if not isinstance(obsolete, str):  # every fragment reads the text anew: it gets no ids but its own
-                where = _id_in(rows.column("id").to_numpy()[fragment_of == fragment_id].tolist())
+                where = id_in(rows.column("id").to_numpy()[fragment_of == fragment_id].tolist())
             rest = self._dataset.get_fragment(fragment_id).delete(where)
             if rest is None:
                 emptied.append(fragment_id)
@@ -623,14 +625,8 @@ class PairStore:
     def _taken_down(self) -> Removed:
         removed = self._removed  # another thread may take the lock, and forget them, at any moment
         if removed is None or self._lock_file is None:  # only who holds the lock knows that none is added
-            removed = self._removed = self._read_removed()
+            removed = self._removed = Removed.read(self._dataset)
         return removed
-
-    def _read_removed(self) -> Removed:
-        table = self._dataset.to_table(columns=["id", "image_sha256", "metadata"], filter="kind = 'removed'")
-        ids, digests, named = (column.to_pylist() for column in table.columns)
-        urls = {address(json.loads(text)) for text in named if text}
-        return Removed(frozenset(ids), frozenset(digests) - {None}, frozenset(urls) - {""})
 
     def _arrays(self, batches: Iterable[Any]) -> tuple[Int64[np.ndarray, " n"], Float32[np.ndarray, "n d"]]:
         ids, vectors = [np.empty(0, np.int64)], [np.empty((0, self.dim), np.float32)]
@@ -638,38 +634,3 @@ class PairStore:
             ids.append(batch.column("id").to_numpy())
             vectors.append(batch.column("vector").flatten().to_numpy().reshape(-1, self.dim))
         return np.concatenate(ids), np.concatenate(vectors)
-
-
-def tombstones(staged: Any) -> int:
-    """How many pairs staging has turned away: rows of a part of what `PairStore.stage` gives that only say so."""
-    is_table = hasattr(staged, "column")
-    return int(staged.num_rows) if is_table and staged.column("kind")[0].as_py() == "removed" else 0
-
-
-def _bad_where(where: str | None) -> str:
-    return f"kind = 'bad' AND ({where})" if where else "kind = 'bad'"
-
-
-def _id_in(ids: Sequence[int]) -> str:
-    possible = _possible(ids)
-    return f"id IN ({', '.join(map(str, possible))})" if possible else "false"
-
-
-def _possible(ids: Sequence[int]) -> list[int]:
-    """Without those of which Lance could not even be asked."""
-    return [i for i in ids if -(2**63) <= i < 2**63]
-
-
-def _quote(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"
-
-
-def _of_shards(records: Collection[ShardRecord]) -> str | None:
-    """The filter for all rows of these shards, ledger entries too; what was taken down stays so."""
-    shards: dict[str, list[str]] = {}
-    for record in records:
-        shards.setdefault(record.dataset, []).append(_quote(record.shard))
-    if not shards:
-        return None
-    named = [f"(dataset = {_quote(dataset)} AND shard IN ({', '.join(names)}))" for dataset, names in shards.items()]
-    return f"kind <> 'removed' AND ({' OR '.join(named)})"

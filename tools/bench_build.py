@@ -72,7 +72,7 @@ def run_pipeline(tars: Path, scratch: Path, *, embedder: Any, workers: int) -> d
             meter=meter,
         )
         for shard in staged:
-            kb.store.commit_shard(shard.record, shard.fragments, is_new=True)
+            kb.store.commit_shard(shard.record, shard.rows, is_new=True)
     return {"pairs": meter.pairs, **watch.read(), **waits(meter.progress)}
 
 

@@ -291,7 +291,7 @@ class _Landing:
             self._since = time.monotonic()
         self._group.append(shard)
         self._rows += shard.record.pairs + shard.record.bad
-        self._bytes += sum(getattr(part, "nbytes", 0) for part in shard.fragments)  # of those that wait in memory
+        self._bytes += shard.rows.bytes_in_memory
         if self._rows >= GROUP_ROWS or self._bytes >= GROUP_BYTES or time.monotonic() - self._since >= GROUP_SECONDS:
             self.commit()
 
@@ -305,15 +305,15 @@ class _Landing:
                 group = self._claims.make(group)
             replaced = [shard.record for shard in group if self._ledger.has(shard.record)]
             if group:
-                self._store.commit_shards([(shard.record, shard.fragments) for shard in group], replaced=replaced)
+                self._store.commit_shards([(shard.record, shard.rows) for shard in group], replaced=replaced)
         for shard in group:
             self._ledger.enter(shard.record)
             self._tally.done += 1
             self._tally.read.append(shard.record)
-            known = min(self._ledger.replaced(shard.record), shard.pairs)
+            known = min(self._ledger.replaced(shard.record), shard.rows.pairs)
             self._tally.replaced += known
-            self._tally.forbidden += shard.forbidden
-            self._tally.added += shard.pairs - known
+            self._tally.forbidden += shard.rows.forbidden
+            self._tally.added += shard.rows.pairs - known
             self._on_shard(shard.record)
 
 

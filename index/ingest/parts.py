@@ -137,7 +137,7 @@ class DeferredClaims:
 
 def _has_lost_pairs(shard: StagedShard, names: Sequence[PairName], removed: set[int]) -> bool:
     """Staging drops what was taken down before: are there more such pairs now than rows are missing?"""
-    dropped = shard.record.pairs - shard.pairs - shard.forbidden
+    dropped = shard.record.pairs - shard.rows.pairs - shard.rows.forbidden
     return len(removed.intersection(name.id for name in names)) > dropped
 
 

@@ -56,7 +56,7 @@ def stage(store: PairStore, shards: Iterable[Shard], **options: Any) -> Iterator
 def commit(store: PairStore, staged: Iterable[StagedShard]) -> list[StoredPair]:
     with store.lock():
         for shard in staged:
-            store.commit_shard(shard.record, shard.fragments, is_new=True)
+            store.commit_shard(shard.record, shard.rows, is_new=True)
     return sorted(store.get(store.matching_ids(), vectors=True, thumbnails=True), key=lambda row: (row.shard, row.key))
 
 

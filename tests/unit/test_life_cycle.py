@@ -20,13 +20,16 @@ from index.cli import make_app, run
 from index.compaction import compact
 from index.errors import KnowledgeBaseError, QueryError
 from index.ingest.build import BuildConfig, BuildReport, build
+from index.ingest.decode import KeepImages
 from index.ingest.engines import StagedShard, run_local
 from index.ingest.parts import Part
 from index.knowledge_base import FORMAT, KnowledgeBase, Manifest
 from index.records import ShardRecord, table_schema
+from index.removals import Removed
 from index.search.copies import Copies
 from index.search.lexical import FTS_NAME
 from index.search.retriever import Retriever
+from index.snapshots import holding_removed
 from index.store import PairStore, Rewrite
 from index.verify import verify
 from tests.fakes import HashEmbedder, caption_of, draw, encode, sample, write_img2dataset, write_tar
@@ -91,7 +94,7 @@ def test_an_older_format_is_read_as_it_is(corpus: Path, tmp_path: Path, monkeypa
         assert kb.show(expected[0]).caption == row.caption
         assert (kb.stats()["format"], len(kb)) == (1, 15)
         assert verify(kb).is_sound
-        assert len(Copies(kb)._ids) == 15
+        assert len(Copies(kb.store, kb.retriever.view, kb.embedder)._ids) == 15
     assert files(tmp_path / "kb") == before
 
 
@@ -450,6 +453,32 @@ def test_what_is_taken_down_is_nowhere_after_compaction(tmp_path: Path, searcher
     assert reopen(tmp_path / "kb").stats()["removed"] == 2
 
 
+@pytest.mark.parametrize("words_lag", [False, True])
+def test_snapshots_made_after_a_removal_hold_it_in_their_files_too(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, words_lag: bool
+) -> None:
+    """As a deleted row among others; or, where the word index lags, as words (packed) of a file that is gone."""
+    (alone,) = KnowledgeBase.create(tmp_path / "kb", HashEmbedder()).add(draw(998), "qqaloneqq")
+    build_at(tmp_path / "kb", corpus / "00000.tar", keep=KeepImages(copy=True))
+    kb = reopen(tmp_path / "kb")
+    ids = {row.key: row.id for row in kb.store.get(kb.store.matching_ids())}
+    marks = [encode(draw(2)), b"qqaloneqq"]
+    assert all(in_files(tmp_path / "kb", mark) for mark in marks), "the test can see them"
+    kb.store.index_ids(min_rows=1)  # which know no deleted rows
+    kb.remove([alone] if words_lag else [ids["000000002"], alone])
+    if words_lag:
+        monkeypatch.setattr("index.knowledge_base._spare", lambda *_, **__: 1000)
+        marks = [b"qqaloneqq"]
+    for shard in ("00001.tar", "00002.tar"):
+        build_at(tmp_path / "kb", corpus / shard)
+    monkeypatch.undo()
+    report = compact(reopen(tmp_path / "kb"))
+    assert [in_files(tmp_path / "kb", mark) for mark in marks] == [[]] * len(marks)
+    assert report.snapshots_dropped_for_removed == ("build-1", "build-2")
+    assert report.snapshots == ("build-3",), "which is the present now"
+    assert holding_removed(PairStore(tmp_path / "kb")) == []
+
+
 def test_one_deleted_row_of_a_large_file_is_purged(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -583,6 +612,30 @@ def test_one_image_can_be_taken_down_under_all_its_captions(tmp_path: Path) -> N
     (sha,) = (row.sha256 for row in kb.store.get([other]))
     assert kb.remove(where=f"image_sha256 = '{sha}'") == [other]
     assert kb.remove([12345], same_image=True) == []
+
+
+def test_what_is_forbidden_is_not_served(tmp_path: Path) -> None:
+    """The same bytes at other addresses go, and other bytes at any of these addresses; what shares only those stays."""
+    kb = KnowledgeBase.create(tmp_path / "kb", HashEmbedder())
+    images = {"asked": 1, "same bytes": 1, "same address": 2, "address of the same bytes": 3, "no address": 4, "far": 2}
+    urls = {"asked": "u", "same bytes": "v", "same address": "u", "address of the same bytes": "v", "far": "w"}
+    ids = {
+        name: kb.add(draw(number), name, metadata={"url": urls[name]} if name in urls else {"link": "u"})[0]
+        for name, number in images.items()
+    }
+    (row,) = kb.store.get([ids["no address"]], vectors=True)
+    undigested = replace(row, id=7, key="undigested", sha256=None, metadata={"url": "v"})
+    kb.store.add([undigested])
+    (digest,) = (row.sha256 for row in kb.store.get([ids["asked"]]))
+    gone = kb.remove([ids["asked"]], same_image=True)
+    assert len(gone) == len(set(gone))
+    assert set(kb.store.captions()[1]) == {"no address", "far"}
+    assert sorted(gone) == sorted({*ids.values(), 7} - {ids["no address"], ids["far"]})
+    forbidden = Removed.read(kb.store.dataset)
+    assert not any(forbidden.forbids(row) for row in kb.store.get(kb.store.matching_ids()))
+    assert (forbidden.digests, forbidden.urls) == ({digest}, {"u", "v"})
+    assert kb.remove([ids["far"]]) == [ids["far"]]
+    assert Removed.read(kb.store.dataset).urls == {"u", "v"}, "a removal by id alone forbids nothing"
 
 
 @pytest.mark.parametrize("parts", [False, True])

@@ -13,13 +13,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from index.errors import CorpusError
+from index.errors import CorpusError, ImageError
 from index.ingest.build import BuildConfig, build
 from index.ingest.readers import Shard, SkippedShard, check_source, read
 from index.ingest.sources import expand_braces
 from index.knowledge_base import KnowledgeBase
 from index.records import Pair
-from tests.fakes import HashEmbedder, draw, encode, sample, write_img2dataset, write_tar
+from radt.neighbors import neighbors_of
+from tests.fakes import HashEmbedder, caption_of, draw, encode, sample, write_img2dataset, write_tar
 
 
 def shards_of(source: Path | str) -> list[Shard]:
@@ -404,6 +405,23 @@ def test_tars_on_a_web_server(tmp_path: Path, web: str) -> None:
         assert replace(pairs[4].image, origin=source).read() == local[4]  # as a row of the knowledge base has it
     with pytest.raises(CorpusError, match=r"cannot be listed; name the files with"):
         list(read(f"{web}/pets/*.tar"))
+
+
+def test_hits_from_a_web_server_can_be_read(tmp_path: Path, web: str) -> None:
+    """Also by the generator; and where the row's source does not vouch for the host, nothing is asked of it."""
+    write_img2dataset(tmp_path / "d" / "pets", shards=2, per_shard=3)
+    kb = KnowledgeBase.create(tmp_path / "kb", HashEmbedder())
+    build(kb, [f"{web}/pets/{{00000..00001}}.tar"], BuildConfig())
+    kb = KnowledgeBase.open(tmp_path / "kb", HashEmbedder())
+    hits = kb.search(caption_of(4), k=6, by="hybrid")
+    encoded = {pair.caption: pair.encoded for pair in pairs_of(tmp_path / "d" / "pets")}
+    assert [hit.image.read() for hit in hits] == [encoded[hit.caption] for hit in hits]
+    for hit, picture in zip(hits, neighbors_of(hits, [], 32), strict=True):
+        assert np.array_equal(np.asarray(picture.original), np.asarray(hit.open_image()))
+    (row,) = kb.store.get([hits[0].id], vectors=True)
+    kb.store.add([replace(row, source=str(tmp_path))])
+    with pytest.raises(ImageError, match="which is not where its source lies"):
+        kb.search(row.caption, k=1, by="clip")[0].image.read()
 
 
 def test_a_web_server_without_ranges(tmp_path: Path, web: str, monkeypatch: pytest.MonkeyPatch) -> None:
