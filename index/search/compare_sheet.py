@@ -2,13 +2,12 @@
 
 import html
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
-from string import Template
 from typing import TYPE_CHECKING, Any
 
 from index.atomic import write_bytes
 from index.search.compare import PERSISTENCE, Difference, Side
+from index.search.page import filled
 from index.search.pictures import picture
 
 if TYPE_CHECKING:
@@ -40,19 +39,19 @@ def write_compare_sheet(
 
     `names` say in words what the two sides are; `summary` is that of `summarize`.
     """
-    template = Template(files("index.search").joinpath("compare_sheet.html").read_text(encoding="utf-8"))
     shown = differences[:_SHOWN]
     pictures_a = _pictures(a, [hit for one in shown for hit in one.hits_a])
     pictures_b = _pictures(b, [hit for one in shown for hit in one.hits_b])
     sections = [_section(one, pictures_a, pictures_b) for one in shown]
     rest = len(differences) - len(shown)
-    page = template.substitute(
+    page = filled(
+        "compare_sheet.html",
         title=f"{len(differences)} {'query' if len(differences) == 1 else 'queries'}, two answers",
         name_a=html.escape(names[0]),
         name_b=html.escape(names[1]),
         facts="".join(f"<li><b>{_fact(summary[name])}</b>{text}</li>\n" for name, text in _FACTS.items()),
         sections="".join(sections),
-        persistence=PERSISTENCE,
+        persistence=str(PERSISTENCE),
         left_out=f"{rest:,} more queries are not drawn; --json has them all." if rest > 0 else "",
     )
     write_bytes(path, page.encode())

@@ -10,15 +10,14 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
-from string import Template
 from typing import TYPE_CHECKING, Any
 
 from index.errors import UserError
 from index.records import Hit, StoredPair
 from index.search.answer import Answer
 from index.search.explain import ExactDifference, Surroundings, describe_searcher, how_fused
+from index.search.page import filled, page_file
 from index.search.pictures import data_uri, open_picture, picture
 from index.search.retriever import SearchResult
 from index.search.words import Tokenizer
@@ -56,8 +55,6 @@ def write_contact_sheet(
     `around` is what lies around the hits.
     """
     searched, result, hits = searched or Searched(), answer.result, answer.result.hits
-    folder = files("index.search")
-    template = Template(folder.joinpath("contact_sheet.html").read_text(encoding="utf-8"))
     around = around or Surroundings()
     all_terms = answer.terms or [{} for _ in hits]
     best = {name: max((value for hit in hits if (value := getattr(hit, name))), default=0.0) for name in _SCORES}
@@ -73,9 +70,9 @@ def write_contact_sheet(
         scores["missing"] = _missing(hit, earned, answer.words)
         scores["made"] = how_fused(hit, result, answer.asked.get("fusion", "rrf"))
         pairs[str(hit.id)] = {**about, **scores, "facts": found_in + about["facts"]}
-    page = template.substitute(
-        title=html.escape(answer.question.label),
-        query=html.escape(answer.question.label),
+    page = filled(
+        "contact_sheet.html",
+        title=answer.question.label,
         query_image=_query_image(answer.question.image),
         facts=_facts(answer, searched),
         stages=_stages(result),
@@ -83,7 +80,7 @@ def write_contact_sheet(
         notes=_notes(answer, around),
         hits=f"<main>\n{''.join(cards)}</main>" if cards else '<p class="none">Nothing found.</p>',
         pairs=_script_json({"command": searched.command, "pairs": pairs}),
-        script=folder.joinpath("contact_sheet.js").read_text(encoding="utf-8"),
+        script=page_file("contact_sheet.js"),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
