@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from index.embedder import Embedder, decode_image
-from index.errors import CorpusError, ImageError, ModelError
+from index.errors import CorpusError, ImageError, KnowledgeBaseError, ModelError
 from index.images import try_read_images
 from index.records import ShardRecord, StoredPair
 from index.store import PairStore
@@ -18,7 +18,6 @@ from index.store import PairStore
 if TYPE_CHECKING:
     import PIL.Image
 
-LAYOUTS = ("clip-retrieval", "lance table")  # that may bring vectors
 ASKED = 64  # pairs that are looked at,
 FEWEST = 16  # and fewer of them, or fewer different captions, say nothing
 PICTURES = 16  # of them, that are embedded again where they can be read
@@ -33,13 +32,13 @@ def doubt(store: PairStore, embedder: Embedder, records: Sequence[ShardRecord]) 
     pairs, by `LEAST_ERRORS` standard errors: with a trained model it is 20, with another's vectors or random weights
     about 0. That is a doubt and no proof, so nothing is refused.
     """
-    rows = _some(store, [record for record in records if record.layout in LAYOUTS and not record.foreign_dim])
+    rows = _some(store, [record for record in records if not record.foreign_dim])
     if len(rows) < FEWEST:
         return ""
     try:
         cosine = _cosine_of_pictures(rows, embedder)
         errors = None if cosine is not None else _errors_of_captions(rows, embedder)
-    except ModelError:  # it is not here; who needs it is told
+    except (ModelError, KnowledgeBaseError):  # it is not here, or no longer the same; who needs it is told
         return ""
     if cosine is not None and cosine < LEAST_COSINE:
         reason = f"pictures embedded again have a cosine of {cosine:.2f} to them, where 1 was expected"
@@ -54,10 +53,11 @@ def doubt(store: PairStore, embedder: Embedder, records: Sequence[ShardRecord]) 
 
 
 def _some(store: PairStore, records: Sequence[ShardRecord]) -> list[StoredPair]:
-    """Pairs of the first of these shards, drawn evenly."""
+    """Pairs of the largest of these shards, drawn evenly."""
     if not records:
         return []
-    dataset, shard = (name.replace("'", "''") for name in (records[0].dataset, records[0].shard))
+    largest = max(records, key=lambda record: record.pairs)
+    dataset, shard = (name.replace("'", "''") for name in (largest.dataset, largest.shard))
     ids = np.sort(store.matching_ids(f"dataset = '{dataset}' AND shard = '{shard}'"))
     chosen = np.random.default_rng(0).choice(ids, size=min(ASKED, len(ids)), replace=False)
     return store.get(np.sort(chosen), vectors=True)

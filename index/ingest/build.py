@@ -21,7 +21,7 @@ from index.ingest.brought import doubt
 from index.ingest.decode import KeepImages, foreign_vectors
 from index.ingest.engines import StagedShard, run_local
 from index.ingest.ledger import Ledger
-from index.ingest.meter import Meter, Stage
+from index.ingest.meter import Meter, Progress, Stage
 from index.ingest.parts import TURN_SECONDS, DeferredClaims, Part, admitted
 from index.ingest.readers import Layout, Shard, SkippedShard, check_source, read
 from index.ingest.sources import sources_blamed
@@ -119,10 +119,18 @@ class _Tally:
     replaced: int = 0
     pruned: int = 0
     forbidden: int = 0
-    read: list[ShardRecord] = field(default_factory=list)
+    brought: list[ShardRecord] = field(default_factory=list)  # shards read now, with vectors of their own
+    unchanged_pairs: int = 0
+    unchanged_bad: int = 0
     touched: list[ShardRecord] = field(default_factory=list)  # unchanged, with their new stamps
     layouts: Counter[Layout] = field(default_factory=Counter)
     skipped: list[SkippedShard] = field(default_factory=list)
+
+    def keep(self, record: ShardRecord) -> None:
+        """Count a shard that is as it was."""
+        self.unchanged += 1
+        self.unchanged_pairs += record.pairs
+        self.unchanged_bad += record.bad
 
 
 def build(
@@ -150,18 +158,19 @@ def build(
         ledger = Ledger(kb.store)
         claims = DeferredClaims(kb.store, ledger) if config.part else None
         todo = _changed_shards(sources, config, ledger, tally, meter=meter)
+        landing = _Landing(kb.store, ledger, tally, on_shard, claims=claims)
         staged = _engine(config)(
             todo,
             embedder=kb.embedder,
             store=kb.store,
             claim=claims.note if claims else ledger.claim,
             on_batch=on_batch,
+            on_idle=landing.commit_due,
             workers=config.workers,
             keep=config.keep,
             meter=meter,
         )
-        landing = _Landing(kb.store, ledger, tally, on_shard, claims=claims)
-        quality = _Quality(ledger.unmet(sources), config.max_bad_fraction)
+        quality = _Quality(ledger.unmet(sources), config.max_bad_fraction, tally)
         with closing(staged):  # when landing fails, reading and decoding stop at once
             try:
                 for shard in staged:
@@ -175,8 +184,23 @@ def build(
             raise CorpusError(quality.complaint)
         meter.note = "all is read in; making it searchable"
         searcher = _finish(kb, sources, config, ledger=ledger, tally=tally) if config.part is None else None
-    _check_recall(searcher, config)
-    seconds, progress = time.perf_counter() - started, meter.progress
+        _check_recall(searcher, config)
+        notes = _notes(kb, config, ledger, tally)
+        seconds = time.perf_counter() - started
+        return _report(kb, ledger, tally, seconds=seconds, progress=meter.progress, searcher=searcher, notes=notes)
+
+
+def _report(
+    kb: KnowledgeBase,
+    ledger: Ledger,
+    tally: _Tally,
+    *,
+    seconds: float,
+    progress: Progress,
+    searcher: SearcherManifest | None,
+    notes: tuple[str, ...],
+) -> BuildReport:
+    """What was done; made while nobody else may delete what it reads."""
     return BuildReport(
         kb=str(kb.directory),
         pairs_total=kb.store.count(),
@@ -200,7 +224,7 @@ def build(
         searcher=searcher.kind if searcher else None,
         recall_at_10=searcher.recall_at_10 if searcher else None,
         warning=searcher.warning if searcher else "",
-        notes=_notes(kb, config, ledger, tally),
+        notes=notes,
         snapshot=kb.store.version,
     )
 
@@ -237,7 +261,7 @@ def _notes(kb: KnowledgeBase, config: BuildConfig, ledger: Ledger, tally: _Tally
     if foreign:
         widths = " and ".join(str(width) for width in sorted({record.foreign_dim for record in foreign}))
         notes.append(foreign_vectors(widths, model=kb.manifest.model, dim=kb.manifest.dim))
-    if doubted := doubt(kb.store, kb.embedder, tally.read):
+    if doubted := doubt(kb.store, kb.embedder, tally.brought):
         notes.append(doubted)
     if (config.keep.copy or config.keep.thumbnail) and tally.unchanged:
         notes.append(
@@ -285,14 +309,19 @@ class _Landing:
         self._since = 0.0
 
     def take(self, shard: StagedShard) -> None:
-        """Take one more shard, and commit the group if it is due."""
+        """Take one more shard."""
         if not self._group:
             self._rows = self._bytes = 0
             self._since = time.monotonic()
         self._group.append(shard)
         self._rows += shard.record.pairs + shard.record.bad
         self._bytes += shard.rows.bytes_in_memory
-        if self._rows >= GROUP_ROWS or self._bytes >= GROUP_BYTES or time.monotonic() - self._since >= GROUP_SECONDS:
+        self.commit_due()
+
+    def commit_due(self) -> None:
+        """Commit the group if it is large enough, or has waited long enough."""
+        is_large = self._rows >= GROUP_ROWS or self._bytes >= GROUP_BYTES
+        if is_large or time.monotonic() - self._since >= GROUP_SECONDS:
             self.commit()
 
     def commit(self) -> None:
@@ -309,7 +338,8 @@ class _Landing:
         for shard in group:
             self._ledger.enter(shard.record)
             self._tally.done += 1
-            self._tally.read.append(shard.record)
+            if shard.brought:
+                self._tally.brought.append(shard.record)
             known = min(self._ledger.replaced(shard.record), shard.rows.pairs)
             self._tally.replaced += known
             self._tally.forbidden += shard.rows.forbidden
@@ -337,12 +367,12 @@ def _changed_shards(
             stamp = shard.stamp
             is_same_place = record is not None and record.source == shard.source
             if is_same_place and record is not None and record.stamp == stamp:
-                tally.unchanged += 1
+                tally.keep(record)
                 continue
             is_far = config.engine == "ray" and not is_same_place  # nothing to compare with: who reads it takes it
             digest = "" if is_far else shard.digest()
             if is_same_place and record is not None and record.digest == digest:
-                tally.unchanged += 1
+                tally.keep(record)
                 tally.touched.append(replace(record, stamp=stamp))
                 continue
             meter.expect(1)
@@ -388,13 +418,18 @@ def _check_recall(searcher: SearcherManifest | None, config: BuildConfig) -> Non
 
 
 class _Quality:
-    """Judges the sources while they are read: `earlier` are the ledger's entries of them, from before this build."""
+    """Judges the sources while they are read: `earlier` are the ledger's entries of them, from before this build.
 
-    def __init__(self, earlier: Sequence[ShardRecord], max_bad_fraction: float) -> None:
+    These are of shards that are still to come, or that have been mended or deleted since, so too many samples must be
+    bad with them and without them.
+    """
+
+    def __init__(self, earlier: Sequence[ShardRecord], max_bad_fraction: float, tally: _Tally) -> None:
         self._earlier = {(record.dataset, record.shard): record for record in earlier}
         self._most = max_bad_fraction
+        self._tally = tally
         self._pairs, self._bad = sum(record.pairs for record in earlier), sum(record.bad for record in earlier)
-        self._read = 0
+        self._read_pairs = self._read_bad = 0
         self.complaint = ""
 
     def is_hopeless(self, record: ShardRecord) -> bool:
@@ -402,15 +437,21 @@ class _Quality:
         before = self._earlier.pop((record.dataset, record.shard), None)
         self._pairs += record.pairs - (before.pairs if before else 0)
         self._bad += record.bad - (before.bad if before else 0)
-        self._read += record.pairs + record.bad
-        share = self._bad / max(self._pairs + self._bad, 1)
-        if self._read >= JUDGED_FROM and share > self._most:
+        self._read_pairs += record.pairs
+        self._read_bad += record.bad
+        share = _share(self._bad, self._pairs)
+        met = _share(self._read_bad + self._tally.unchanged_bad, self._read_pairs + self._tally.unchanged_pairs)
+        if self._read_pairs + self._read_bad >= JUDGED_FROM and min(share, met) > self._most:
             self.complaint = (
                 f"{self._bad} of the {self._pairs + self._bad} samples so far are bad, a share of {share:.3f} above "
                 f"--max-bad-fraction {self._most}, so no more are read; `radt index stats --quarantine` says why "
                 "for each, and with a larger fraction the same command goes on"
             )
         return bool(self.complaint)
+
+
+def _share(bad: int, good: int) -> float:
+    return bad / max(bad + good, 1)
 
 
 def _first_reason(store: PairStore, records: Sequence[ShardRecord]) -> str:

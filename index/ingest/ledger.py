@@ -67,9 +67,11 @@ class Ledger:
         return self._replaced[record.dataset, record.shard]
 
     def named_otherwise(self) -> list[ShardRecord]:
-        """Entries of the very shards that this build has met, made under the name of another dataset."""
+        """Entries of the very shards that this build has met, made under the name of another dataset that has pairs."""
         met = {(source, shard): dataset for (dataset, shard), source in self._met.items()}
-        return [r for r in self._records.values() if met.get((r.source, r.shard), r.dataset) != r.dataset]
+        others = [r for r in self._records.values() if met.get((r.source, r.shard), r.dataset) != r.dataset]
+        there = self._store.datasets() if others else {}
+        return [record for record in others if record.dataset in there]
 
     def enter(self, record: ShardRecord) -> None:
         """Note a shard that has just been committed."""

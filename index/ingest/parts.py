@@ -21,11 +21,15 @@ from index.ingest.engines import StagedShard
 from index.ingest.ledger import Ledger, PairName
 from index.lock import POLL_SECONDS, try_lock
 from index.records import StoredPair
+from index.removals import Removed
 from index.store import PairStore
 
 FOLDER = "parts"  # of the knowledge base: one lock file for each part
 START_SECONDS = 60.0  # a part waits so long for those that are committing
 NUMBERS = re.compile(r"[0-9]{1,18}")
+# Of a turn of 2 ** 64: the fraction of the root of 43. Like that of the golden ratio it spreads numbers in a row, and
+# of the roots up to 97 it spreads best those that go by tens, hundreds, thousands or powers of two.
+STEP = 0x8EB44A8768581511
 TURN_SECONDS = 3600.0  # and so long for its turn to commit: it has work to lose
 
 
@@ -54,12 +58,15 @@ class Part:
     def has(self, shard: str) -> bool:
         """Whether a shard falls to this part: by its name alone, so that all processes agree.
 
-        Shards that are numbered, as nearly all are, fall to the parts in turn, so that each has as many.
+        Shards that are numbered, as nearly all are, are spread more evenly than by chance, by whatever step the numbers
+        go: each number is `STEP` of a turn further round the parts.
         """
         numbers = NUMBERS.findall(shard)  # all of them: `train-00003-of-00100`, `a/00007`
-        state = blake2b(shard.encode(), digest_size=8).digest()
-        place = sum(map(int, numbers)) if numbers else int.from_bytes(state, "big")
-        return place % self.count == self.number - 1
+        if numbers:
+            turn = sum(map(int, numbers)) * STEP % 2**64
+        else:
+            turn = int.from_bytes(blake2b(shard.encode(), digest_size=8).digest(), "big")
+        return (turn * self.count) >> 64 == self.number - 1
 
 
 @contextmanager
@@ -119,23 +126,31 @@ class DeferredClaims:
     def make(self, shards: Sequence[StagedShard]) -> list[StagedShard]:
         """Those of the shards that may be committed, their ids claimed. The caller holds the lock.
 
-        Another process may have stored the same shard meanwhile; or a pair of it has been taken down since it was
-        staged, and then it is left for the next build.
+        Another process may have stored the same shard meanwhile; or a pair of it, or any image, has been taken down
+        since it was staged, and then it is left for the next build.
         """
         self._ledger.refresh()
-        removed = self._store.removed_ids()
+        removed = Removed.read(self._store.dataset)
+        blind = {version for version in {shard.version for shard in shards} if self._forbids_less(version, removed)}
         welcome = []
         for shard in shards:
             record = shard.record
             names = self._names.pop((record.dataset, record.shard), [])
-            if self._ledger.holds(record) or _has_lost_pairs(shard, names, removed):
+            if shard.version in blind or self._ledger.holds(record) or _has_lost_pairs(shard, names, removed.ids):
                 continue
             self._ledger.claim(names)
             welcome.append(shard)
         return welcome
 
+    def _forbids_less(self, version: int, removed: Removed) -> bool:
+        """Whether who saw this version of the table may have let in an image that is forbidden by now."""
+        if not (removed.digests or removed.urls):
+            return False
+        then = Removed.read(self._store.dataset.checkout_version(version))
+        return not (removed.digests <= then.digests and removed.urls <= then.urls)
 
-def _has_lost_pairs(shard: StagedShard, names: Sequence[PairName], removed: set[int]) -> bool:
+
+def _has_lost_pairs(shard: StagedShard, names: Sequence[PairName], removed: frozenset[int]) -> bool:
     """Staging drops what was taken down before: are there more such pairs now than rows are missing?"""
     dropped = shard.record.pairs - shard.rows.pairs - shard.rows.forbidden
     return len(removed.intersection(name.id for name in names)) > dropped

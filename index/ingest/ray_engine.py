@@ -19,7 +19,7 @@ from typing import Any
 from index.embedder import ClipEmbedder, DeferredEmbedder, Embedder
 from index.errors import CorpusError, KnowledgeBaseError, MissingExtraError
 from index.ingest.decode import KeepImages
-from index.ingest.engines import StagedShard, run_local
+from index.ingest.engines import IDLE_SECONDS, StagedShard, run_local
 from index.ingest.ledger import PairName
 from index.ingest.meter import Meter, Stage
 from index.ingest.shards import Shard
@@ -59,6 +59,7 @@ def run_ray(
     store: PairStore,
     claim: Callable[[Sequence[PairName]], None],
     on_batch: Callable[[int], None],
+    on_idle: Callable[[], None] = lambda: None,
     workers: int | None = None,
     keep: KeepImages | None = None,
     meter: Meter | None = None,
@@ -68,8 +69,8 @@ def run_ray(
 
     `workers` is how many at most; by default one for each GPU, or for every four processors when there is no GPU.
     `address` is HOST:PORT; by default RAY_ADDRESS, the cluster running on this machine, or else this machine alone.
-    Without shards no cluster is needed. MissingExtraError without Ray; KnowledgeBaseError when the cluster cannot be
-    used; CorpusError when a shard ends MAX_DEATHS workers.
+    Without shards no cluster is needed. `on_idle` is called while no worker ends one. MissingExtraError without Ray;
+    KnowledgeBaseError when the cluster cannot be used; CorpusError when a shard ends MAX_DEATHS workers.
     """
     jobs = (_Job(shard=shard, stamp=stamp, digest=digest) for shard, stamp, digest in shards)
     first = next(jobs, None)
@@ -78,7 +79,7 @@ def run_ray(
     with _connected(address):
         crew = _Crew(embedder, store.directory, workers, keep or KeepImages())
         try:
-            for staged in crew.stage(chain([first], jobs)):
+            for staged in crew.stage(chain([first], jobs), on_idle):
                 record = staged.shard.record
                 claim([PairName(id=i, dataset=record.dataset, shard=record.shard, key=key) for i, key in staged.names])
                 on_batch(staged.images)
@@ -103,7 +104,7 @@ class _Crew:
         arguments = ray.put(_portable(embedder)), str(directory.resolve()), cpus, keep
         self._new_worker: Callable[[], Any] = lambda: kind.remote(*arguments)
 
-    def stage(self, jobs: Iterator[_Job]) -> Iterator[_Staged]:
+    def stage(self, jobs: Iterator[_Job], on_idle: Callable[[], None]) -> Iterator[_Staged]:
         """The jobs, done, as they end. A job whose worker dies goes to another."""
         import ray
 
@@ -111,7 +112,7 @@ class _Crew:
         for _ in range(self._size):
             self._hire()
         while True:
-            reference = self._next_to_end()
+            reference = self._next_to_end(on_idle)
             worker, job = self._awaited.pop(reference)
             try:
                 staged = ray.get(reference)
@@ -152,11 +153,15 @@ class _Crew:
         worker = self._new_worker()
         self._awaited[worker.be_ready.remote()] = (worker, None)
 
-    def _next_to_end(self) -> Any:
+    def _next_to_end(self, on_idle: Callable[[], None]) -> Any:
         import ray
 
-        timeout = None if self._is_at_work() else PATIENCE_SECONDS
-        ended, _ = ray.wait(list(self._awaited), num_returns=1, timeout=timeout)
+        while self._is_at_work():
+            ended, _ = ray.wait(list(self._awaited), num_returns=1, timeout=IDLE_SECONDS)
+            if ended:
+                return ended[0]
+            on_idle()
+        ended, _ = ray.wait(list(self._awaited), num_returns=1, timeout=PATIENCE_SECONDS)
         if not ended:
             raise KnowledgeBaseError(
                 f"no worker came up on the Ray cluster in {PATIENCE_SECONDS:.0f} s; `ray status` says what it lacks"

@@ -1,6 +1,8 @@
 """Build: what lands, what is quarantined, what is passed over, and what is searchable afterwards."""
 
 import json
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 
 from index.errors import ConfigError, CorpusError, KnowledgeBaseError, QueryError
 from index.ingest.build import QUARANTINE, BuildConfig, BuildReport, build
+from index.ingest.readers import Sample, Shard
 from index.knowledge_base import KnowledgeBase
 from index.lock import writer_lock
 from index.store import PairStore
@@ -153,6 +156,45 @@ def test_bad_shards_beside_many_good_ones_are_read(tmp_path: Path, monkeypatch: 
     assert build_at(tmp_path / "kb", tmp_path / "d").quarantined == 12
     write_tar(tmp_path / "d" / "1.tar", bad | sample(1))  # what is made again is not counted twice
     assert build_at(tmp_path / "kb", tmp_path / "d").quarantined == 12
+
+
+@pytest.mark.parametrize("is_deleted", [True, False])
+def test_a_source_that_has_been_mended_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, is_deleted: bool
+) -> None:
+    """What the ledger still has of its bad shards does not speak against the good ones read now."""
+    bad = {f"bad{i}.{suffix}": b"?" for i in range(30) for suffix in ("png", "txt")}
+    write_tar(tmp_path / "d" / "8.tar", sample(0) | bad)
+    write_tar(tmp_path / "d" / "9.tar", sample(1))
+    build_at(tmp_path / "kb", tmp_path / "d", max_bad_fraction=1.0)
+    monkeypatch.setattr("index.ingest.build.JUDGED_FROM", 10)
+    if is_deleted:
+        (tmp_path / "d" / "8.tar").unlink()
+    else:
+        write_tar(tmp_path / "d" / "8.tar", sample(0))
+    write_tar(tmp_path / "d" / "1.tar", [item for i in range(2, 22) for item in sample(i).items()])
+    report = build_at(tmp_path / "kb", tmp_path / "d")
+    assert (report.quarantined, report.pairs_in_sources) == (0, 21 if is_deleted else 22)
+
+
+def test_a_shard_becomes_visible_while_the_reader_is_still_at_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A group of shards that waits long enough is committed, also when no further shard comes."""
+    monkeypatch.setattr("index.ingest.build.GROUP_SECONDS", 0.05)
+    monkeypatch.setattr("index.ingest.engines.IDLE_SECONDS", 0.01)
+    has_landed = threading.Event()
+    samples = Shard.samples
+
+    def slowly(shard: Shard) -> Iterator[Sample]:
+        if shard.name == "00001.tar":
+            assert has_landed.wait(5), "the first shard waited for the second"
+        return samples(shard)
+
+    monkeypatch.setattr(Shard, "samples", slowly)
+    write_img2dataset(tmp_path / "d", shards=2, per_shard=3)
+    kb = KnowledgeBase.create(tmp_path / "kb", HashEmbedder())
+    build(kb, [str(tmp_path / "d")], BuildConfig(), on_shard=lambda record: has_landed.set())
 
 
 def test_no_good_pair_fails_the_build_whatever_is_allowed(tmp_path: Path) -> None:

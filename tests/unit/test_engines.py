@@ -224,24 +224,20 @@ def test_shards_before_the_one_whose_network_fails_are_handed_over(store: PairSt
 
 
 def test_the_network_has_work_while_rows_are_put_away(store: PairStore) -> None:
-    """The rows of a shard are claimed only after the network has begun with the next one."""
-    begun = [threading.Event() for _ in range(4)]
+    """The network is not done with a shard before the rows of the one before are claimed."""
+    claimed = [threading.Event() for _ in range(4)]
 
-    class Noted(HashEmbedder):
+    class Waiting(Recorder):
         def embed(self, prepared: Sequence[np.ndarray]) -> np.ndarray:
-            next(event for event in begun if not event.is_set()).set()
-            return super().embed(prepared)
-
-    claimed: list[str] = []
+            vectors = super().embed(prepared)
+            assert len(self.batches) == 1 or claimed[len(self.batches) - 2].wait(20)
+            return vectors
 
     def claim(rows: Sequence[StoredPair]) -> None:
-        claimed.append(rows[0].shard)
-        assert begun[min(len(claimed), 3)].wait(20)
+        claimed[int(rows[0].shard.removesuffix(".tar"))].set()
 
     shards = [shard_of(f"{i}.tar", pairs_of(f"{i}.tar", 3)) for i in range(4)]
-    rows = commit(store, stage(store, shards, embedder=Noted(), claim=claim))
-    assert claimed == [f"{i}.tar" for i in range(4)]
-    assert len(rows) == 12
+    assert len(commit(store, stage(store, shards, embedder=Waiting(), claim=claim))) == 12
 
 
 def test_a_long_build_finds_out_what_the_device_could_do(store: PairStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -376,3 +372,74 @@ def test_what_is_in_memory_does_not_grow_with_the_shard(
     (staged,) = stage(store, [shard_of("s", samples())], workers=1)
     assert staged.record.pairs == count
     assert most <= 4 * CHUNK_SAMPLES + 8 * 32 + 32, most
+
+
+class Announcing(HashEmbedder):
+    """Says when it has embedded; waits for `turn` before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.turn, self.has_embedded = threading.Event(), threading.Event()
+        self.patience = 0.0
+
+    def embed(self, prepared: Sequence[np.ndarray]) -> np.ndarray:
+        self.turn.wait(self.patience)
+        vectors = super().embed(prepared)
+        self.has_embedded.set()
+        return vectors
+
+
+def one_with_images_and_many_with_vectors(many: int) -> Iterator[Shard]:
+    yield shard_of("first.tar", pairs_of("first.tar", 3))
+    for number in range(many):
+        name = f"{number}.tar"
+        yield shard_of(name, [replace(pair, encoded=None, vector=unit(number)) for pair in pairs_of(name, 1)])
+
+
+def test_a_shard_is_staged_as_soon_as_the_network_is_done_with_it(
+    store: PairStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when none that follows has anything for the network, and the reader never rests."""
+    monkeypatch.setattr("index.ingest.engines.IDLE_SECONDS", 60.0)
+    embedder, read = Announcing(), []
+
+    def reader() -> Iterator[Shard]:
+        for shard in one_with_images_and_many_with_vectors(200):
+            if len(read) == 20:
+                assert embedder.has_embedded.wait(5)
+            read.append(shard.name)
+            yield shard
+
+    staged = stage(store, reader(), embedder=embedder)
+    assert next(staged).record.shard == "first.tar"
+    assert len(read) < 200
+    assert len(list(staged)) == 200
+
+
+def test_shards_without_images_do_not_pile_up_behind_one_that_has_the_network(store: PairStore) -> None:
+    embedder, read = Announcing(), []
+    embedder.patience = 0.5
+
+    def reader() -> Iterator[Shard]:
+        for shard in one_with_images_and_many_with_vectors(200):
+            read.append(embedder.has_embedded.is_set())
+            yield shard
+
+    assert len(list(stage(store, reader(), embedder=embedder))) == 201
+    assert 1 < read.count(False) < 100
+
+
+def test_a_slow_reader_does_not_keep_back_what_is_done(store: PairStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("index.ingest.engines.IDLE_SECONDS", 0.01)
+    has_first, was_idle = threading.Event(), threading.Event()
+
+    def reader() -> Iterator[Shard]:
+        yield shard_of("0.tar", pairs_of("0.tar", 3))
+        assert has_first.wait(5), "the first shard waited for the second"
+        assert was_idle.wait(5)
+        yield shard_of("1.tar", pairs_of("1.tar", 3))
+
+    staged = stage(store, reader(), on_idle=was_idle.set)
+    assert next(staged).record.shard == "0.tar"
+    has_first.set()
+    assert next(staged).record.shard == "1.tar"
