@@ -19,6 +19,7 @@ _SYNTAX = re.compile(r"sql parser error: Expected: (.+), found: (.+?)\)*$")
 _KIND = re.compile(r"Received literal \w+\((.*)\) and could not convert to literal of type '(\w+)'")
 _PREFIX = re.compile(r"^(?:Invalid user input: |Error parsing [a-z]+: |Error during planning: )+")
 _QUOTED = re.compile(r"'(?:[^']|'')*'|\"[^\"]*\"|`[^`]*`")
+_COMMENTS = ("--", "/*")
 _MISTAKES = ("Invalid user input", "Cannot access field")
 
 
@@ -27,7 +28,7 @@ def filter_errors(where: str | None, *, fields: Sequence[str] = PAIR_FIELDS) -> 
     """Lance reports a filter it cannot read as a ValueError or an OSError; to a user it is a mistake in the query."""
     if where is not None:
         check_filter(where)
-        _check_parentheses(where)
+        _check_shape(where)
     try:
         yield
     except (ValueError, OSError) as error:
@@ -75,10 +76,17 @@ def _reason(where: str, error: str, fields: Sequence[str]) -> str:
     return _PREFIX.sub("", line)
 
 
-def _check_parentheses(where: str) -> None:
-    """Lance stops reading at a parenthesis too many, and the filter would not be the one that was written."""
+def _check_shape(where: str) -> None:
+    """Lance stops reading at a parenthesis too many, and the filter would not be the one that was written.
+
+    One in a comment would count here and not there, so there are no comments.
+    """
+    bare = _QUOTED.sub("''", where)
+    comment = next((mark for mark in _COMMENTS if mark in bare), None)
+    if comment is not None:
+        raise QueryError(f"cannot filter by {where!r}: it has a comment ({comment}); leave that out")
     depth = 0
-    for letter in _QUOTED.sub("", where):
+    for letter in bare:
         depth += (letter == "(") - (letter == ")")
         if depth < 0:
             break

@@ -45,6 +45,19 @@ def test_parentheses_that_do_not_match_are_refused_and_never_reach_the_table(sto
         store.remove(where=where)
 
 
+@pytest.mark.parametrize(
+    "where", ["id = 1 /* ( */ ) OR (true /* ) */", "width > 3 -- wide", "caption = 'a' --' OR true", "width > /**/ 3"]
+)
+def test_comments_are_refused(store: PairStore, where: str) -> None:
+    """Lance skips them, and with them a parenthesis that would be counted here."""
+    with pytest.raises(QueryError, match="it has a comment"):
+        store.remove(where=where)
+
+
+def test_what_looks_like_a_comment_within_text_is_text(store: PairStore) -> None:
+    assert store.count("caption = 'a -- b /* ( */ ''--'' c' AND width - -3 > 1") == 0
+
+
 def test_parentheses_in_text_are_text(store: PairStore) -> None:
     assert store.count("caption = 'it''s :)' OR (width > 3)") == 0
 
