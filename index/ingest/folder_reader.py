@@ -6,9 +6,9 @@ img2dataset's `files` output is one of these: a numbered folder for each shard.
 import codecs
 import csv
 import json
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from posixpath import basename, dirname, join, relpath, splitext
 from typing import Any
 
@@ -32,8 +32,11 @@ from index.records import ImageLocation
 
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
 HELD_BYTES = 64 << 20  # of images in memory at once
-MAX_METADATA_BYTES = 1 << 30  # of a metadata file, which has to be held in memory: its rows may be in any order
+MAX_METADATA_BYTES = 1 << 30  # of a metadata file, whose rows may be in any order; so many are held in memory
+ROW_BYTES = 200  # that a row takes besides its text
 SIDECARS = (".txt", ".json")
+
+MetadataRows = Mapping[str, bytes] | CorpusError
 
 
 def find_img2dataset_folders(listing: Listing) -> Iterator[Shard]:
@@ -109,7 +112,7 @@ class _MetadataRows:
         self.complaints: list[str] = []  # why a file of them cannot be read
         self._tables: list[tuple[str, Mapping[str, bytes]]] = []
         for path in paths:
-            rows = _metadata_rows(shard.fs, path, change_mark(shard.files[path]))
+            rows = _held_rows(shard.fs, path, change_mark(shard.files[path]))
             if isinstance(rows, CorpusError):
                 self.complaints.append(str(rows))
             else:
@@ -175,13 +178,43 @@ def _problem(path: str, content: bytes | OSError) -> str:
 # Metadata files
 
 
-@lru_cache(maxsize=8)
-def _metadata_rows(fs: Any, path: str, mark: str) -> Mapping[str, bytes] | CorpusError:
-    """The rows, as JSON, by `file_name`, without the damaged ones; or, when there is no other, what is wrong.
+class _Recent:
+    """What was read last, as many as are `limit` bytes together; and the very last, whatever it takes."""
 
-    Several folders share a file above them, so it is held as long as it is of use: about as much as it is on disk.
+    def __init__(self, limit: int):
+        self._limit = limit
+        self._held: dict[Hashable, tuple[MetadataRows, int]] = {}  # and its bytes; the oldest first
+        self._mutex = threading.Lock()
+
+    def get(self, key: Hashable, read: Callable[[], MetadataRows]) -> MetadataRows:
+        """What `read` gave for this key, if it is still held; or gives now."""
+        with self._mutex:
+            rows, size = self._held.pop(key) if key in self._held else _with_size(read())
+            self._held[key] = rows, size
+            while len(self._held) > 1 and sum(each for _, each in self._held.values()) > self._limit:
+                del self._held[next(iter(self._held))]
+        return rows
+
+
+def _with_size(rows: MetadataRows) -> tuple[MetadataRows, int]:
+    if isinstance(rows, CorpusError):
+        return rows, 0
+    return rows, sum(len(name) + len(row) + ROW_BYTES for name, row in rows.items())
+
+
+_recent = _Recent(MAX_METADATA_BYTES)
+
+
+def _held_rows(fs: Any, path: str, mark: str) -> MetadataRows:
+    """`_metadata_rows`, held as long as it is of use: several folders share a file above them.
+
     `mark` is only there so that a changed file is read again.
     """
+    return _recent.get((fs, path, mark), lambda: _metadata_rows(fs, path))
+
+
+def _metadata_rows(fs: Any, path: str) -> MetadataRows:
+    """The rows, as JSON, by `file_name`, without the damaged ones; or, when there is no other, what is wrong."""
     try:
         with open_ahead(fs, path) as file:
             return _json_lines(path, file) if path.endswith(".jsonl") else _csv_rows(path, file)

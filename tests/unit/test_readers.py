@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from index.errors import CorpusError
-from index.ingest.folder_reader import _metadata_rows
+from index.ingest.folder_reader import ROW_BYTES, _metadata_rows, _Recent
 from index.ingest.readers import Shard, SkippedShard, read
 from index.records import BadSample, Pair
 from tests.fakes import caption_of, draw, encode, sample, write_img2dataset, write_tar
@@ -371,12 +371,35 @@ def test_a_metadata_file_takes_about_its_own_size_in_memory(tmp_path: Path, name
         else:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     tracemalloc.start()
-    found = _metadata_rows(LocalFileSystem(), str(path), "")
+    found = _metadata_rows(LocalFileSystem(), str(path))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert not isinstance(found, CorpusError)
     assert len(found) == len(rows)
     assert peak < 2 * path.stat().st_size + (4 << 20)
+
+
+def test_metadata_files_are_held_as_far_as_they_fit_together() -> None:
+    recent, read = _Recent(3 * (ROW_BYTES + 10)), []
+
+    def get(name: str, rows: int = 1) -> None:
+        def first() -> dict[str, bytes]:
+            read.append(name)
+            return {f"{number:05d}": b"12345" for number in range(rows)}
+
+        assert len(recent.get(name, first)) == rows
+
+    for name in "abcabca":
+        get(name)
+    assert "".join(read) == "abc"
+    get("d")  # in place of b, the one that was asked for longest ago
+    for name in "acd":
+        get(name)
+    assert "".join(read) == "abcd"
+    get("large", rows=50)  # by itself
+    get("large", rows=50)
+    get("d")
+    assert read == [*"abcd", "large", "d"]
 
 
 def test_a_metadata_file_that_memory_cannot_hold_is_one_sentence(
