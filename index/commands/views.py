@@ -56,6 +56,8 @@ def add_views(app: typer.Typer) -> None:
 
         if not quarantine and (where is not None or limit is not None):
             raise typer.BadParameter(f"{'--limit' if where is None else '--where'} goes with --quarantine")
+        if quarantine and words:
+            raise typer.BadParameter("--words is about the captions of pairs, which --quarantine does not show")
         base = KnowledgeBase.open(kb)
         document = _quarantine_json(base, where, 100 if limit is None else limit) if quarantine else base.stats()
         if words:

@@ -70,6 +70,7 @@ def test_the_same_shards_under_two_names_are_told(shell: Shell, kb: Path, corpus
     (note,) = shell.json("build", corpus, "--kb", kb, "--dataset", "animals")["notes"]
     assert "dataset 'pets' has 2 of these shards too" in note
     assert shell.json("remove", "--dataset", "animals", "--kb", kb)["removed"] == 12
+    assert shell.json("build", corpus, "--kb", kb)["notes"] == []  # the entries of the ledger outlive the pairs
 
 
 def test_added_pairs_are_those_that_were_not_there(shell: Shell, kb: Path, corpus: Path) -> None:
@@ -95,6 +96,7 @@ def test_added_pairs_are_those_that_were_not_there(shell: Shell, kb: Path, corpu
         ["stats", "--kb", "kb", "--limit", "3"],
         ["verify", "--kb", "kb", "--all", "--sample", "3"],
         ["stats", "--kb", "kb", "--where", "key = 'a'"],
+        ["stats", "--kb", "kb", "--quarantine", "--words"],
         ["remove", "--kb", "kb", "--id", "3", "--dataset", "pets"],
     ],
 )
