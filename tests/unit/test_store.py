@@ -1,14 +1,16 @@
 """PairStore: one commit per shard, replacement, removal for good, one writer."""
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from index.errors import KnowledgeBaseError, QueryError
 from index.records import BadSample, ImageLocation, ShardRecord, StoredPair, pair_id
-from index.store import PairStore
+from index.store import PairStore, Staged
 
 DIM = 8
 
@@ -97,6 +99,47 @@ def test_removed_pairs_do_not_come_back_with_a_remade_shard(store: PairStore) ->
     assert store.matching_ids().tolist() == [b.id]
     store.add([a])  # asked for by name: welcome again
     assert sorted(store.matching_ids().tolist()) == sorted([a.id, b.id])
+
+
+@pytest.mark.parametrize("small_rows", [0, 4096])
+def test_what_is_staged_says_how_many_pairs_will_be_there(
+    store: PairStore, monkeypatch: pytest.MonkeyPatch, small_rows: int
+) -> None:
+    """On disk as in memory; without what was taken down, by id or by image, and in blocks as in one."""
+    monkeypatch.setattr("index.store.SMALL_ROWS", small_rows)
+    store.add([stored("taken down"), replace(stored("image"), sha256="cd" * 32)])
+    store.remove([stored("taken down").id])
+    store.remove([stored("image").id], same_image=True)
+    pairs = [stored("a"), stored("b"), stored("taken down"), replace(stored("c"), sha256="cd" * 32)]
+    bad = [BadSample(shard="0.tar", key="c", offset=7, reason="no caption")]
+    entry = record(pairs=4, bad=1)
+    blocks = Staged.together([store.stage(pairs[:1]), store.stage([]), store.stage(pairs[1:], record=entry, bad=bad)])
+    whole = store.stage(pairs, record=entry, bad=bad)
+    assert (blocks.pairs, blocks.forbidden) == (whole.pairs, whole.forbidden) == (2, 1)
+    assert bool(whole.tables) == bool(whole.bytes_in_memory) == bool(small_rows) != bool(whole.fragments)
+    store.commit_shard(entry, blocks)
+    assert sorted(pair.key for pair in store.get(store.matching_ids())) == ["a", "b"]
+    assert (store.count_bad(), store.count_removed()) == (1, 3)
+
+
+def test_a_removal_reads_digests_and_addresses_only_for_the_same_image(
+    store: PairStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import lance
+
+    store.add([stored("a"), stored("b")])
+    asked: list[str] = []
+    to_table = lance.LanceDataset.to_table
+
+    def told(dataset: Any, columns: Any = None, **options: Any) -> Any:
+        asked.extend(columns)
+        return to_table(dataset, columns=columns, **options)
+
+    monkeypatch.setattr(lance.LanceDataset, "to_table", told)
+    assert store.remove([stored("a").id]) == [stored("a").id]
+    assert asked == ["id", "dataset", "shard"]
+    assert store.remove([stored("b").id], same_image=True) == [stored("b").id]
+    assert {"image_sha256", "metadata"} < set(asked)
 
 
 def test_filters(store: PairStore) -> None:
