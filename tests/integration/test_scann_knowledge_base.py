@@ -267,7 +267,7 @@ def test_what_is_taken_down_is_nowhere(kb: KnowledgeBase) -> None:
 @pytest.mark.parametrize("fusion", ["rrf", "sum", "product"])
 def test_hybrid_beside_every_pair_compared(frozen: KnowledgeBase, fusion: Any) -> None:
     """Both raw scores of every hit are exact, and the hits are those of comparing all."""
-    texts = questions(20)
+    texts = questions(12)
     queries, truth = HashEmbedder().texts(texts), Truth(frozen)
     shares = []
     for query, text in zip(queries, texts, strict=True):

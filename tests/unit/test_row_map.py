@@ -42,12 +42,12 @@ def stored(number: int, generator: np.random.Generator) -> StoredPair:
 def histories(store: PairStore, generator: np.random.Generator) -> Iterator[str]:
     """Change the store at random, and say what was done."""
     number = 0
-    for step in range(4):
+    for step in range(3):
         several = range(number, number + int(generator.integers(20, 90)))
         number = several.stop
         store.add([stored(i, generator) for i in several])
         yield "added"
-        if step % 3 == 0:
+        if step == 0:
             build_fts(store)
             yield "indexed"
         ids = store.matching_ids()
@@ -84,12 +84,11 @@ def assert_twins(store: PairStore, generator: np.random.Generator) -> None:
         assert all(getattr(pair, name) == getattr(whole[pair.id], name) for name in ShownPair.__dataclass_fields__)
     fast, slow = LanceBM25(store), LanceBM25(twin)
     for query in QUERIES:
-        for where in (None, "width < 5", "width = 3"):
+        for where, top_k in ((None, 5), (None, 500), ("width < 5", 5), ("width = 3", 500)):
             within = None if where is None else Subset(where=where, ids=np.sort(twin.matching_ids(where)))
-            for top_k in (5, 500):
-                found, expected = (each.search(query, top_k=top_k, within=within) for each in (fast, slow))
-                np.testing.assert_array_equal(found[0], expected[0])
-                np.testing.assert_array_equal(found[1], expected[1])
+            found, expected = (each.search(query, top_k=top_k, within=within) for each in (fast, slow))
+            np.testing.assert_array_equal(found[0], expected[0])
+            np.testing.assert_array_equal(found[1], expected[1])
         candidates = generator.permutation(ids)[:30]
         np.testing.assert_array_equal(fast.scores(query, candidates), slow.scores(query, candidates))
 
@@ -169,7 +168,7 @@ def test_who_asks_once_does_not_pay_for_the_map(tmp_path: Path) -> None:
 def test_a_session_answers_after_each_change_as_one_that_begins(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever it keeps from one query to the next, with the map and without."""
+    """Whatever it keeps from one query to the next; the one that begins reads by filters, without the map."""
     generator = np.random.default_rng(5)
     kb = KnowledgeBase.create(tmp_path / "kb", HashEmbedder(dim=DIM))
     kb.store.add([stored(i, generator) for i in range(300)])
@@ -194,7 +193,6 @@ def test_a_session_answers_after_each_change_as_one_that_begins(
     ):
         change()
         found.append(answers(session))
-        assert found[-1] == answers(opened())
         with monkeypatch.context() as patch:
             patch.setattr(PairStore, "row_map", lambda self, lookups: None)
             assert found[-1] == answers(opened())
