@@ -14,7 +14,7 @@ import pytest
 
 from index.knowledge_base import KnowledgeBase
 from index.records import Hit, ImageLocation, StoredPair, pair_id
-from index.search.answer import Answer, Question
+from index.search.answer import Answer, Question, ask
 from index.search.contact_sheet import Searched, write_contact_sheet
 from index.search.explain import (
     Surroundings,
@@ -488,3 +488,54 @@ def test_the_panel_names_the_words_that_a_caption_lacks(base: KnowledgeBase, tmp
         assert "red" in about["caption"]
         assert set(about["missing"]) == lacked
         assert ("<b>zeppelin</b> in none" in page) == (text == zeppelin)
+
+
+# Many queries of one state
+
+
+def test_what_is_held_is_of_one_state(base: KnowledgeBase, tmp_path: Path) -> None:
+    other = KnowledgeBase.create(tmp_path / "other", base.embedder)
+    other.add([draw(8)], caption_of(8))
+    writer = KnowledgeBase.open(other.directory, base.embedder)
+    for number, asked in enumerate((other, JoinedKnowledgeBase([base, other]))):
+        before = len(asked)
+        with asked.held():
+            writer.add([draw(20 + number)], f"a zeppelin {number}")
+            result = asked.query("zeppelin", k=20, exact=True)
+            assert (result.matching, result.depth, len(asked)) == (before, before, before)
+        assert asked.query("zeppelin", k=20).matching == before + 1
+
+
+def test_what_is_held_and_deleted_meanwhile_is_asked_of_a_later_state(
+    base: KnowledgeBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = KnowledgeBase.open(base.directory, base.embedder)
+    search, failures = Retriever.search, [OSError("Not found: 1.lance")]
+
+    def deleted(self: Retriever, *args: Any, **asked: Any) -> SearchResult:
+        if failures:
+            writer.add([draw(21)], "a zeppelin")
+            raise failures.pop()
+        return search(self, *args, **asked)
+
+    monkeypatch.setattr(Retriever, "search", deleted)
+    for asked in (base, JoinedKnowledgeBase([base])):
+        with asked.held():
+            answer = ask(asked, Question(label="zeppelin", text="zeppelin"), {"by": "bm25"})
+        assert [hit.caption for hit in answer.result.hits] == ["a zeppelin"]
+        assert answer.snapshot == asked.store.version
+
+
+def test_the_depth_is_that_of_the_lists_that_were_fused(tmp_path: Path) -> None:
+    """A hundred captions of one picture use up the first hundred candidates."""
+    store = PairStore.create(tmp_path, dim=2)
+    store.add(
+        [stored(str(n), "a red dog", 0.9 - n / 1000, image="one") for n in range(150)] + [stored("x", "a cat", 0.1)]
+    )
+    build_fts(store)
+    retriever = Retriever(store, exact_searcher(store))
+    for k, depth in ((1, 100), (2, 400)):
+        result = retriever.search("dog", **{**ASKED, "k": k})
+        assert (len(result.hits), result.depth) == (k, depth)
+    assert retriever.search("dog", **ASKED, exact=True).depth == 151  # fused over all pairs
+    assert retriever.search("dog", **{**ASKED, "by": "clip", "k": 1}, exact=True).depth == 100
