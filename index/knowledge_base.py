@@ -307,7 +307,8 @@ class KnowledgeBase:
     ) -> list[int]:
         """Take pairs down, by ids or by an SQL filter: the next query obeys. The ids that were there.
 
-        `same_image` takes every pair that shows the very image of one of them, too. The bytes go with `compact`.
+        `same_image` takes every pair that shows the very image of one of them, too, or that comes from where it lies.
+        The bytes go with `compact`.
         """
         with self.store.lock():
             gone = self.store.remove(ids, where=where, same_image=same_image)

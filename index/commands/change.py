@@ -78,7 +78,7 @@ def add_changes(app: typer.Typer, default_model: str | None) -> None:
             Path | None, typer.Option(exists=True, dir_okay=False, help="A file of ids, one a line.")
         ] = None,
         same_image: Annotated[
-            bool, typer.Option("--same-image", help="Take down every pair that shows the same image, too.")
+            bool, typer.Option("--same-image", help="Take down all that show the same image or lie at its address.")
         ] = False,
         wait: WaitOption = 0,
         as_json: JsonOption = False,
