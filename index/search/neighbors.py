@@ -142,7 +142,7 @@ class _Finder:
     def __init__(self, kb: "KnowledgeBase", config: NeighborsConfig):
         self._retriever = kb.retriever  # once: to ask for it again is to see what others have committed since
         view = self._retriever.view
-        self.snapshot = kb.store.version
+        self.snapshot = int(view.version)
         self._config = config
         needs_copies = config.exclude_group or config.query == "image"
         self._copies = Copies(kb.store, view, kb.embedder) if needs_copies else None

@@ -174,6 +174,7 @@ class StoreView:
             self._valid = searcher.ids[known]
         self._duplicates = (duplicates or Duplicates()).without(tail_ids)
         self._exact: ExactSearcher | None = None
+        self._loading = threading.RLock()  # threads that need the same vectors load them once
         self._subsets: dict[str, Subset] = {}
         self._filtered: dict[str, _Filtered] = {}
         self._words: dict[str, Lexical] = {}
@@ -226,13 +227,14 @@ class StoreView:
 
     def exact_searcher(self) -> ExactSearcher:
         """Every row of the store, in memory."""
-        if self._exact is None:
-            is_current = len(self._valid) == len(self.ids) == len(self._searcher.ids)
-            if isinstance(self._searcher, ExactSearcher) and is_current:
-                self._exact = self._searcher
-            else:
-                self._exact = exact_searcher(self._store)
-        return self._exact
+        with self._loading:
+            if self._exact is None:
+                is_current = len(self._valid) == len(self.ids) == len(self._searcher.ids)
+                if isinstance(self._searcher, ExactSearcher) and is_current:
+                    self._exact = self._searcher
+                else:
+                    self._exact = exact_searcher(self._store)
+            return self._exact
 
     def complete_clip(
         self, vectors: Queries, ids: Sequence[Int64[ndarray, " _"]], known: Sequence[RankedList]
@@ -320,16 +322,15 @@ class StoreView:
 
     def _subset_searcher(self, subset: Subset) -> ExactSearcher:
         """The rows that a filter leaves, in memory."""
-        kept = self._kept(subset)
-        searcher = kept.searcher
-        if searcher is None:
-            self._let_go(len(subset.ids))
-            if self._exact is not None or isinstance(self._searcher, ExactSearcher):
-                searcher = self.exact_searcher().subset(subset.ids)
-            else:
-                searcher = exact_searcher(self._store, subset.where).subset(subset.ids)
-            kept.searcher = searcher
-        return searcher
+        with self._loading:
+            kept = self._kept(subset)
+            if kept.searcher is None:
+                self._let_go(len(subset.ids))
+                if self._exact is not None or isinstance(self._searcher, ExactSearcher):
+                    kept.searcher = self.exact_searcher().subset(subset.ids)
+                else:
+                    kept.searcher = exact_searcher(self._store, subset.where).subset(subset.ids)
+            return kept.searcher
 
     def _let_go(self, rows: int) -> None:
         """Make room for the vectors of so many rows: all subsets together may take what one may, the oldest go."""

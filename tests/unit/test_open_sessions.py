@@ -15,6 +15,7 @@ from index import knowledge_base as module
 from index.knowledge_base import KnowledgeBase
 from index.records import ImageLocation, StoredPair
 from index.search import scann_searcher
+from index.search import view as view_module
 from index.search.lexical import at_once
 from index.search.scann_searcher import ScannSearcher
 from index.search.searcher import ExactSearcher, Searcher, StreamSearcher
@@ -200,6 +201,18 @@ def test_threads_that_ask_first_open_the_searcher_once(writer: KnowledgeBase, mo
     monkeypatch.setattr(reader, "open_searcher", counted(calls, searcher))
     together(lambda: reader.search("picture 3", k=3))
     assert len(calls) == 1
+
+
+def test_threads_that_compare_every_row_read_the_vectors_once(
+    writer: KnowledgeBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    view, calls = StoreView(writer.store, StreamSearcher(writer.store)), list[Any]()
+    monkeypatch.setattr(view_module, "exact_searcher", counted(calls, ExactSearcher(*writer.store.ids_and_vectors())))
+    subset = view.subset("width >= 3")
+    for among in (subset, None):
+        queries = np.ones((1, DIM), np.float32)
+        together(lambda queries=queries, among=among: view.search(queries, top_k=3, subset=among, exact=True))
+    assert len(calls) == 2, "of the subset, and of all"
 
 
 def test_there_are_no_more_threads_than_this_process_has_processors(monkeypatch: pytest.MonkeyPatch) -> None:
