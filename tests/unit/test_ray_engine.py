@@ -4,13 +4,14 @@ import pickle
 import socket
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from index.embedder import ClipEmbedder, DeferredEmbedder
 from index.errors import KnowledgeBaseError, MissingExtraError
 from index.ingest.build import BuildConfig, build
-from index.ingest.ray_engine import _portable, _worker_shape
+from index.ingest.ray_engine import _Crew, _portable, _worker_shape
 from index.knowledge_base import KnowledgeBase
 from tests.fakes import HashEmbedder, write_img2dataset
 
@@ -39,6 +40,15 @@ def test_one_worker_for_each_gpu_or_for_four_processors(
 def test_a_cluster_without_processors_is_told_so() -> None:
     with pytest.raises(KnowledgeBaseError, match="no processor to give"):
         _worker_shape([node(CPU=0)])
+
+
+def test_while_no_worker_ends_a_shard_what_is_done_is_seen_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits = iter([[], [], ["a"]])
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(wait=lambda *args, **options: (next(waits), [])))
+    crew, idle = object.__new__(_Crew), list[str]()
+    crew._awaited = {"a": ("worker", "job")}
+    assert crew._next_to_end(lambda: idle.append("idle")) == "a"
+    assert len(idle) == 2
 
 
 def build_on_ray(folder: Path, *, address: str | None = None) -> None:
