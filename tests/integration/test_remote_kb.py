@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -120,7 +121,11 @@ def test_a_searcher_is_fetched_once(shelf: Any, tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.slow
-def test_another_knowledge_base_at_the_same_url_is_not_mistaken_for_the_first(shelf: Any, tmp_path: Path) -> None:
+def test_another_knowledge_base_at_the_same_url_is_not_mistaken_for_the_first(
+    shelf: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even where their searchers have one name, as those of an earlier radt may."""
+    monkeypatch.setattr("index.knowledge_base.secrets", SimpleNamespace(token_hex=lambda size: "0" * size))
     make(tmp_path / "a", range(6))
     shelf.put(str(tmp_path / "a" / "kb"), "shelf/kb", recursive=True)
     before = KnowledgeBase.open(URL, EMBEDDER)
