@@ -41,7 +41,7 @@ _Decompose = Literal["off", "phrases", "terms"]
 
 @dataclass(frozen=True, kw_only=True)
 class QueryOptions:
-    """How is looked for, whatever that is: arguments of `Retriever.search` by their names, and their defaults here."""
+    """How a query is asked, whatever it looks for: arguments of `Retriever.search` by name, and their defaults here."""
 
     k: int = 5
     by: _By = "hybrid"
