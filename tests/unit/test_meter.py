@@ -156,8 +156,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, workers: int, **naps
         ({"embed": 0.1}, "embed"),
         ({"write": 0.2}, "write"),
         ({"commit": 0.2}, "write"),
-        # A decoder that is nearly as slow as the reader idles all the same: more of them would not help.
-        ({"read": 0.006, "decode": 0.004}, "read"),
+        # A decoder that works for a third of the time idles all the same: more of them would not help.
+        ({"read": 0.015, "decode": 0.005}, "read"),
     ],
 )
 def test_the_slow_stage_is_named(
