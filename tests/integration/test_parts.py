@@ -150,14 +150,15 @@ def test_a_part_a_whole_build_and_the_same_part_keep_out_of_each_others_way(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kb = tmp_path / "kb"
-    process = start(kb, corpus, "3/3", pause=0.3)
+    build_at(tmp_path / "first", corpus)  # whatever is slow the first time must not let the other process end
+    process = start(kb, corpus, "1/3", pause=1.5)
     wait_for_landing(process)
     who = rf"process {process.pid} on \S+"
-    with pytest.raises(KnowledgeBaseError, match=rf"part 3/3 of .* is being made by {who}"):
-        build_at(kb, corpus, part=Part(3, 3))
-    with pytest.raises(KnowledgeBaseError, match=rf"is being (filled by part 3/3 \({who}\)|written by)"):
+    with pytest.raises(KnowledgeBaseError, match=rf"part 1/3 of .* is being made by {who}"):
+        build_at(kb, corpus, part=Part(1, 3))
+    with pytest.raises(KnowledgeBaseError, match=rf"is being (filled by part 1/3 \({who}\)|written by)"):
         build_at(kb, corpus)  # written, if it has just taken its turn to commit
-    assert build_at(kb, corpus, part=Part(1, 3)).searcher is None  # another part may
+    assert build_at(kb, corpus, part=Part(3, 3)).searcher is None  # another part may
     assert build_at(kb, corpus, wait=200).pairs_total == SHARDS * PER_SHARD  # and a whole build may wait
     assert process.communicate(timeout=200)[1] == ""
     assert not list((kb / parts.FOLDER).iterdir()), "what parts left behind is swept"
