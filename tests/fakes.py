@@ -5,6 +5,7 @@ import json
 import sys
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from hashlib import blake2b
 from pathlib import Path
 
@@ -158,3 +159,13 @@ def pairs_of(shard: str, count: int) -> list[Pair]:
         )
         for number in range(count)
     ]
+
+
+@cache
+def photo(width: int, height: int, *, seed: int = 0) -> PIL.Image.Image:
+    """Smooth shapes with some grain, so that resampling has something to do."""
+    random = np.random.default_rng(seed)
+    coarse = PIL.Image.fromarray(random.integers(0, 256, (7, 9, 3), dtype=np.uint8))
+    smooth = np.asarray(coarse.resize((width, height), PIL.Image.Resampling.BICUBIC), np.float32)
+    grain = random.normal(scale=6, size=smooth.shape)
+    return PIL.Image.fromarray(np.clip(smooth + grain, 0, 255).astype(np.uint8))

@@ -8,8 +8,15 @@ from typing import Any
 import pytest
 
 from tests.fakes import caption_of, draw
+from tests.shell import Shell
 
 NUM_PAIRS = 12
+
+
+@pytest.fixture
+def shell(capsys: pytest.CaptureFixture[str], tiny_clip: Path) -> Shell:
+    """The commands, with a small model as their own."""
+    return Shell(capsys, str(tiny_clip))
 
 
 def save_tiny_bundle(folder: Path, clip: Path, *, seed: int = 0, image_size: int = 8) -> Path:

@@ -8,12 +8,7 @@ import pyarrow.parquet as parquet
 import pytest
 
 from tests.fakes import caption_of, draw, encode, sample, write_img2dataset, write_tar
-from tests.integration.test_index_cli import Shell
-
-
-@pytest.fixture
-def shell(capsys: pytest.CaptureFixture[str], tiny_clip: Path) -> Shell:
-    return Shell(capsys, str(tiny_clip))
+from tests.shell import Shell
 
 
 @pytest.fixture

@@ -23,7 +23,9 @@ from index.search.neighbors import METADATA_KEY, NeighborsConfig, write_neighbor
 from index.search.retriever import Retriever
 from index.store import PairStore
 from tests.fakes import HashEmbedder, caption_of, draw, encode, sample, write_img2dataset, write_tar
-from tests.integration.test_index_cli import ROOT, Shell, shell  # noqa: F401 - a fixture
+from tests.shell import Shell
+
+ROOT = Path(__file__).parents[2]
 
 
 def make_kb(folder: Path, *sources: Path) -> KnowledgeBase:
@@ -374,7 +376,7 @@ def test_memory_does_not_grow_with_the_source(tmp_path: Path) -> None:
     assert more["arrow"] < 2 << 20, peaks  # and 4.3 MB more of captions
 
 
-def test_the_command(shell: Shell, source: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_the_command(shell: Shell, source: Path, tmp_path: Path) -> None:
     assert shell("build", source, "--kb", tmp_path / "kb")[0] == 0
     words = ["neighbors", source, "--kb", tmp_path / "kb", "--out", tmp_path / "n.parquet", "-k", 3]
     document = shell.json(*words)
@@ -390,7 +392,7 @@ def test_a_training_picture_saved_again_does_not_meet_its_original(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     """By the command line, with the model that ships: in another size, as a JPEG, and itself not in there."""
-    shell = Shell(capsys, str(ROOT / "radt" / "models" / "emoji-demo" / "clip"))  # noqa: F811
+    shell = Shell(capsys, str(ROOT / "radt" / "models" / "emoji-demo" / "clip"))
     source = write_landscapes(tmp_path / "pictures" / "a.tar", with_copies=False)
     assert shell("build", source, "--kb", tmp_path / "kb", "--no-duplicates")[0] == 0
     for number in range(12):

@@ -12,42 +12,10 @@ from typing import Any
 
 import pytest
 
-from index.cli import make_app, run
 from tests.fakes import caption_of, write_img2dataset, write_tar
+from tests.shell import Shell
 
 NUM_PAIRS = 30
-
-
-class Shell:
-    """Runs the commands in this process, and keeps what they print."""
-
-    def __init__(self, capsys: pytest.CaptureFixture[str], default_model: str):
-        self.capsys = capsys
-        self.app = make_app(default_model)
-
-    def __call__(self, *words: object) -> tuple[int, str, str]:
-        self.capsys.readouterr()
-        with pytest.raises(SystemExit) as exit_:
-            run(self.app, [str(word) for word in words])
-        out, err = self.capsys.readouterr()
-        assert isinstance(exit_.value.code, int)
-        return exit_.value.code, out, err
-
-    def json(self, *words: object) -> dict[str, Any]:
-        code, out, err = self(*words, "--json")
-        assert (code, out.count("\n")) == (0, 1), err
-        document: dict[str, Any] = json.loads(out)
-        return document
-
-    def error(self, *words: object) -> str:
-        code, out, err = self(*words)
-        assert (code, out, err.count("\n")) == (1, "", 1), (code, out, err)
-        return err
-
-
-@pytest.fixture
-def shell(capsys: pytest.CaptureFixture[str], tiny_clip: Path) -> Shell:
-    return Shell(capsys, str(tiny_clip))
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from index.embedder import (
     unit_rows,
 )
 from index.errors import CorpusError, KnowledgeBaseError, ModelError
-from tests.fakes import HashEmbedder, draw, encode
+from tests.fakes import HashEmbedder, draw, encode, photo
 
 TEXTS = ["a red circle", "a blue square", "caf\u00e9 " * 50]
 
@@ -180,15 +180,6 @@ def check_compiled(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     vectors = embedder.images(images)
     assert embedder._network._compiled is not None
     assert (vectors * eager).sum(1).min() > 0.9999
-
-
-def photo(width: int, height: int, *, seed: int = 0) -> PIL.Image.Image:
-    """Smooth shapes with some grain, so that resampling has something to do."""
-    random = np.random.default_rng(seed)
-    coarse = PIL.Image.fromarray(random.integers(0, 256, (7, 9, 3), dtype=np.uint8))
-    smooth = np.asarray(coarse.resize((width, height), PIL.Image.Resampling.BICUBIC), np.float32)
-    grain = random.normal(scale=6, size=smooth.shape)
-    return PIL.Image.fromarray(np.clip(smooth + grain, 0, 255).astype(np.uint8))
 
 
 def jpeg(image: PIL.Image.Image) -> bytes:

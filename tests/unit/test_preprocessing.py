@@ -7,7 +7,6 @@ import io
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import pytest
 from index import preprocessing
 from index.embedder import ClipEmbedder, decode_scaled, open_model
 from index.preprocessing import Courier, DevicePixels, Framing, split
+from tests.fakes import photo
 
 SIZES = [(32, 32), (64, 64), (256, 256), (77, 40), (40, 77), (33, 32), (500, 31), (90, 300), (640, 480), (8, 5), (1, 1)]
 SHIPPED = Path(__file__).parents[2] / "radt/models/emoji-demo/clip"
@@ -28,16 +28,6 @@ SETTINGS = [
     {"resize_mode": "longest", "fill_color": 120},
     {"resize_mode": "longest", "interpolation": "bilinear"},
 ]
-
-
-@cache
-def photo(width: int, height: int, *, seed: int = 0) -> PIL.Image.Image:
-    """Smooth shapes with some grain."""
-    random = np.random.default_rng(seed)
-    coarse = PIL.Image.fromarray(random.integers(0, 256, (7, 9, 3), dtype=np.uint8))
-    smooth = np.asarray(coarse.resize((width, height), PIL.Image.Resampling.BICUBIC), np.float32)
-    grain = random.normal(scale=6, size=smooth.shape)
-    return PIL.Image.fromarray(np.clip(smooth + grain, 0, 255).astype(np.uint8))
 
 
 def noise(width: int, height: int, *, seed: int = 0) -> PIL.Image.Image:
