@@ -232,13 +232,17 @@ class JoinedView:
         waiting = [load for load in found if load is not None]
         return partial(_call_all, waiting) if waiting else None
 
-    def search(self, queries: Queries, *, top_k: int, subset: Subset | None, exact: bool) -> Found:
+    def search(
+        self, queries: Queries, *, top_k: int, subset: Subset | None, exact: bool, recall_at: int | None = None
+    ) -> Found:
         """As `View.search`: every part's best, merged."""
         answers = []
         for view, own in zip(self._views, self._own, strict=True):
             part = _part_of(subset, own)
             if len(own) and (part is None or len(part.ids)):
-                answers.append(_search_own(view, own, queries, top_k=top_k, subset=part, exact=exact))
+                answers.append(
+                    _search_own(view, own, queries, top_k=top_k, subset=part, exact=exact, recall_at=recall_at)
+                )
         return merge(answers, top_k)
 
     def complete_clip(
@@ -314,14 +318,22 @@ class JoinedBM25:
 
 
 def _search_own(
-    view: View, own: Int64[ndarray, " own"], queries: Queries, *, top_k: int, subset: Subset | None, exact: bool
+    view: View,
+    own: Int64[ndarray, " own"],
+    queries: Queries,
+    *,
+    top_k: int,
+    subset: Subset | None,
+    exact: bool,
+    recall_at: int | None,
 ) -> Found:
     """The best of one part, without the pairs that count as another's; a subset has none of those."""
     if subset is not None or len(own) == len(view.ids):
-        return view.search(queries, top_k=top_k, subset=subset, exact=exact)
+        return view.search(queries, top_k=top_k, subset=subset, exact=exact, recall_at=recall_at)
     asked = top_k
     while True:
-        ids, scores, examined = view.search(queries, top_k=asked, subset=None, exact=exact)
+        sure = None if recall_at is None else recall_at * asked // top_k
+        ids, scores, examined = view.search(queries, top_k=asked, subset=None, exact=exact, recall_at=sure)
         is_own = contains(own, ids)
         if asked >= len(view.ids) or (is_own.sum(axis=1) >= min(top_k, len(own))).all():
             return Found(np.where(is_own, ids, -1), np.where(is_own, scores, np.float32(-np.inf)), examined)

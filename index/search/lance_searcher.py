@@ -75,7 +75,7 @@ class LanceSearcher:
         settings = {**self.settings, "leaves_to_search": leaves_to_search, "reorder": reorder}
         return LanceSearcher(self._dataset, self.ids, dim=self._dim, settings=settings, snapshot=self.snapshot)
 
-    def search(self, queries: Queries, *, top_k: int) -> tuple[Ids, Scores]:
+    def search(self, queries: Queries, *, top_k: int, recall_at: int | None = None) -> tuple[Ids, Scores]:
         """As `Searcher.search`. Lance answers one query at a time, so a batch is spread over threads."""
         check_queries(queries, dim=self._dim)
         found, scores = padded(len(queries), top_k)
@@ -83,20 +83,21 @@ class LanceSearcher:
         if not len(queries) or not wanted:
             return found, scores
         with ThreadPoolExecutor(min(len(queries), 2 * processors())) as threads:
-            answers = threads.map(lambda query: self._nearest(query, wanted), queries)
+            answers = threads.map(lambda query: self._nearest(query, wanted, recall_at), queries)
             for row, (ids, values) in enumerate(answers):
                 order = np.lexsort((ids, -values))
                 found[row, : len(ids)], scores[row, : len(ids)] = ids[order], values[order]
         return found, scores
 
-    def _nearest(self, query: Any, wanted: int) -> tuple[Any, Any]:
+    def _nearest(self, query: Any, wanted: int, recall_at: int | None) -> tuple[Any, Any]:
         nearest = {"column": "vector", "q": query, "k": wanted, "metric": "dot"}
         if self.leaves:
             # More answers than usual need more lists; all rows need them all.
             share = min(1.0, 2.0 * wanted / len(self.ids))
             lists = self.settings.get("leaves_to_search") or self.settings["lists_to_search"]  # the name of format 1
             nearest["nprobes"] = max(lists, math.ceil(share * self.leaves))
-            nearest["refine_factor"] = math.ceil(reorder_for(wanted, self.settings.get("reorder", _REORDER)) / wanted)
+            reorder = reorder_for(wanted, self.settings.get("reorder", _REORDER), recall_at=recall_at)
+            nearest["refine_factor"] = math.ceil(reorder / wanted)
         table = self._dataset.scanner(columns=["id", "_distance"], nearest=nearest).to_table()
         return table["id"].to_numpy(), (1.0 - table["_distance"].to_numpy()).astype(np.float32)
 

@@ -79,6 +79,14 @@ class Request:
         """Candidates of each list."""
         return max(_DEPTH * self.k, _MIN_DEPTH)
 
+    def recall_at(self, depth: int) -> int:
+        """Of so many candidates by vector, how many at the top must not be missed.
+
+        The k that will be hits, and more where a longer list is asked for because those were too few. Of the rest it is
+        enough to have most: what words find as well is scored exactly anyway. For diversity any of them may be a hit.
+        """
+        return depth if self.diversity else math.ceil(self.k * depth / self.depth)
+
     @property
     def uses_clip(self) -> bool:
         """Whether vectors are compared."""

@@ -530,14 +530,20 @@ def _expect(view: View, queries: Sequence[Query], request: Request, *, depth: in
         return
     vectors = np.stack([query.vector for query in queries if query.vector is not None])
     spare = max(len(query.exclude) for query in queries)
-    view.expect(vectors, top_k=depth + spare, subset=request.subset)
+    view.expect(vectors, top_k=depth + spare, subset=request.subset, recall_at=request.recall_at(depth) + spare)
 
 
 def _search_vectors(
     vectors: Queries, queries: Sequence[Query], request: Request, view: View, *, trace: Trace, depth: int
 ) -> list[RankedList]:
     spare = max(len(query.exclude) for query in queries)
-    found = view.search(vectors, top_k=depth + spare, subset=request.subset, exact=request.exact)
+    found = view.search(
+        vectors,
+        top_k=depth + spare,
+        subset=request.subset,
+        exact=request.exact,
+        recall_at=request.recall_at(depth) + spare,
+    )
     trace.examined = found.examined
     listed = [
         RankedList(ids=i[i >= 0], scores=s[i >= 0].astype(np.float64))

@@ -149,7 +149,7 @@ class ScannSearcher:
         settings = {**self.settings, "leaves_to_search": leaves_to_search, "reorder": reorder}
         return ScannSearcher(self._shards, dim=self._dim, settings=settings, snapshot=self.snapshot, ids=self.ids)
 
-    def search(self, queries: Queries, *, top_k: int) -> tuple[Ids, Scores]:
+    def search(self, queries: Queries, *, top_k: int, recall_at: int | None = None) -> tuple[Ids, Scores]:
         """As `Searcher.search`."""
         check_queries(queries, dim=self._dim)
         nothing = padded(len(queries), top_k)
@@ -162,7 +162,7 @@ class ScannSearcher:
         answers = [nothing]
         for shard in self._shards:
             wanted = min(top_k, len(shard.ids))
-            answers.append(shard.search(queries, wanted, **self._effort(wanted, len(shard.ids))))
+            answers.append(shard.search(queries, wanted, **self._effort(wanted, len(shard.ids), recall_at)))
         return merge_answers(answers, top_k=top_k)
 
     def vectors(self, ids: Int64[ndarray, " n"]) -> Float32[ndarray, "n d"] | None:
@@ -215,7 +215,7 @@ class ScannSearcher:
             self._stored = [(np.argsort(shard.ids), _on_disk(shard, self._dim)) for shard in self._shards]
         return self._stored
 
-    def _effort(self, wanted: int, rows: int) -> dict[str, int]:
+    def _effort(self, wanted: int, rows: int, recall_at: int | None) -> dict[str, int]:
         """What is asked for here may exceed what was set when it was built, so sizes are given each time.
 
         More answers than usual need more leaves; all rows need them all.
@@ -223,8 +223,9 @@ class ScannSearcher:
         if not self.leaves:
             return {}
         share = min(1.0, 2.0 * wanted / rows)
+        reorder = reorder_for(wanted, self.settings.get("reorder", _REORDER), recall_at=recall_at)
         return {
-            "pre_reorder_num_neighbors": min(rows, reorder_for(wanted, self.settings.get("reorder", _REORDER))),
+            "pre_reorder_num_neighbors": min(rows, reorder),
             "leaves_to_search": max(self.settings["leaves_to_search"], math.ceil(share * self.leaves)),
         }
 

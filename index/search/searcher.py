@@ -52,8 +52,11 @@ class Searcher(Protocol):
     ids: Int64[ndarray, " rows"]  # what it was built from, ascending
     snapshot: int | None  # the store's `high_water` then; None: not known
 
-    def search(self, queries: Queries, *, top_k: int) -> tuple[Ids, Scores]:
-        """Ids and inner products, best first; rows with fewer than `top_k` answers are padded with -1 and -inf."""
+    def search(self, queries: Queries, *, top_k: int, recall_at: int | None = None) -> tuple[Ids, Scores]:
+        """Ids and inner products, best first; rows with fewer than `top_k` answers are padded with -1 and -inf.
+
+        An approximate searcher owes the first `recall_at` of them, or else all, the recall that it was calibrated for.
+        """
         ...
 
 
@@ -157,7 +160,12 @@ class ExactSearcher:
         self._longest = float(np.sqrt(np.einsum("nd,nd->n", vectors, vectors).max(initial=0.0)))
 
     def search(
-        self, queries: Queries, *, top_k: int, above: Float32[ndarray, " q"] | None = None
+        self,
+        queries: Queries,
+        *,
+        top_k: int,
+        recall_at: int | None = None,
+        above: Float32[ndarray, " q"] | None = None,
     ) -> tuple[Ids, Scores]:
         """As `Searcher.search`. Rows that score less than `above` may be left out, which saves sorting them."""
         check_queries(queries, dim=self.vectors.shape[1])
@@ -220,7 +228,7 @@ class ExactStream:
     ):
         self._rows, self._where, self._within, self._rows_at_once = rows, where, within, rows_at_once
 
-    def search(self, queries: Queries, *, top_k: int) -> tuple[Ids, Scores]:
+    def search(self, queries: Queries, *, top_k: int, recall_at: int | None = None) -> tuple[Ids, Scores]:
         """As `Searcher.search`; every call reads all rows, so ask for many queries at once."""
         check_queries(queries, dim=self._rows.dim)
         held = [padded(len(queries), top_k)]
@@ -243,7 +251,7 @@ class StreamSearcher:
         self.ids: Int64[ndarray, " rows"] = np.sort(store.matching_ids())
         self.snapshot: int | None = store.high_water
 
-    def search(self, queries: Queries, *, top_k: int) -> tuple[Ids, Scores]:
+    def search(self, queries: Queries, *, top_k: int, recall_at: int | None = None) -> tuple[Ids, Scores]:
         """As `ExactStream.search`."""
         return ExactStream(self._rows).search(queries, top_k=top_k)
 
@@ -360,13 +368,16 @@ def recall(searcher: Searcher, exact: ExactSearcher, queries: Queries, *, top_k:
     return recall_of(found, truth)
 
 
-def reorder_for(wanted: int, reorder: int) -> int:
-    """How many candidates to score exactly for so many answers, when `reorder` do for the ten of the calibration.
+def reorder_for(wanted: int, reorder: int, *, recall_at: int | None = None) -> int:
+    """How many candidates to score exactly for `wanted` answers, when `reorder` do for the ten of the calibration.
+
+    The first `recall_at` of the answers, or else all, are to be found as surely as those ten.
 
     Recall of as many as are asked for, overlapping clusters of 512 numbers: 50 for 10, 100 for 20, 200 for 50 and 400
     for 100 find 0.95; twice as many as are wanted would find 0.88 of 50 and 0.89 of 100.
     """
-    return max(reorder, 2 * wanted, math.ceil(reorder * (wanted / RECALL_AT) ** _DEPTH_GROWTH))
+    sure = wanted if recall_at is None else min(wanted, recall_at)
+    return max(reorder, 2 * wanted, math.ceil(reorder * (sure / RECALL_AT) ** _DEPTH_GROWTH))
 
 
 def recall_of(found: Scores, truth: Scores) -> float:

@@ -1,5 +1,6 @@
 """The store at one version beside a searcher that may be older: what is newer, what is gone, what is in memory."""
 
+import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -88,7 +89,9 @@ class View(Protocol):
         """What loads that which such a search needs and is not there yet; None when all is."""
         ...
 
-    def search(self, queries: Queries, *, top_k: int, subset: Subset | None, exact: bool) -> Found:
+    def search(
+        self, queries: Queries, *, top_k: int, subset: Subset | None, exact: bool, recall_at: int | None = None
+    ) -> Found:
         """As `Searcher.search`, over all rows or over a subset of them."""
         ...
 
@@ -133,7 +136,9 @@ class HoldsVectors(Protocol):
 class LooksAhead(Protocol):
     """A view that is better told which queries will come: its searcher may have to be loaded for every search."""
 
-    def expect(self, queries: Queries | None, *, top_k: int = 1, subset: Subset | None = None) -> None:
+    def expect(
+        self, queries: Queries | None, *, top_k: int = 1, subset: Subset | None = None, recall_at: int | None = None
+    ) -> None:
         """These will be searched for, a few at a time, in this order, for at most `top_k` answers; None: no more."""
         ...
 
@@ -198,19 +203,23 @@ class StoreView:
         is_asked = not exact and (subset is None or not self._is_small(len(subset.ids)))
         return self._searcher.late() if is_asked and isinstance(self._searcher, LoadsLate) else None
 
-    def search(self, queries: Queries, *, top_k: int, subset: Subset | None, exact: bool) -> Found:
+    def search(
+        self, queries: Queries, *, top_k: int, subset: Subset | None, exact: bool, recall_at: int | None = None
+    ) -> Found:
         """As `View.search`: a small subset exactly, a large one by asking the searcher for more than is wanted."""
         rows = len(self.ids) if subset is None else len(subset.ids)
         top_k = max(1, min(top_k, rows))
         if exact or isinstance(self._searcher, StreamSearcher) or (subset is not None and self._is_small(rows)):
             return Found(*self._comparing(subset).search(queries, top_k=top_k), examined=rows)
         valid, newer = self._split(subset)
-        answers = [self._search_known(queries, top_k, valid)]
+        answers = [self._search_known(queries, top_k, valid, recall_at)]
         if self._tail is not None and len(newer):
-            answers.append(_search_valid(self._tail, queries, top_k, newer))
+            answers.append(_search_valid(self._tail, queries, top_k, newer, recall_at=recall_at))
         return merge(answers, top_k)
 
-    def expect(self, queries: Queries | None, *, top_k: int = 1, subset: Subset | None = None) -> None:
+    def expect(
+        self, queries: Queries | None, *, top_k: int = 1, subset: Subset | None = None, recall_at: int | None = None
+    ) -> None:
         """As `LooksAhead.expect`: of no use to a searcher that is in memory."""
         self._ahead.lot = None
         if queries is None or is_resident(self._searcher):
@@ -218,7 +227,7 @@ class StoreView:
         valid, _ = self._split(subset)
         top_k = max(1, min(top_k, len(valid)))
         self._ahead.lot = Ahead(
-            lambda lot, *, top_k: _search_valid(self._searcher, lot, top_k, valid)[:2],
+            lambda lot, *, top_k: _search_valid(self._searcher, lot, top_k, valid, recall_at=recall_at)[:2],
             queries,
             top_k=top_k,
             at_once=queries_at_once(self._searcher, self._store.dim, top_k=top_k, usual=1),
@@ -284,14 +293,16 @@ class StoreView:
             _remember(self._filtered, subset.where, known)
         return known
 
-    def _search_known(self, queries: Queries, top_k: int, valid: Int64[ndarray, " valid"]) -> Found:
+    def _search_known(
+        self, queries: Queries, top_k: int, valid: Int64[ndarray, " valid"], recall_at: int | None
+    ) -> Found:
         """Among the rows that the searcher knows; perhaps it was asked before."""
         wanted = min(top_k, len(valid))
         ahead = self._ahead.lot
         known = None if ahead is None else ahead.answer(queries, top_k=wanted, among=valid)
         if known is not None:
             return Found(*known, examined=_examined(self._searcher, wanted))
-        return _search_valid(self._searcher, queries, top_k, valid)
+        return _search_valid(self._searcher, queries, top_k, valid, recall_at=recall_at)
 
     def _split(self, subset: Subset | None) -> tuple[Int64[ndarray, " valid"], Int64[ndarray, " newer"]]:
         """The rows that the searcher knows, and those that are newer, both ascending."""
@@ -390,17 +401,20 @@ def _newer_rows(store: "PairStore", searcher: Searcher) -> tuple[Int64[ndarray, 
     return store.vectors_of(unknown)
 
 
-def _search_valid(searcher: Searcher, queries: Queries, top_k: int, valid: Int64[ndarray, " valid"]) -> Found:
+def _search_valid(
+    searcher: Searcher, queries: Queries, top_k: int, valid: Int64[ndarray, " valid"], *, recall_at: int | None
+) -> Found:
     """Search for ids in ascending `valid` only: ask for more than is wanted until every query has enough."""
     rows = len(searcher.ids)
     wanted = min(top_k, len(valid))
     if not wanted:
         return Found(*padded(len(queries), top_k), examined=0)
     if len(valid) == rows:
-        return Found(*searcher.search(queries, top_k=wanted), examined=_examined(searcher, wanted))
+        return Found(*searcher.search(queries, top_k=wanted, recall_at=recall_at), examined=_examined(searcher, wanted))
     asked = min(rows, max(wanted + 10, 2 * wanted * rows // len(valid)))
     while True:
-        ids, scores = searcher.search(queries, top_k=asked)
+        sure = None if recall_at is None else math.ceil(recall_at * asked / wanted)
+        ids, scores = searcher.search(queries, top_k=asked, recall_at=sure)
         is_valid = contains(valid, ids)
         if asked == rows or (is_valid.sum(axis=1) >= wanted).all():
             ids, scores = np.where(is_valid, ids, -1), np.where(is_valid, scores, np.float32(-np.inf))

@@ -107,7 +107,7 @@ class Half:
         self.efforts.append((leaves_to_search, reorder))
         return self
 
-    def search(self, queries: Queries, *, top_k: int) -> tuple[Ids, Scores]:
+    def search(self, queries: Queries, *, top_k: int, recall_at: int | None = None) -> tuple[Ids, Scores]:
         ids, scores = self.exact.search(queries, top_k=top_k)
         ids[queries[:, 0] < 0], scores[queries[:, 0] < 0] = -1, -np.inf
         return ids, scores

@@ -265,7 +265,7 @@ class Blind:
         self.ids, self.snapshot = everything.ids, store.high_water
         self._rest = everything.subset(self.ids[self.ids != hidden])
 
-    def search(self, queries: np.ndarray, *, top_k: int) -> tuple[np.ndarray, np.ndarray]:
+    def search(self, queries: np.ndarray, *, top_k: int, **_: Any) -> tuple[np.ndarray, np.ndarray]:
         return self._rest.search(queries, top_k=top_k)
 
 

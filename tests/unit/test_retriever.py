@@ -336,6 +336,28 @@ def test_an_old_searcher_still_answers_for_the_store_of_today(
     assert [hit.id for hit in retriever.search("red dog", k=60, by="clip").hits] == [hit.id for hit in fresh]
 
 
+class Owing(ExactSearcher):
+    """One that finds what it owes and not a row more."""
+
+    def search(self, queries: np.ndarray, *, top_k: int, recall_at: int | None = None, above: Any = None) -> Any:
+        ids, scores = super().search(queries, top_k=top_k)
+        owed = top_k if recall_at is None else recall_at
+        ids[:, owed:], scores[:, owed:] = -1, -np.inf
+        return ids, scores
+
+
+@pytest.mark.parametrize("asked", [{}, {"diversity": 0.4}, {"exclude_group_of": set(range(9))}, {"min_clip": 0.1}])
+def test_what_a_searcher_owes_is_enough_for_the_hits(frozen: PairStore, asked: dict[str, Any]) -> None:
+    ids, vectors = frozen.ids_and_vectors()
+    exact = exact_retriever(frozen)
+    owing = Retriever(frozen, Owing(ids, vectors, snapshot=frozen.high_water), HashEmbedder())
+    if "exclude_group_of" in asked:
+        asked = {"exclude_group_of": {hit.id for hit in exact.search("red dog", k=9, by="clip").hits}}
+    for k in (1, 5, 30):
+        expected = [hit.id for hit in exact.search("red dog", k=k, by="clip", **asked).hits]
+        assert [hit.id for hit in owing.search("red dog", k=k, by="clip", **asked).hits] == expected
+
+
 @pytest.mark.parametrize("asked", [{}, {"by": "clip"}, {"where": "width = 1 OR width = 2"}, {"dataset": "birds"}])
 def test_exact_search_does_not_load_vectors_that_take_much_memory(
     frozen: PairStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: dict[str, Any]
@@ -390,7 +412,7 @@ def test_a_large_subset_is_searched_by_the_searcher(frozen: PairStore, monkeypat
     searcher = exact_searcher(frozen)
     search = searcher.search
 
-    def watched(queries: np.ndarray, *, top_k: int) -> Any:
+    def watched(queries: np.ndarray, *, top_k: int, **_: Any) -> Any:
         asked.append(top_k)
         return search(queries, top_k=top_k)
 

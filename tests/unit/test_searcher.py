@@ -298,3 +298,4 @@ def test_of_equal_pictures_any_are_the_true_ones() -> None:
 def test_more_answers_need_more_exact_scores() -> None:
     assert [reorder_for(wanted, 50) for wanted in (1, 5, 10, 20, 50, 100)] == [50, 50, 50, 94, 213, 398]
     assert reorder_for(1000, 25) == 2000  # twice as many at least
+    assert [reorder_for(100, 50, recall_at=sure) for sure in (5, 10, 50, 100, 900)] == [200, 200, 213, 398, 398]

@@ -218,7 +218,7 @@ def test_a_searcher_is_held_to_what_was_asked_of_it(
     some = len(ids) * 7 // 10
 
     class Forgetful(ExactSearcher):
-        def search(self, queries: Any, *, top_k: int, above: Any = None) -> Any:
+        def search(self, queries: Any, *, top_k: int, recall_at: Any = None, above: Any = None) -> Any:
             return ExactSearcher(ids[:some], vectors[:some]).search(queries, top_k=top_k)
 
     folder = base.directory / str(base.manifest.searcher)
