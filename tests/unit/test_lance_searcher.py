@@ -43,8 +43,8 @@ def test_recall_and_scores_beside_exact(built: tuple[Path, np.ndarray, np.ndarra
     assert manifest.settings["index"] == "IVF_RQ"
     assert manifest.calibrated_on == "shifted rows"
     assert bool(manifest.warning) == (manifest.recall_at_10 < 0.95)  # Lance's k-means has no seed
-    # A query whose neighbours lie in a list that is not searched loses many at once, and the calibration asked a hundred
-    # queries: what they said is 0.02 to one side or the other.
+    # A query whose neighbours lie in a list that is not searched loses many at once, and the calibration asked only a
+    # hundred queries: what they said is 0.02 to one side or the other.
     assert manifest.recall_at_10 >= 0.92
     assert recall(searcher, exact, queries) >= 0.88
     found, scores = searcher.search(queries[:5], top_k=10)
