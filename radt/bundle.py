@@ -77,7 +77,7 @@ class Bundle:
 
     folder: Path
     info: BundleInfo
-    unet: "UNet"
+    unets: tuple["UNet", ...]  # one a stage
     text_encoder: "TextEncoder"
 
 
@@ -115,11 +115,12 @@ def load_bundle(folder: str | Path | None = None, *, device: str = "cpu") -> Bun
 
     path = find_bundle(folder)
     info = read_info(path)
-    unet = load_unet(path / info.stages[0].name)
+    unets = tuple(load_unet(path / stage.name).to(device) for stage in info.stages)
     own = path / TEXT_FOLDER if info.text_encoder == TEXT_FOLDER else info.text_encoder
     encoder = load_text_encoder(path / CLIP_FOLDER, own, device=device)
-    _check_widths(unet, encoder, path)
-    return Bundle(folder=path, info=info, unet=unet.to(device), text_encoder=encoder)
+    for stage, unet in zip(info.stages, unets, strict=True):
+        _check_widths(stage.name, unet, encoder, path)
+    return Bundle(folder=path, info=info, unets=unets, text_encoder=encoder)
 
 
 def load_unet(folder: Path) -> "UNet":
@@ -165,18 +166,23 @@ def write_bundle(
     sampling: GenerateSettings | None = None,
     text_encoder: str | None = None,
     half: bool = False,
+    below: Path | None = None,
 ) -> BundleInfo:
     """Write a whole bundle to a temporary folder beside `out` and rename it; `half` stores weights in float16.
 
-    A `text_encoder` that is a folder comes into the bundle; a name stays a name.
+    A `text_encoder` that is a folder comes into the bundle; a name stays a name. The stages of the bundle `below`, if
+    there is one, come first as they are.
     """
     from safetensors.torch import save_file
 
+    first = () if below is None else read_info(below).stages
     with new_folder(out) as folder:
         shutil.copytree(clip, folder / CLIP_FOLDER)
         if text_encoder is not None and Path(text_encoder).is_dir():
             shutil.copytree(text_encoder, folder / TEXT_FOLDER)
             text_encoder = TEXT_FOLDER
+        for stage in first:
+            shutil.copytree(Path(below or "") / stage.name, folder / stage.name)
         for unet, stage in zip(unets, stages, strict=True):
             (folder / stage.name).mkdir()
             _write_json(folder / stage.name / "config.json", to_dict(unet.config))
@@ -186,7 +192,7 @@ def write_bundle(
             save_file(state, folder / stage.name / WEIGHTS)
         info = BundleInfo(
             name=name,
-            stages=tuple(stages),
+            stages=(*first, *stages),
             sampling=sampling or GenerateSettings(),
             text_encoder=text_encoder,
             files=tuple(digest_files(folder)),
@@ -212,13 +218,13 @@ def changed_files(folder: Path, info: BundleInfo) -> list[str]:
     return [file.path for file in info.files if now.get(file.path) != file.digest]
 
 
-def _check_widths(unet: "UNet", encoder: "TextEncoder", folder: Path) -> None:
+def _check_widths(stage: str, unet: "UNet", encoder: "TextEncoder", folder: Path) -> None:
     found = (encoder.width, encoder.pooled_width)
     wanted = (unet.config.text_width, unet.config.pooled_width)
     if found != wanted:
         raise ModelError(
             f"model {str(folder)!r} does not fit together: its text encoder gives tokens and pooled vectors of widths "
-            f"{found}, and its first stage takes {wanted}"
+            f"{found}, and {stage!r} takes {wanted}"
         )
 
 

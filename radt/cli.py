@@ -72,6 +72,16 @@ SETTINGS: dict[str, Any] = {
         typer.Option("--decompose", help="Neighbours of every thing that a prompt names, found by which rule."),
     ],
     "diversity": Annotated[float | None, typer.Option("--diversity", help="Of the neighbours: 0, off, to 1.")],
+    "stages": Annotated[int | None, typer.Option("--stages", help="How many stages of the cascade; all by default.")],
+    "sr_steps": Annotated[int | None, typer.Option("--sr-steps", help="Network steps of each stage above the first.")],
+    "sr_text_guidance": Annotated[float | None, typer.Option("--sr-text-guidance", help="Weight of the prompt there.")],
+    "sr_neighbor_guidance": Annotated[
+        float | None, typer.Option("--sr-neighbor-guidance", help="Weight of the neighbours there.")
+    ],
+    "augmentation_level": Annotated[
+        float | None,
+        typer.Option("--augmentation-level", help="Noise over the picture below: 0 trusts it, 1 ignores it."),
+    ],
     "batch_size": Annotated[
         int | None, typer.Option("--batch-size", help="Pictures a network call; 1 keeps each bitwise the same.")
     ],
@@ -181,7 +191,7 @@ def corpus_scenes(
 
 @app.command()
 def train(
-    preset: Annotated[str, typer.Argument(help="clip-emoji, emoji-demo or tiny.")],
+    preset: Annotated[str, typer.Argument(help="clip-emoji, emoji-demo, emoji-demo-sr or tiny.")],
     out: Annotated[Path, typer.Option("--out", help="Run folder. The same command again resumes.")],
     changes: Annotated[list[str], typer.Option("--set", help="key=value; repeatable.", default_factory=list)],
     as_json: Json = False,

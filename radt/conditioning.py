@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from radt.shapes import NeighborMask, NeighborPixels
+from radt.shapes import NeighborMask, NeighborPixels, PerExample, Pixels
 
 T = TypeVar("T")
 
@@ -70,11 +70,27 @@ class NeighborKV:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LowResolution:
+    """The picture that a super-resolution stage draws over: at that stage's own size, with noise added (row I4).
+
+    `level` is the time of the noise schedule that the noise belongs to: 0 is none (noise conditioning augmentation,
+    Saharia et al. 2022, section 2.5).
+    """
+
+    pixels: Pixels
+    level: PerExample
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Condition:
-    """Everything one network call is conditioned on. `neighbors` None skips the neighbour layers altogether."""
+    """Everything one network call is conditioned on. `neighbors` None skips the neighbour layers altogether.
+
+    `low_res` is None at the first stage of a cascade, which has no picture to draw over. Guidance never drops it.
+    """
 
     text: TextCondition
     neighbors: NeighborKV | None = None
+    low_res: LowResolution | None = None
 
     @property
     def batch_size(self) -> int:
@@ -106,7 +122,9 @@ def map_tensors(function: Callable[..., Tensor], *records: T) -> T:
     if isinstance(first, tuple):
         return tuple(map_tensors(function, *items) for items in zip(*records, strict=True))  # type: ignore[return-value]
     if first is None:
-        assert all(record is None for record in records), "some records have neighbors and some have none"
+        assert all(record is None for record in records), (
+            "some records have neighbors or a picture below, some have none"
+        )
         return first
     values: dict[str, Any] = {
         field.name: map_tensors(function, *(getattr(record, field.name) for record in records))

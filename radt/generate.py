@@ -59,7 +59,7 @@ def generate_files(
 
 def draw(pipeline: TextToImage, request: Request, out: Path, *, on_step: OnStep = ignore) -> Iterator[Drawn]:
     """Draw each prompt's pictures; each picture is on disk, whole, before the next is begun."""
-    steps = pipeline.settings(**request.settings).steps * request.n
+    steps = pipeline.cascade.network_steps(pipeline.settings(**request.settings)) * request.n
     for place, prompt in enumerate(request.prompts):
         pictures = pipeline.stream(
             prompt,

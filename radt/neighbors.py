@@ -19,6 +19,8 @@ from index.embedder import IMAGE_FORMATS, MAX_PIXELS
 from index.errors import CorpusError, QueryError
 from index.images import read_images
 from radt.conditioning import NeighborBatch, TextCondition
+from radt.resizing import Size
+from radt.shapes import NeighborPixels
 
 if TYPE_CHECKING:
     from index.records import Hit
@@ -48,9 +50,9 @@ class Reference:
 class Neighbor:
     """One pair that a picture was drawn from. `id` is the knowledge base's, or `reference:NAME` for one of the user's.
 
-    `pixels` is what the network saw, at its own resolution; `original`, for people to look at, is not saved with a
-    picture. The scores are None for a reference, and where not asked; `part` is the thing of a decomposed prompt that
-    it was found for; `attention` is the share that one picture paid.
+    `pixels` is what the model's last stage saw, at its own resolution; earlier stages see it smaller. `original`, for
+    people to look at, is not saved with a picture. The scores are None for a reference, and where not asked; `part` is
+    the thing of a decomposed prompt that it was found for; `attention` is the share that one picture paid.
     """
 
     id: str
@@ -71,21 +73,25 @@ class Neighbor:
         """The picture as the network saw it."""
         return Image.fromarray(self.pixels.numpy())
 
+    def at(self, size: Size) -> RGB8:
+        """Its pixels as a stage of another size sees them."""
+        return self.pixels if self.pixels.shape[:2] == size else to_rgb8(self.image, size)
+
     def to_json(self) -> dict[str, Any]:
         """Everything but the pixels."""
         names = ("id", "caption", "score", "clip", "bm25", "part", "dataset", "license", "uri", "attention")
         return {name: getattr(self, name) for name in names}
 
 
-def neighbors_of(hits: Iterable["Hit"], references: Iterable[Reference], size: int) -> list[Neighbor]:
-    """The user's references first, then the hits by rank, each resized to `size` x `size`."""
+def neighbors_of(hits: Iterable["Hit"], references: Iterable[Reference], size: Size) -> list[Neighbor]:
+    """The user's references first, then the hits by rank, each resized to `size`."""
     hits = list(hits)
     encoded = read_images([hit.image for hit in hits])
     own = [_from_reference(reference, size) for reference in references]
     return own + [_from_hit(hit, content, size) for hit, content in zip(hits, encoded, strict=True)]
 
 
-def _from_reference(reference: Reference, size: int) -> Neighbor:
+def _from_reference(reference: Reference, size: Size) -> Neighbor:
     return Neighbor(
         id=f"reference:{reference.name}",
         caption=reference.caption,
@@ -94,7 +100,7 @@ def _from_reference(reference: Reference, size: int) -> Neighbor:
     )
 
 
-def _from_hit(hit: "Hit", encoded: bytes, size: int) -> Neighbor:
+def _from_hit(hit: "Hit", encoded: bytes, size: Size) -> Neighbor:
     license = hit.metadata.get("license")
     image = decode_image(encoded, f"the image of pair {hit.id}")
     return Neighbor(
@@ -136,14 +142,17 @@ def decode_image(encoded: bytes, name: str) -> Image.Image:
         raise CorpusError(f"{name} cannot be read as an image: replace it or leave it out") from error
 
 
-def to_rgb8(image: Image.Image, size: int) -> RGB8:
-    """Fit an image into `size` x `size`: transparency over white, white bars beside what is not square, Lanczos."""
+def to_rgb8(image: Image.Image, size: Size) -> RGB8:
+    """Fit an image into a height and width: transparency over white, white bars where its shape is another, Lanczos."""
+    height, width = size
     rgba = image.convert("RGBA")
-    side = max(rgba.size)
-    square = Image.new("RGBA", (side, side), "white")
-    square.alpha_composite(rgba, ((side - rgba.width) // 2, (side - rgba.height) // 2))
-    small = square.convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
-    return rearrange(torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8), "(h w c) -> h w c", h=size, c=3)
+    scale = max(rgba.height / height, rgba.width / width)
+    canvas = Image.new(
+        "RGBA", (max(rgba.width, round(width * scale)), max(rgba.height, round(height * scale))), "white"
+    )
+    canvas.alpha_composite(rgba, ((canvas.width - rgba.width) // 2, (canvas.height - rgba.height) // 2))
+    small = canvas.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+    return rearrange(torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8), "(h w c) -> h w c", h=height, c=3)
 
 
 def to_pixels(rgb: Real[Tensor, "*b h w 3"]) -> Float[Tensor, "*b 3 h w"]:
@@ -157,22 +166,26 @@ def from_pixels(pixels: Float[Tensor, "*b 3 h w"]) -> UInt8[Tensor, "*b h w 3"]:
     return rearrange(levels.round().to(torch.uint8), "... c h w -> ... h w c").cpu()
 
 
-def make_batch(rows: Sequence[Sequence[Neighbor]], encoder: TextEncoder) -> NeighborBatch | None:
-    """One row of neighbours an example. Shorter rows are padded and masked; None when nobody has a neighbour."""
+def make_batches(
+    rows: Sequence[Sequence[Neighbor]], encoder: TextEncoder, sizes: Sequence[Size]
+) -> list[NeighborBatch] | None:
+    """One row of neighbours an example, at each of the sizes; the captions are encoded once.
+
+    Shorter rows are padded and masked; None when nobody has a neighbour.
+    """
     k = max((len(row) for row in rows), default=0)
     if k == 0:
         return None
-    shape = next(row[0].pixels.shape for row in rows if row)
-    blank = torch.full(shape, 255, dtype=torch.uint8)
-    pixels = torch.stack([_pad([neighbor.pixels for neighbor in row], blank, k) for row in rows])
     mask = torch.tensor([[place < len(row) for place in range(k)] for row in rows])
     captions = [row[place].caption if place < len(row) else "" for row in rows for place in range(k)]
     text = _unflatten(encoder.encode(captions), k).drop(~mask)
-    return NeighborBatch(pixels=to_pixels(pixels), text=text, mask=mask)
+    return [NeighborBatch(pixels=_stack(rows, k, size), text=text, mask=mask) for size in sizes]
 
 
-def _pad(pictures: Sequence[Tensor], blank: Tensor, k: int) -> UInt8[Tensor, "k h w 3"]:
-    return torch.stack([*pictures, *[blank] * (k - len(pictures))])
+def _stack(rows: Sequence[Sequence[Neighbor]], k: int, size: Size) -> NeighborPixels:
+    blank = torch.full((*size, 3), 255, dtype=torch.uint8)
+    pixels = [[*[neighbor.at(size) for neighbor in row], *[blank] * (k - len(row))] for row in rows]
+    return to_pixels(torch.stack([torch.stack(row) for row in pixels]))
 
 
 def _unflatten(text: TextCondition, k: int) -> TextCondition:
@@ -190,7 +203,8 @@ def copy_similarity(image: RGB8, neighbors: Sequence[Neighbor]) -> float | None:
     """
     if not neighbors:
         return None
-    return max(_correlation(image, neighbor.pixels) for neighbor in neighbors)
+    height, width = image.shape[:2]
+    return max(_correlation(image, neighbor.at((height, width))) for neighbor in neighbors)
 
 
 def _correlation(a: RGB8, b: RGB8) -> float:

@@ -1,7 +1,7 @@
 """TextToImage: a prompt to pictures through neighbours, text encoder, guidance and sampler. The main path (DESIGN 1).
 
-Next: `radt/neighbors.py` for what is retrieved, `radt/unet/unet.py` for the network, `radt/diffusion/guidance.py` and
-`radt/diffusion/samplers.py` for the loop.
+Next: `radt/neighbors.py` for what is retrieved, `radt/cascade.py` for the stages, `radt/unet/unet.py` for their
+networks, `radt/diffusion/guidance.py` and `radt/diffusion/samplers.py` for the loop.
 """
 
 import re
@@ -18,13 +18,21 @@ from PIL import Image
 from index.config import from_dict, to_dict
 from index.errors import ConfigError, QueryError
 from radt.bundle import Bundle, load_bundle
-from radt.conditioning import Condition, repeat, to_device
-from radt.diffusion.denoiser import Denoiser
-from radt.diffusion.guidance import interleaved, plan_branches
-from radt.diffusion.samplers import SAMPLERS, Sampler, draw_noise
-from radt.diffusion.thresholding import Threshold, dynamic_threshold, static_threshold
-from radt.neighbors import RGB8, Neighbor, Reference, copy_similarity, from_pixels, make_batch, neighbors_of, to_pixels
+from radt.cascade import Cascade, Stage, find_sampler
+from radt.conditioning import Condition, repeat
+from radt.diffusion.samplers import draw_noise
+from radt.neighbors import (
+    RGB8,
+    Neighbor,
+    Reference,
+    copy_similarity,
+    from_pixels,
+    make_batches,
+    neighbors_of,
+    to_pixels,
+)
 from radt.provenance import Origin, Record, current_origin, save_png
+from radt.resizing import Size, resize
 from radt.settings import GenerateSettings
 
 if TYPE_CHECKING:
@@ -102,8 +110,8 @@ class TextToImage:
         self, bundle: Bundle, *, kb: "KnowledgeBase | JoinedKnowledgeBase | None" = None, device: str = "cpu"
     ) -> None:
         self.bundle, self.kb, self.device = bundle, kb, device
-        stage = bundle.info.stages[0]
-        self._denoiser = Denoiser(bundle.unet, schedule=stage.schedule, prediction=stage.prediction)
+        stages = zip(bundle.unets, bundle.info.stages, strict=True)
+        self.cascade = Cascade([Stage(unet=unet, info=info) for unet, info in stages], device=device)
 
     @classmethod
     def load(
@@ -134,9 +142,13 @@ class TextToImage:
         return self.bundle.info.digest
 
     @property
-    def image_size(self) -> int:
-        """Side of what is drawn and of what is seen of a neighbour, in pixels."""
-        return self.bundle.unet.config.image_size
+    def size(self) -> Size:
+        """Height and width of what is drawn and of what is seen of a neighbour, in pixels."""
+        return self.cascade.stages[-1].size
+
+    def picture_size(self, settings: GenerateSettings) -> Size:
+        """Height and width of what these settings draw: a request may run fewer stages than there are."""
+        return self.cascade.of(settings)[-1].size
 
     def __call__(self, prompt: str, **request: Any) -> list[GeneratedImage]:
         """Draw `n` pictures; image i takes `seed` + i. The words are those of `stream`."""
@@ -166,17 +178,19 @@ class TextToImage:
         with clock("retrieve"):
             neighbors = self.retrieve(prompt, settings=asked, references=references)
         with clock("encode_neighbors"):
-            condition = self.encode(prompt, neighbors)
+            conditions = self.encode(prompt, neighbors, settings=asked)
         origin = self.origin()
         seeds = range(seed, seed + n)
+        steps = self.cascade.network_steps(asked)
         for start in range(0, n, asked.batch_size):
             some = seeds[start : start + asked.batch_size]
 
             def report(done: int, before: int = start) -> None:
-                on_step(before * asked.steps + done, n * asked.steps)
+                on_step(before * steps + done, n * steps)
 
             with clock("sample"):
-                pictures = self._sample(repeat(condition, len(some)), asked, some, report)
+                repeated = [repeat(condition, len(some)) for condition in conditions]
+                pictures = from_pixels(self.cascade.sample(repeated, asked, some, report))
             timings = {**clock.milliseconds, "sample": clock.milliseconds["sample"] / len(some)}
             for number, picture in zip(some, pictures, strict=True):
                 record = Record(
@@ -184,7 +198,7 @@ class TextToImage:
                     seed=number,
                     settings=asked,
                     origin=origin,
-                    neighbors=self.with_attention(neighbors, condition, picture),
+                    neighbors=self.with_attention(neighbors, conditions[0], picture),
                     copy_similarity=copy_similarity(picture, neighbors),
                 )
                 yield GeneratedImage(image=Image.fromarray(picture.numpy()), record=record, timings_ms=timings)
@@ -193,6 +207,7 @@ class TextToImage:
         """The bundle's own settings with some changed. An unknown name or value is a ConfigError."""
         given = from_dict(GenerateSettings, {**to_dict(self.bundle.info.sampling), **changes})
         find_sampler(given.sampler)
+        self.cascade.of(given)
         return given
 
     def retrieve(
@@ -201,7 +216,7 @@ class TextToImage:
         """The neighbours of a prompt as this model sees them: the references, then the best pairs, `k` in all."""
         wanted = settings.k - len(references)
         if self.kb is None or wanted <= 0:
-            return neighbors_of([], references, self.image_size)
+            return neighbors_of([], references, self.size)
         hits = self.kb.search(
             prompt,
             k=wanted,
@@ -214,27 +229,29 @@ class TextToImage:
             min_score=settings.min_score,
             exclude=[pair_number(text) for text in settings.exclude],
         )
-        return neighbors_of(hits, references, self.image_size)
+        return neighbors_of(hits, references, self.size)
 
-    def encode(self, prompt: str, neighbors: Sequence[Neighbor]) -> Condition:
-        """Prompt and neighbours as one row of conditions; keys and values are computed here, once (row N5)."""
-        return self.encode_many([prompt], [neighbors])
+    def encode(
+        self, prompt: str, neighbors: Sequence[Neighbor], *, settings: GenerateSettings
+    ) -> tuple[Condition, ...]:
+        """Prompt and neighbours as one row of conditions a stage; keys and values are computed here, once (row N5)."""
+        return self.encode_many([prompt], [neighbors], settings=settings)
 
     @torch.inference_mode()
-    def encode_many(self, prompts: Sequence[str], neighbors: Sequence[Sequence[Neighbor]]) -> Condition:
-        """A row of conditions for every prompt, each with its own neighbours."""
-        encoder, unet = self.bundle.text_encoder, self.bundle.unet
-        text = to_device(encoder.encode(prompts), self.device)
-        batch = make_batch(neighbors, encoder)
-        kv = None if batch is None else unet.project_neighbors(to_device(batch, self.device))
-        return Condition(text=text, neighbors=kv)
+    def encode_many(
+        self, prompts: Sequence[str], neighbors: Sequence[Sequence[Neighbor]], *, settings: GenerateSettings
+    ) -> tuple[Condition, ...]:
+        """A row of conditions for every prompt, each with its own neighbours; one condition a stage."""
+        encoder = self.bundle.text_encoder
+        batches = make_batches(neighbors, encoder, [stage.size for stage in self.cascade.of(settings)])
+        return self.cascade.condition(encoder.encode(prompts), batches, settings)
 
     def draw(
         self, prompt: str, neighbors: Sequence[Neighbor], *, settings: GenerateSettings, seeds: Sequence[int]
     ) -> list[RGB8]:
         """Pictures from neighbours at hand, without a knowledge base: what `radt replay` does."""
-        condition = self.encode(prompt, neighbors)
-        return [picture for seed in seeds for picture in self._sample(condition, settings, [seed])]
+        conditions = self.encode(prompt, neighbors, settings=settings)
+        return [from_pixels(self.cascade.sample(conditions, settings, [seed]))[0] for seed in seeds]
 
     def draw_many(
         self, requests: Sequence[DrawRequest], *, settings: GenerateSettings, on_step: OnStep = ignore
@@ -243,14 +260,16 @@ class TextToImage:
 
         Neighbours are at hand, as in `draw`; every picture has its own generator and its own guidance branches.
         """
+        steps = self.cascade.network_steps(settings)
         for start in range(0, len(requests), settings.batch_size):
             some = requests[start : start + settings.batch_size]
 
             def report(done: int, before: int = start) -> None:
-                on_step(before * settings.steps + done, len(requests) * settings.steps)
+                on_step(before * steps + done, len(requests) * steps)
 
-            condition = self.encode_many([each.prompt for each in some], [each.neighbors for each in some])
-            yield from self._sample(condition, settings, [each.seed for each in some], report)
+            prompts, neighbors = [each.prompt for each in some], [each.neighbors for each in some]
+            conditions = self.encode_many(prompts, neighbors, settings=settings)
+            yield from from_pixels(self.cascade.sample(conditions, settings, [each.seed for each in some], report))
 
     @torch.inference_mode()
     def with_attention(
@@ -258,16 +277,17 @@ class TextToImage:
     ) -> tuple[Neighbor, ...]:
         """The neighbours, each with the share of attention that this picture pays to it (row N1).
 
-        Measured in one more network call, half-way through the noise, so that drawing itself is not slowed. The shares
-        sum to at most 1; the rest is attention that no neighbour earned.
+        Measured in one more call of the first stage, half-way through the noise, so that drawing is not slowed. The
+        shares sum to at most 1; the rest is attention that no neighbour earned.
         """
         if condition.neighbors is None:
             return tuple(neighbors)
-        x0 = to_pixels(picture)[None].to(self.device)
+        stage = self.cascade.stages[0]
+        x0 = resize(to_pixels(picture)[None].to(self.device), stage.size)
         noise = draw_noise(x0, [torch.Generator().manual_seed(0)])
         t = torch.full((1,), 0.5, device=self.device)
-        x = self._denoiser.schedule.add_noise(x0, noise, t)
-        shares = self.bundle.unet.attention_mass(x, t, condition.text, condition.neighbors)[0].tolist()
+        x = stage.info.schedule.add_noise(x0, noise, t)
+        shares = stage.unet.attention_mass(x, t, condition.text, condition.neighbors)[0].tolist()
         return tuple(replace(each, attention=round(share, 4)) for each, share in zip(neighbors, shares, strict=True))
 
     def origin(self) -> Origin:
@@ -279,44 +299,6 @@ class TextToImage:
             knowledge_base=None if self.kb is None else self.kb.manifest.fingerprint,
             snapshot=None if self.kb is None else str(self.kb.store.version),
         )
-
-    @torch.inference_mode()
-    def _sample(
-        self,
-        condition: Condition,
-        settings: GenerateSettings,
-        seeds: Sequence[int],
-        on_step: Callable[[int], None] = lambda done: None,
-    ) -> list[RGB8]:
-        """One batch of pictures, one a row of the condition, each from its own generator.
-
-        The generators live on the CPU, so that a seed means the same everywhere.
-        """
-        sampler, schedule = find_sampler(settings.sampler), self._denoiser.schedule
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        noise = draw_noise(torch.empty(len(seeds), 3, self.image_size, self.image_size, device=self.device), generators)
-        branches = [
-            plan_branches(settings.steps, text_share=settings.text_share, order=settings.order, generator=generator)
-            for generator in generators
-        ]
-        denoise = interleaved(
-            self._denoiser,
-            condition,
-            text_guidance=settings.text_guidance,
-            neighbor_guidance=settings.neighbor_guidance,
-            branches=branches,
-            threshold=find_threshold(settings),
-        )
-        x0 = sampler(
-            denoise,
-            noise,
-            schedule.time_steps(settings.steps),
-            schedule=schedule,
-            generators=generators,
-            branches=branches,
-            on_step=lambda step, x0: on_step((step + 1) * len(seeds)),
-        )
-        return list(from_pixels(x0))
 
 
 def _open_knowledge_base(
@@ -338,18 +320,6 @@ def find_device(name: str) -> str:
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device cuda was asked for and torch sees no GPU here; use --device cpu")
     return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
-
-
-def find_sampler(name: str) -> Sampler:
-    """The sampler of this name; a ConfigError lists the names there are."""
-    if name not in SAMPLERS:
-        raise ConfigError(f"sampler {name!r} is unknown; choose one of {', '.join(SAMPLERS)}")
-    return SAMPLERS[name]
-
-
-def find_threshold(settings: GenerateSettings) -> Threshold:
-    """What keeps the clean image in range."""
-    return dynamic_threshold(settings.steps) if settings.threshold == "dynamic" else static_threshold
 
 
 def pair_number(text: str) -> int:

@@ -1,8 +1,9 @@
 """Presets: functions that return a complete run configuration. `radt train PRESET --set key=value` changes a field."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from radt.bundle import CLIP_FOLDER, default_bundle, read_info
 from radt.diffusion.denoiser import Prediction
 from radt.diffusion.loss import Weighting
 from radt.diffusion.schedule import NoiseSchedule
@@ -17,7 +18,7 @@ from radt.unet.unet import UNetConfig
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BaseConfig:
-    """A run that trains the base stage of the emoji demonstration and writes a bundle."""
+    """A run that trains one stage of the emoji demonstration and writes a bundle."""
 
     clip: str  # folder of the trained CLIP, in open_clip's local-dir form
     text_encoder: str | None = None  # a transformers model, such as T5, by name or folder; None: the CLIP's text tower
@@ -30,6 +31,8 @@ class BaseConfig:
     optim: OptimConfig
     loop: LoopConfig
     sampling: GenerateSettings
+    below: str | None = None  # the bundle whose stages come first; None: this is the first stage
+    augmentation: float = 0.5  # the most noise over the picture below, as a time of the schedule
 
 
 def emoji_demo() -> BaseConfig:
@@ -48,6 +51,32 @@ def emoji_demo() -> BaseConfig:
         # prompt names, because a "pink background" finds pink hearts. The weights were chosen on the held-out classes
         # that emoji-draw does not ask for: top-1 0.78 at 2, 0.82 at 3, 0.83 at 4.
         sampling=GenerateSettings(by="bm25", decompose="phrases", text_guidance=3.0, neighbor_guidance=3.0),
+    )
+
+
+def emoji_demo_sr() -> BaseConfig:
+    """The stage from 32x32 to 128x128 that ships with radt, trained apart from the one below it."""
+    below = default_bundle()
+    base = emoji_demo()
+    return replace(
+        base,
+        clip=str(below / CLIP_FOLDER),
+        below=str(below),
+        unet=UNetConfig(
+            image_size=128,
+            low_res_size=32,
+            text_width=128,
+            pooled_width=128,
+            fold=4,
+            channels=(64, 96, 128),
+            blocks=(2, 2, 2),
+            attention_levels=(2,),
+            encoder_neighbor_levels=(1,),
+            decoder_neighbor_levels=(0, 1),
+        ),
+        pack=PackConfig(num_scenes=3000),
+        data=DataConfig(batch_size=16),
+        sampling=read_info(below).sampling,
     )
 
 
@@ -81,6 +110,7 @@ def tiny() -> BaseConfig:
 
 PRESETS: dict[str, Callable[[], BaseConfig | ClipTrainConfig]] = {
     "emoji-demo": emoji_demo,
+    "emoji-demo-sr": emoji_demo_sr,
     "clip-emoji": clip_emoji,
     "tiny": tiny,
 }

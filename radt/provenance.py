@@ -199,7 +199,7 @@ def _from_json(values: Mapping[str, Any], path: Path) -> Record:
 
     if values["neighbors_inline"]:
         images = [decode_image(_unbase64(each["png"]), f"a neighbour inside {path}") for each in values["neighbors"]]
-        pixels = [to_rgb8(image, image.width) for image in images]
+        pixels = [to_rgb8(image, (image.height, image.width)) for image in images]
     else:
         pixels = _unpack(_sidecar(path), len(values["neighbors"]))
     neighbors = [

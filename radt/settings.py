@@ -33,18 +33,23 @@ class GenerateSettings:
     where: str | None = None
     min_score: float | None = None
     exclude: tuple[str, ...] = ()  # ids of pairs that must not be used
+    stages: int | None = None  # of the cascade, from the smallest; None = all
+    sr_steps: int = 10  # of every stage above the first, as are the other sr_ settings
+    sr_text_guidance: float = 1.0
+    sr_neighbor_guidance: float = 1.0
+    augmentation_level: float = 0.1  # time of the noise over the picture below: 0 trusts it, 1 ignores it
     batch_size: int = 1  # images a network call; 1 keeps every image bitwise the same alone or among others
 
     def __post_init__(self) -> None:
         if self.k < 0:
             raise ConfigError(f"k is the number of neighbours, 0 or more, got {self.k}")
-        for name in ("steps", "batch_size"):
-            if getattr(self, name) < 1:
+        for name in ("steps", "sr_steps", "stages", "batch_size"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("text_guidance", "neighbor_guidance"):
+        for name in ("text_guidance", "neighbor_guidance", "sr_text_guidance", "sr_neighbor_guidance"):
             weight = getattr(self, name)
             if not (math.isfinite(weight) and weight >= 1):
                 raise ConfigError(f"{name} must be 1 (no guidance) or more, got {weight}")
-        for name in ("text_share", "diversity"):
+        for name in ("text_share", "diversity", "augmentation_level"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} must lie between 0 and 1, got {getattr(self, name)}")

@@ -9,7 +9,7 @@ from typing import Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from radt.conditioning import Condition, NeighborKV, TextCondition
+from radt.conditioning import Condition, LowResolution, NeighborKV, TextCondition
 from radt.diffusion.schedule import NoiseSchedule, per_pixel
 from radt.shapes import PerExample, Pixels
 
@@ -33,7 +33,15 @@ class Denoise(Protocol):
 class Network(Protocol):
     """What `radt.unet.unet.UNet` is to this package: x_t, time and conditions in, a raw prediction out."""
 
-    def __call__(self, x: Pixels, t: PerExample, text: TextCondition, neighbors: NeighborKV | None = None) -> Pixels:
+    def __call__(
+        self,
+        x: Pixels,
+        t: PerExample,
+        text: TextCondition,
+        neighbors: NeighborKV | None = None,
+        *,
+        low_res: LowResolution | None = None,
+    ) -> Pixels:
         """The raw prediction: eps, x0 or v, as trained."""
         ...
 
@@ -56,7 +64,7 @@ class Denoiser:
         x = x.float()
         times = torch.as_tensor(t, dtype=torch.float32, device=x.device).expand(len(x))
         with torch.autocast(x.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-            output = self.network(x, times, condition.text, condition.neighbors)
+            output = self.network(x, times, condition.text, condition.neighbors, low_res=condition.low_res)
         return x0_from(output.float(), x, times, schedule=self.schedule, prediction=self.prediction)
 
 

@@ -98,6 +98,7 @@ def drop_in_second_half(pair: Condition, *, text: Bool[Tensor, " b"], neighbors:
     return Condition(
         text=pair.text.drop(drop_text),
         neighbors=None if pair.neighbors is None else pair.neighbors.drop(drop_neighbors),
+        low_res=pair.low_res,
     )
 
 

@@ -24,6 +24,7 @@ from radt.evaluation.intervals import Interval, wilson
 from radt.evaluation.recognizer import Recognizer
 from radt.neighbors import Neighbor, Reference, copy_similarity, neighbors_of
 from radt.pipeline import DrawRequest, OnStep, TextToImage, ignore
+from radt.resizing import Size
 from radt.settings import GenerateSettings
 
 if TYPE_CHECKING:
@@ -164,9 +165,8 @@ def evaluate(
     a larger one's. To measure many settings, make an `EmojiDrawBench` once.
     """
     check(model, settings)
-    return EmojiDrawBench.prepare(n=n, seed=seed, size=model.image_size, font=font).run(
-        model, settings=settings, on_step=on_step
-    )
+    side, _ = model.picture_size(settings or model.settings())
+    return EmojiDrawBench.prepare(n=n, seed=seed, size=side, font=font).run(model, settings=settings, on_step=on_step)
 
 
 class EmojiDrawBench:
@@ -179,7 +179,7 @@ class EmojiDrawBench:
 
     @classmethod
     def prepare(cls, *, n: int, seed: int, size: int, font: str | Path | None = None) -> "EmojiDrawBench":
-        """Choose the tasks among all that the font draws; `size` is the model's resolution."""
+        """Choose the tasks among all that the font draws; `size` is the side of the model's pictures."""
         glyphs = GlyphRenderer(font)
         drawn = [entity for entity in load_entities() if glyphs.draws(entity)]
         return cls(plan_tasks(drawn, n=n, seed=seed), glyphs, drawn, size=size, seed=seed)
@@ -189,14 +189,16 @@ class EmojiDrawBench:
     ) -> EmojiDrawReport:
         """Retrieve, draw the three arms, and judge."""
         kb, asked = check(model, settings), settings or model.settings(batch_size=BATCH_SIZE)
-        assert model.image_size == self.size, (model.image_size, self.size)
+        assert model.picture_size(asked) == (self.size, self.size), (model.picture_size(asked), self.size)
         start = time.perf_counter()
         found = retrieve(model, kb, self.tasks, asked)
         retrieval_seconds = time.perf_counter() - start
         plans: dict[ArmName, list[tuple[Shown, ...]]] = {
             "with_retrieval": found,
             "without_retrieval": [() for _ in self.tasks],
-            "with_one_wrong": [self.mislead(task, shown) for task, shown in zip(self.tasks, found, strict=True)],
+            "with_one_wrong": [
+                self.mislead(task, shown, model.size) for task, shown in zip(self.tasks, found, strict=True)
+            ],
         }
         arms = {
             name: self._draw(model, plan, asked, _part(on_step, place, len(plans)))
@@ -210,17 +212,17 @@ class EmojiDrawBench:
             ceiling=self.ceiling(),
             settings=asked,
             seed=self.seed,
-            model={"name": model.name, "digest": model.digest, "image_size": model.image_size},
+            model={"name": model.name, "digest": model.digest, "image_size": self.size},
             kb=kb_facts(kb),
         )
 
-    def mislead(self, task: Task, shown: Sequence[Shown]) -> tuple[Shown, ...]:
-        """The neighbours with one of them exchanged for the task's wrong picture under its own, true caption."""
+    def mislead(self, task: Task, shown: Sequence[Shown], size: Size) -> tuple[Shown, ...]:
+        """The neighbours, of this size, with one exchanged for the task's wrong picture under its own, true caption."""
         drawing = rendition(task.wrong, task.wrong_rendition)
         picture = render_rendition(self.glyphs[task.wrong.position], drawing, WRONG_PICTURE_SIZE)
         reference = Reference(image=Image.fromarray(picture), caption=task.wrong.caption, name=task.wrong.name)
         place = int(task.wrong_place * len(shown))
-        wrong = Shown(neighbor=neighbors_of([], [reference], self.size)[0], class_id=task.wrong.class_id)
+        wrong = Shown(neighbor=neighbors_of([], [reference], size)[0], class_id=task.wrong.class_id)
         return (*shown[:place], wrong, *shown[place + 1 :])
 
     def judge(self, pictures: Pictures) -> list[Verdict]:

@@ -16,9 +16,12 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from index.errors import ConfigError
+from radt.conditioning import LowResolution
 from radt.diffusion.denoiser import Prediction
 from radt.diffusion.loss import Weighting, diffusion_loss, sample_times
 from radt.diffusion.schedule import NoiseSchedule
+from radt.resizing import resize
+from radt.shapes import Pixels
 from radt.training.checkpoint import (
     load_optimizer,
     load_state,
@@ -62,18 +65,24 @@ class LoopConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Objective:
-    """What the network is trained to answer, and how errors at each time are weighed."""
+    """What the network is trained to answer, and how errors at each time are weighed.
+
+    A super-resolution stage is trained to draw over the true picture, shrunk, enlarged, and noised to a level that is
+    uniform up to `augmentation` (row I4).
+    """
 
     schedule: NoiseSchedule
     prediction: Prediction = "v"
     weighting: Weighting = "v"
+    augmentation: float = 0.5
 
     def loss(self, network: UNet, batch: Batch, generator: torch.Generator) -> Tensor:
         """The mean loss of a batch at stratified random times."""
         t = sample_times(generator, len(batch.x0))
         eps = torch.randn(batch.x0.shape, generator=generator, device=generator.device)
         neighbors = network.project_neighbors(batch.neighbors)
-        output = network(self.schedule.add_noise(batch.x0, eps, t), t, batch.text, neighbors)
+        low_res = self._low_res(network, batch.x0, generator)
+        output = network(self.schedule.add_noise(batch.x0, eps, t), t, batch.text, neighbors, low_res=low_res)
         return diffusion_loss(
             output,
             x0=batch.x0,
@@ -83,6 +92,15 @@ class Objective:
             prediction=self.prediction,
             weighting=self.weighting,
         ).mean()
+
+    def _low_res(self, network: UNet, x0: Pixels, generator: torch.Generator) -> LowResolution | None:
+        small = network.config.low_res
+        if small is None:
+            return None
+        level = self.augmentation * sample_times(generator, len(x0))
+        eps = torch.randn(x0.shape, generator=generator, device=generator.device)
+        enlarged = resize(resize(x0, small), network.config.size)
+        return LowResolution(pixels=self.schedule.add_noise(enlarged, eps, level), level=level)
 
 
 class _Step(nn.Module):

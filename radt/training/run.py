@@ -49,7 +49,7 @@ def train(
 def train_base(
     config: BaseConfig, out: Path, *, name: str, on_step: OnStep = lambda _: None, on_stage: OnStage = lambda _: None
 ) -> Path:
-    """Train the base stage. Only the number of steps and how often state is kept may change when a run resumes."""
+    """Train one stage. Only the number of steps and how often state is kept may change when a run resumes."""
     import torch
     from accelerate import PartialState
 
@@ -74,7 +74,12 @@ def train_base(
         data=config.data,
         optim=config.optim,
         loop=config.loop,
-        objective=Objective(schedule=config.schedule, prediction=config.prediction, weighting=config.weighting),
+        objective=Objective(
+            schedule=config.schedule,
+            prediction=config.prediction,
+            weighting=config.weighting,
+            augmentation=config.augmentation,
+        ),
     )
     on_stage("training")
     run.train(on_step=on_step, on_save=lambda run: _after_save(run, config, out, name))
@@ -180,7 +185,7 @@ def _dotted(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 def _after_save(run: "Run", config: BaseConfig, out: Path, name: str) -> None:
     """Leave the averaged weights as a bundle, and a sheet of what they draw."""
-    from radt.bundle import StageInfo, write_bundle
+    from radt.bundle import StageInfo, read_info, write_bundle
     from radt.training.samples import draw_samples
     from radt.unet.unet import UNet
 
@@ -191,7 +196,9 @@ def _after_save(run: "Run", config: BaseConfig, out: Path, name: str) -> None:
     averaged.eval()
     draw_samples(averaged, run.pack, config, out / "samples" / f"{run.step:07d}.png")
     if Path(config.clip).is_dir():
-        stage = StageInfo(name="stage0", prediction=config.prediction, schedule=config.schedule)
+        below = None if config.below is None else Path(config.below)
+        number = 0 if below is None else len(read_info(below).stages)
+        stage = StageInfo(name=f"stage{number}", prediction=config.prediction, schedule=config.schedule)
         write_bundle(
             out / "bundle",
             name=name,
@@ -200,4 +207,5 @@ def _after_save(run: "Run", config: BaseConfig, out: Path, name: str) -> None:
             stages=[stage],
             sampling=config.sampling,
             text_encoder=config.text_encoder,
+            below=below,
         )

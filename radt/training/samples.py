@@ -1,4 +1,7 @@
-"""Sheets drawn while training: for a few scenes of the pack, neighbours, truth, and drawings with and without them."""
+"""Sheets drawn while training: for a few scenes of the pack, neighbours, truth, and drawings with and without them.
+
+A super-resolution stage is shown the truth, shrunk, as the picture below.
+"""
 
 import dataclasses
 import io
@@ -12,10 +15,12 @@ from PIL import Image
 from torch import Tensor
 
 from index.atomic import write_bytes
-from radt.conditioning import Condition
+from radt.cascade import augment
+from radt.conditioning import Condition, LowResolution
 from radt.diffusion.denoiser import Denoiser
 from radt.diffusion.samplers import SAMPLERS
 from radt.neighbors import from_pixels
+from radt.resizing import resize
 from radt.training.data import draw_batch
 from radt.training.loop import step_generator
 from radt.training.pack import Pack
@@ -36,15 +41,25 @@ def draw_samples(unet: UNet, pack: Pack, config: "BaseConfig", path: Path) -> No
     )
     batch = draw_batch(pack, clean, step_generator(config.loop.seed, 0, rank=-1, device=pack.layers.device))
     unet = unet.to(pack.layers.device)
-    neighbors = unet.project_neighbors(batch.neighbors)
-    with_neighbors = _sample(unet, Condition(text=batch.text, neighbors=neighbors), config, batch.x0)
-    without = _sample(unet, Condition(text=batch.text), config, batch.x0)
+    neighbors, low_res = unet.project_neighbors(batch.neighbors), _low_res(unet, batch.x0, config)
+    with_neighbors = _sample(unet, Condition(text=batch.text, neighbors=neighbors, low_res=low_res), config, batch.x0)
+    without = _sample(unet, Condition(text=batch.text, low_res=low_res), config, batch.x0)
     columns = [*batch.neighbors.pixels.unbind(dim=1), batch.x0, with_neighbors, without]
+    if unet.config.low_res is not None:
+        columns.append(resize(resize(batch.x0, unet.config.low_res), unet.config.size))
     sheet = rearrange(torch.stack([from_pixels(column) for column in columns]), "n b h w c -> (b h) (n w) c")
     picture = Image.fromarray(np.ascontiguousarray(sheet.numpy()))
     file = io.BytesIO()
     picture.resize((picture.width * 2, picture.height * 2), Image.Resampling.NEAREST).save(file, "PNG")
     write_bytes(path, file.getvalue())
+
+
+def _low_res(unet: UNet, x0: Tensor, config: "BaseConfig") -> LowResolution | None:
+    if unet.config.low_res is None:
+        return None
+    small = resize(resize(x0, unet.config.low_res), unet.config.size)
+    generators = [torch.Generator().manual_seed(i) for i in range(len(x0))]
+    return augment(small, config.sampling.augmentation_level, schedule=config.schedule, generators=generators)
 
 
 def _sample(unet: UNet, condition: Condition, config: "BaseConfig", like: Tensor) -> Tensor:

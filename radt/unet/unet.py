@@ -1,5 +1,8 @@
 """The Efficient U-Net with neighbour attention: one encoder for x_t and, at t = 0, for every neighbour (R7, R9, I11).
 
+It is every stage of a cascade. A super-resolution stage also takes the picture of the stage below, resized, by channel
+(I4); a neighbour is then encoded over its own small version, so that both go through the encoder in the same state.
+
 Next on the main path: `radt/diffusion/denoiser.py`, which turns this network's prediction into a clean image.
 """
 
@@ -12,7 +15,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from index.errors import ConfigError
-from radt.conditioning import NeighborBatch, NeighborKV, TextCondition
+from radt.conditioning import LowResolution, NeighborBatch, NeighborKV, TextCondition
+from radt.resizing import Size, resize
 from radt.shapes import Features, PerExample, Pixels
 from radt.unet.attention import CaptionAgreement, NeighborAttention, TextSelfAttention
 from radt.unet.layers import ResidualBlock, Upsample, fourier_features, group_norm, zero_
@@ -24,7 +28,7 @@ LevelMap = Float[Tensor, "b _c _h _w"]  # features of any level
 class UNetConfig:
     """Sizes of one U-Net. Level 0 is the finest; every tuple of widths or counts has one entry a level."""
 
-    image_size: int
+    image_size: int  # height in pixels
     text_width: int
     pooled_width: int
     channels: tuple[int, ...] = (64, 128, 128)
@@ -38,6 +42,8 @@ class UNetConfig:
     neighbor_heads: int = 2
     neighbor_key_width: int = 28  # with 32 position channels, up to 3 neighbours and the sink: 64 in all
     neighbor_value_width: int = 64
+    image_width: int | None = None  # None: as wide as high
+    low_res_size: int | None = None  # height of the picture drawn over; None: the first stage, which draws over none
 
     def __post_init__(self) -> None:
         levels = range(len(self.channels))
@@ -48,10 +54,24 @@ class UNetConfig:
             if wrong:
                 raise ConfigError(f"{name} names level {wrong[0]}, but there are levels 0 to {levels[-1]}")
         shrink = self.fold * 2 ** (len(self.channels) - 1)
-        if self.image_size % shrink:
-            raise ConfigError(
-                f"image_size {self.image_size} must be a multiple of {shrink} (fold and {len(levels)} levels)"
-            )
+        for name, side in zip(("image_size", "image_width"), self.size, strict=True):
+            if side % shrink:
+                raise ConfigError(f"{name} {side} must be a multiple of {shrink} (fold and {len(levels)} levels)")
+        if self.low_res_size is not None and not 0 < self.low_res_size <= self.image_size:
+            raise ConfigError(f"low_res_size {self.low_res_size} must be at most image_size {self.image_size}")
+
+    @property
+    def size(self) -> Size:
+        """Height and width of what is drawn."""
+        return self.image_size, self.image_size if self.image_width is None else self.image_width
+
+    @property
+    def low_res(self) -> Size | None:
+        """Height and width of what is drawn over."""
+        if self.low_res_size is None:
+            return None
+        height, width = self.size
+        return self.low_res_size, round(width * self.low_res_size / height)
 
     @property
     def neighbor_layers(self) -> tuple[tuple[str, int], ...]:
@@ -63,7 +83,7 @@ class UNetConfig:
 
 
 class TextEmbedding(nn.Module):
-    """Time and pooled text into one vector (CombineEmbs), and the learned null that stands in for dropped text."""
+    """Time, pooled text and augmentation level in one vector (CombineEmbs); a learned null stands for dropped text."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
@@ -72,12 +92,17 @@ class TextEmbedding(nn.Module):
         self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
         self.pooled = nn.Sequential(nn.LayerNorm(config.pooled_width), nn.Linear(config.pooled_width, width))
         self.null_pooled = nn.Parameter(torch.zeros(config.pooled_width))
+        if config.low_res is not None:
+            self.augmentation = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
 
-    def forward(self, t: PerExample, text: TextCondition) -> Float[Tensor, "b e"]:
+    def forward(self, t: PerExample, text: TextCondition, low_res: LowResolution | None) -> Float[Tensor, "b e"]:
         """The vector that modulates every residual block."""
         is_null = ~text.mask.any(dim=-1, keepdim=True)
         pooled = torch.where(is_null, self.null_pooled, text.pooled)
-        return nn.functional.silu(self.time(fourier_features(t, self.width)) + self.pooled(pooled))
+        combined = self.time(fourier_features(t, self.width)) + self.pooled(pooled)
+        if low_res is not None:
+            combined = combined + self.augmentation(fourier_features(low_res.level, self.width))
+        return nn.functional.silu(combined)
 
 
 class EncoderLevel(nn.Module):
@@ -87,7 +112,8 @@ class EncoderLevel(nn.Module):
         super().__init__()
         width = config.channels[level]
         if level == 0:
-            self.enter: nn.Module = nn.Conv2d(3 * config.fold**2, width, 3, padding=1)
+            pictures = 1 if config.low_res is None else 2  # x_t, and what it is drawn over
+            self.enter: nn.Module = nn.Conv2d(3 * pictures * config.fold**2, width, 3, padding=1)
         else:
             self.enter = nn.Conv2d(config.channels[level - 1], width, 3, stride=2, padding=1)
         self.blocks = nn.ModuleList(
@@ -171,12 +197,26 @@ class UNet(nn.Module):
                 zero_(module.to_offset)
         zero_(self.conv_out)
 
-    def forward(self, x: Pixels, t: PerExample, text: TextCondition, neighbors: NeighborKV | None = None) -> Pixels:
+    def forward(
+        self,
+        x: Pixels,
+        t: PerExample,
+        text: TextCondition,
+        neighbors: NeighborKV | None = None,
+        *,
+        low_res: LowResolution | None = None,
+    ) -> Pixels:
         """The raw prediction (eps, x0 or v as trained), shape of x. `neighbors` None skips every neighbour layer."""
-        return self._predict(x, t, text, _NeighborReader(self, text, neighbors))
+        return self._predict(x, t, text, _NeighborReader(self, text, neighbors), low_res=low_res)
 
     def attention_mass(
-        self, x: Pixels, t: PerExample, text: TextCondition, neighbors: NeighborKV
+        self,
+        x: Pixels,
+        t: PerExample,
+        text: TextCondition,
+        neighbors: NeighborKV,
+        *,
+        low_res: LowResolution | None = None,
     ) -> Float[Tensor, "b k"]:
         """The share of attention that each neighbour gets in one call, mean over positions and layers (row N1).
 
@@ -185,12 +225,20 @@ class UNet(nn.Module):
         if not self.config.neighbor_layers:
             return torch.zeros(neighbors.mask.shape, device=x.device)
         shares: list[Float[Tensor, "b k"]] = []
-        self._predict(x, t, text, _NeighborReader(self, text, neighbors, shares))
+        self._predict(x, t, text, _NeighborReader(self, text, neighbors, shares), low_res=low_res)
         return torch.stack(shares).mean(dim=0)
 
-    def _predict(self, x: Pixels, t: PerExample, text: TextCondition, attend: "_NeighborReader") -> Pixels:
-        embedding = self.embedding(t, text)
-        maps = self._encode(x, embedding, text, attend)
+    def _predict(
+        self,
+        x: Pixels,
+        t: PerExample,
+        text: TextCondition,
+        attend: "_NeighborReader",
+        *,
+        low_res: LowResolution | None,
+    ) -> Pixels:
+        embedding = self.embedding(t, text, low_res)
+        maps = self._encode(x, embedding, text, attend, low_res=low_res)
         h = maps[-1]
         for level in reversed(range(len(self.decoder))):
             decoder = cast(DecoderLevel, self.decoder[level])
@@ -198,22 +246,36 @@ class UNet(nn.Module):
             h = decoder.leave(decoder.refine(h, embedding, text))
         return nn.functional.pixel_shuffle(self.conv_out(nn.functional.silu(self.norm_out(h))), self.config.fold)
 
-    def encode(self, x: Pixels, t: PerExample, text: TextCondition) -> list[LevelMap]:
+    def encode(
+        self, x: Pixels, t: PerExample, text: TextCondition, *, low_res: LowResolution | None = None
+    ) -> list[LevelMap]:
         """The encoder alone, without neighbours: one map a level, finest first."""
-        return self._encode(x, self.embedding(t, text), text, _NeighborReader(self, text, None))
+        reader = _NeighborReader(self, text, None)
+        return self._encode(x, self.embedding(t, text, low_res), text, reader, low_res=low_res)
 
     def _encode(
-        self, x: Pixels, embedding: Float[Tensor, "b e"], text: TextCondition, attend: "_NeighborReader"
+        self,
+        x: Pixels,
+        embedding: Float[Tensor, "b e"],
+        text: TextCondition,
+        attend: "_NeighborReader",
+        *,
+        low_res: LowResolution | None,
     ) -> list[LevelMap]:
+        assert (low_res is None) == (self.config.low_res is None), "a super-resolution stage, and no other, draws over"
         maps = []
-        h = nn.functional.pixel_unshuffle(x, self.config.fold)
+        seen = x if low_res is None else torch.cat([x, low_res.pixels], dim=1)
+        h = nn.functional.pixel_unshuffle(seen, self.config.fold)
         for level, encoder in enumerate(self.encoder):
             h = attend(encoder(h, embedding, text), "encoder", level)
             maps.append(h)
         return maps
 
     def project_neighbors(self, neighbors: NeighborBatch) -> NeighborKV:
-        """Encode the neighbours, pixels and caption, with this encoder at t = 0 (R7); project keys and values."""
+        """Encode the neighbours, pixels and caption, with this encoder at t = 0 (R7); project keys and values.
+
+        At a super-resolution stage each is encoded over its own picture, shrunk and enlarged again, without noise.
+        """
         b, k = neighbors.pixels.shape[:2]
         flat_text = TextCondition(
             tokens=neighbors.text.tokens.flatten(0, 1),
@@ -221,7 +283,14 @@ class UNet(nn.Module):
             pooled=neighbors.text.pooled.flatten(0, 1),
         )
         pixels = neighbors.pixels.flatten(0, 1)
-        maps = self.encode(pixels, pixels.new_zeros(b * k), flat_text)
+        start = pixels.new_zeros(b * k)
+        small = self.config.low_res
+        below = (
+            None
+            if small is None
+            else LowResolution(pixels=resize(resize(pixels, small), self.config.size), level=start)
+        )
+        maps = self.encode(pixels, start, flat_text, low_res=below)
         projected = [
             self.reader(side, level).project(rearrange(maps[level], "(b k) c h w -> b k c h w", b=b))
             for side, level in self.config.neighbor_layers

@@ -49,7 +49,7 @@ def test_batches_change_a_picture_by_one_level_at_most(pipeline):
 
 
 def test_neighbours_are_encoded_once_however_many_steps_and_pictures(pipeline, monkeypatch):
-    unet, calls = pipeline.bundle.unet, []
+    unet, calls = pipeline.bundle.unets[0], []
     original = unet.project_neighbors
     monkeypatch.setattr(unet, "project_neighbors", lambda batch: calls.append(batch) or original(batch))
     pipeline(PROMPT, n=3, steps=4, k=2)
@@ -261,7 +261,7 @@ def test_a_bundle_comes_back_as_it_was_written(tiny_bundle, tmp_path, tiny_clip)
     again = save_tiny_bundle(tmp_path / "again", tiny_clip)
     assert read_info(again) == read_info(tiny_bundle)
     assert changed_files(tiny_bundle, read_info(tiny_bundle)) == []
-    unet = load_bundle(again).unet
+    (unet,) = load_bundle(again).unets
     assert not unet.training
     assert not any(parameter.requires_grad for parameter in unet.parameters())
 

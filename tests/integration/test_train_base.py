@@ -103,7 +103,7 @@ def test_the_bundle_loads_with_the_averaged_weights(finished: Path, tiny_clip: P
     assert (bundle.info.name, bundle.info.sampling) == ("tiny", replace(tiny().sampling, decompose="phrases"))
     assert (bundle.info.stages[0].prediction, bundle.info.stages[0].schedule.curve) == ("v", "cosine")
     state = load_file(finished / "state.safetensors")
-    for name, weight in bundle.unet.state_dict().items():
+    for name, weight in bundle.unets[0].state_dict().items():
         assert torch.equal(weight, state[f"ema/{name}"])
     assert bundle.text_encoder.encode(["a wolf"]).pooled.shape == (1, TINY_CLIP["embed_dim"])
 

@@ -43,7 +43,7 @@ def test_v_is_the_derivative_by_angle(batch):
 def test_one_time_for_all_equals_a_time_each(batch):
     x, _, _ = batch
 
-    def network(x, t, text, neighbors=None):
+    def network(x, t, text, neighbors=None, *, low_res=None):
         return x * t[:, None, None, None]
 
     denoiser = Denoiser(network, schedule=SCHEDULE, prediction="v")
@@ -56,7 +56,7 @@ def test_low_precision_stays_inside(batch, prediction):
     seen = []
     conv = torch.nn.Conv2d(3, 3, 1)
 
-    def network(x, t, text, neighbors=None):
+    def network(x, t, text, neighbors=None, *, low_res=None):
         seen.extend([x.dtype, t.dtype, conv(x).dtype])
         return conv(x)
 

@@ -227,16 +227,16 @@ class TestMislead:
     ) -> None:
         for task in bench.tasks:
             shown = tuple(shown_class(task.entity.class_id) for _ in range(3))
-            misled = bench.mislead(task, shown)
+            misled = bench.mislead(task, shown, (SIZE, SIZE))
             place = int(task.wrong_place * 3)
             assert [a is b for a, b in zip(misled, shown, strict=True)] == [i != place for i in range(3)]
             drawn = render_rendition(glyphs.glyph(task.wrong), rendition(task.wrong, task.wrong_rendition), 128)
-            assert torch.equal(misled[place].neighbor.pixels, to_rgb8(PIL.Image.fromarray(drawn), SIZE))
+            assert torch.equal(misled[place].neighbor.pixels, to_rgb8(PIL.Image.fromarray(drawn), (SIZE, SIZE)))
             assert misled[place].neighbor.caption == task.wrong.caption
             assert misled[place].class_id == task.wrong.class_id
 
     def test_where_nothing_was_found_the_wrong_one_stands_alone(self, bench: EmojiDrawBench) -> None:
-        misled = bench.mislead(bench.tasks[0], ())
+        misled = bench.mislead(bench.tasks[0], (), (SIZE, SIZE))
         assert [each.class_id for each in misled] == [bench.tasks[0].wrong.class_id]
 
 

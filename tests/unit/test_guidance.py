@@ -25,7 +25,7 @@ class ToyNetwork(nn.Module):
         super().__init__()
         self.batches = []
 
-    def forward(self, x, t, text, neighbors=None):
+    def forward(self, x, t, text, neighbors=None, *, low_res=None):
         self.batches.append(len(x))
         said = torch.where(text.mask.any(dim=1), text.pooled[:, 0], -0.7)
         shown = torch.zeros(len(x))
@@ -159,7 +159,7 @@ def test_the_prediction_kind_does_not_matter(condition, x):
     base = ToyNetwork()
     alpha, sigma = SCHEDULE.alpha(0.6), SCHEDULE.sigma(0.6)
 
-    def as_v(x, t, text, neighbors=None):
+    def as_v(x, t, text, neighbors=None, *, low_res=None):
         eps = base(x, t, text, neighbors)
         return alpha * eps - sigma * (x - sigma * eps) / alpha
 

@@ -12,7 +12,7 @@ from radt.neighbors import (
     copy_similarity,
     decode_image,
     from_pixels,
-    make_batch,
+    make_batches,
     neighbors_of,
     read_reference,
     to_pixels,
@@ -32,7 +32,7 @@ class LengthEncoder:
 
 
 def neighbor(caption: str, color: str, size: int = 4) -> Neighbor:
-    return Neighbor(id="1", caption=caption, pixels=to_rgb8(Image.new("RGB", (size, size), color), size))
+    return Neighbor(id="1", caption=caption, pixels=to_rgb8(Image.new("RGB", (size, size), color), (size, size)))
 
 
 def test_every_byte_survives_the_way_to_pixels_and_back():
@@ -50,7 +50,7 @@ def test_from_pixels_clips_what_is_out_of_range():
 def test_transparency_becomes_white_and_bars_keep_the_shape():
     image = Image.new("RGBA", (4, 2), (255, 0, 0, 255))
     image.putpixel((0, 0), (0, 0, 0, 0))
-    square = to_rgb8(image, 4)
+    square = to_rgb8(image, (4, 4))
     white, red = [255, 255, 255], [255, 0, 0]
     assert square[0].tolist() == [white] * 4
     assert square[1].tolist() == [white, red, red, red]
@@ -61,12 +61,16 @@ def test_resizing_averages_rather_than_picks():
     image = Image.new("RGB", (64, 64), "white")
     for x in range(0, 64, 2):
         image.paste((0, 0, 0), (x, 0, x + 1, 64))
-    assert abs(int(to_rgb8(image, 8)[4, 4, 0]) - 127) <= 2
+    assert abs(int(to_rgb8(image, (8, 8))[4, 4, 0]) - 127) <= 2
 
 
 def test_shorter_rows_are_masked_and_their_text_is_null():
-    batch = make_batch([[neighbor("wolf", "red"), neighbor("ox", "blue")], [neighbor("a", "green")]], LengthEncoder())
-    assert batch is not None
+    rows = [[neighbor("wolf", "red"), neighbor("ox", "blue")], [neighbor("a", "green")]]
+    batches = make_batches(rows, LengthEncoder(), [(4, 4), (2, 2)])
+    assert batches is not None
+    batch, smaller = batches
+    assert smaller.pixels.shape == (2, 2, 3, 2, 2)
+    assert smaller.text is batch.text, "captions are encoded once"
     assert batch.mask.tolist() == [[True, True], [True, False]]
     assert batch.pixels.shape == (2, 2, 3, 4, 4)
     assert batch.text.mask.sum(dim=-1).tolist() == [[4, 2], [1, 0]]
@@ -74,11 +78,11 @@ def test_shorter_rows_are_masked_and_their_text_is_null():
 
 
 def test_no_neighbours_at_all_is_none():
-    assert make_batch([[], []], LengthEncoder()) is None
+    assert make_batches([[], []], LengthEncoder(), [(4, 4)]) is None
 
 
 def test_a_reference_comes_first_and_is_named():
-    (found,) = neighbors_of([], [Reference(image=draw(3), caption="a shape", name="x.png")], 8)
+    (found,) = neighbors_of([], [Reference(image=draw(3), caption="a shape", name="x.png")], (8, 8))
     assert found.id == "reference:x.png"
     assert found.score is None
     assert found.pixels.shape == (8, 8, 3)
@@ -105,14 +109,14 @@ def test_the_images_of_hits_are_read_together(tmp_path, monkeypatch):
     ]
     calls = []
     monkeypatch.setattr("radt.neighbors.read_images", lambda places: calls.append(places) or read_images(places))
-    found = neighbors_of(hits, [Reference(image=draw(3), caption="a shape")], 32)
+    found = neighbors_of(hits, [Reference(image=draw(3), caption="a shape")], (32, 32))
     assert [len(places) for places in calls] == [3]
     assert [one.id for one in found] == ["reference:reference", "1", "2", "3"]
-    assert all(torch.equal(one.pixels, to_rgb8(draw(number), 32)) for number, one in enumerate(found[1:]))
+    assert all(torch.equal(one.pixels, to_rgb8(draw(number), (32, 32))) for number, one in enumerate(found[1:]))
 
 
 def test_copy_similarity_knows_a_copy_an_inverse_and_a_blank():
-    picture = to_rgb8(draw(4), 16)
+    picture = to_rgb8(draw(4), (16, 16))
     same = Neighbor(id="1", caption="", pixels=picture)
     assert copy_similarity(picture, [same]) == pytest.approx(1)
     assert copy_similarity(255 - picture, [same]) == 0

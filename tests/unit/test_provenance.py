@@ -22,7 +22,7 @@ def record(num_neighbors: int = 2) -> Record:
         Neighbor(
             id=str(2**62 + i),
             caption=f"caf\u00e9 {i}",
-            pixels=to_rgb8(draw(i), 16),
+            pixels=to_rgb8(draw(i), (16, 16)),
             score=0.25,
             clip=-0.1,
             license="CC0",

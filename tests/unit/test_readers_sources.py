@@ -416,7 +416,7 @@ def test_hits_from_a_web_server_can_be_read(tmp_path: Path, web: str) -> None:
     hits = kb.search(caption_of(4), k=6, by="hybrid")
     encoded = {pair.caption: pair.encoded for pair in pairs_of(tmp_path / "d" / "pets")}
     assert [hit.image.read() for hit in hits] == [encoded[hit.caption] for hit in hits]
-    for hit, picture in zip(hits, neighbors_of(hits, [], 32), strict=True):
+    for hit, picture in zip(hits, neighbors_of(hits, [], (32, 32)), strict=True):
         assert np.array_equal(np.asarray(picture.original), np.asarray(hit.open_image()))
     (row,) = kb.store.get([hits[0].id], vectors=True)
     kb.store.add([replace(row, source=str(tmp_path))])
