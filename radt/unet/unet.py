@@ -7,7 +7,7 @@ Next on the main path: `radt/diffusion/denoiser.py`, which turns this network's 
 """
 
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from einops import rearrange
@@ -44,6 +44,7 @@ class UNetConfig:
     neighbor_value_width: int = 64
     image_width: int | None = None  # None: as wide as high
     low_res_size: int | None = None  # height of the picture drawn over; None: the first stage, which draws over none
+    neighbor_encoder: Literal["shared", "separate"] = "shared"  # shared: neighbours go through the network's own (R7)
 
     def __post_init__(self) -> None:
         levels = range(len(self.channels))
@@ -80,6 +81,11 @@ class UNetConfig:
         encoder = [("encoder", level) for level in range(last + 1) if level in self.encoder_neighbor_levels]
         decoder = [("decoder", level) for level in range(last, -1, -1) if level in self.decoder_neighbor_levels]
         return tuple(encoder + decoder)
+
+    @property
+    def has_neighbor_encoder(self) -> bool:
+        """Whether neighbours have an encoder of their own (R8); it ends at the deepest level that is read."""
+        return self.neighbor_encoder == "separate" and bool(self.neighbor_layers)
 
 
 class TextEmbedding(nn.Module):
@@ -166,6 +172,10 @@ class UNet(nn.Module):
         self.embedding = TextEmbedding(config)
         self.encoder = nn.ModuleList(EncoderLevel(config, level) for level in levels)
         self.decoder = nn.ModuleList(DecoderLevel(config, level) for level in levels)
+        if config.has_neighbor_encoder:
+            deepest = max(level for _, level in config.neighbor_layers)
+            self.neighbor_embedding = TextEmbedding(config)
+            self.neighbor_encoder = nn.ModuleList(EncoderLevel(config, level) for level in levels[: deepest + 1])
         self.agreement = CaptionAgreement(config.text_width)
         self.neighbor_attention = nn.ModuleDict({
             f"{side}{level}": NeighborAttention(
@@ -238,7 +248,7 @@ class UNet(nn.Module):
         low_res: LowResolution | None,
     ) -> Pixels:
         embedding = self.embedding(t, text, low_res)
-        maps = self._encode(x, embedding, text, attend, low_res=low_res)
+        maps = self._encode(self.encoder, x, embedding, text, attend=attend, low_res=low_res)
         h = maps[-1]
         for level in reversed(range(len(self.decoder))):
             decoder = cast(DecoderLevel, self.decoder[level])
@@ -250,29 +260,41 @@ class UNet(nn.Module):
         self, x: Pixels, t: PerExample, text: TextCondition, *, low_res: LowResolution | None = None
     ) -> list[LevelMap]:
         """The encoder alone, without neighbours: one map a level, finest first."""
-        reader = _NeighborReader(self, text, None)
-        return self._encode(x, self.embedding(t, text, low_res), text, reader, low_res=low_res)
+        nobody = _NeighborReader(self, text, None)
+        return self._encode(self.encoder, x, self.embedding(t, text, low_res), text, attend=nobody, low_res=low_res)
+
+    def encode_neighbors(
+        self, pixels: Pixels, text: TextCondition, *, low_res: LowResolution | None = None
+    ) -> list[LevelMap]:
+        """The maps that neighbours are read from: by the network's own encoder at t = 0 (R7), or by theirs (R8)."""
+        start = pixels.new_zeros(len(pixels))
+        if not self.config.has_neighbor_encoder:
+            return self.encode(pixels, start, text, low_res=low_res)
+        nobody = _NeighborReader(self, text, None)
+        embedding = self.neighbor_embedding(start, text, low_res)
+        return self._encode(self.neighbor_encoder, pixels, embedding, text, attend=nobody, low_res=low_res)
 
     def _encode(
         self,
+        levels: nn.ModuleList,
         x: Pixels,
         embedding: Float[Tensor, "b e"],
         text: TextCondition,
-        attend: "_NeighborReader",
         *,
+        attend: "_NeighborReader",
         low_res: LowResolution | None,
     ) -> list[LevelMap]:
         assert (low_res is None) == (self.config.low_res is None), "a super-resolution stage, and no other, draws over"
         maps = []
         seen = x if low_res is None else torch.cat([x, low_res.pixels], dim=1)
         h = nn.functional.pixel_unshuffle(seen, self.config.fold)
-        for level, encoder in enumerate(self.encoder):
+        for level, encoder in enumerate(levels):
             h = attend(encoder(h, embedding, text), "encoder", level)
             maps.append(h)
         return maps
 
     def project_neighbors(self, neighbors: NeighborBatch) -> NeighborKV:
-        """Encode the neighbours, pixels and caption, with this encoder at t = 0 (R7); project keys and values.
+        """Encode the neighbours, pixels and caption (`encode_neighbors`); project keys and values.
 
         At a super-resolution stage each is encoded over its own picture, shrunk and enlarged again, without noise.
         """
@@ -283,14 +305,13 @@ class UNet(nn.Module):
             pooled=neighbors.text.pooled.flatten(0, 1),
         )
         pixels = neighbors.pixels.flatten(0, 1)
-        start = pixels.new_zeros(b * k)
         small = self.config.low_res
         below = (
             None
             if small is None
-            else LowResolution(pixels=resize(resize(pixels, small), self.config.size), level=start)
+            else LowResolution(pixels=resize(resize(pixels, small), self.config.size), level=pixels.new_zeros(b * k))
         )
-        maps = self.encode(pixels, start, flat_text, low_res=below)
+        maps = self.encode_neighbors(pixels, flat_text, low_res=below)
         projected = [
             self.reader(side, level).project(rearrange(maps[level], "(b k) c h w -> b k c h w", b=b))
             for side, level in self.config.neighbor_layers
