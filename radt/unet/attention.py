@@ -1,6 +1,8 @@
 """The two attentions of the network: over the image and its text, and over the retrieved neighbours (rows I11, R9)."""
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from einops import rearrange, repeat
@@ -15,6 +17,18 @@ from radt.unet.layers import group_norm
 MASKED = -1e4  # a logit that softmax turns into exactly 0, and that bfloat16 can still hold
 NUM_POSITION_WAVES = 16  # eight frequencies on each of two axes
 POSITION_WIDTH = 2 * NUM_POSITION_WAVES  # a sine and a cosine of each
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class AttentionMaps:
+    """Where one layer's attention to each neighbour comes from and where it goes, mean over heads (row N1).
+
+    `picture` is the share of each picture position's attention that the neighbour gets; `neighbor` is the share of all
+    attention that falls on each of its positions. The mean of the one and the sum of the other are the same number.
+    """
+
+    picture: Float[Tensor, "b k _h _w"]
+    neighbor: Float[Tensor, "b k _h _w"]
 
 
 class TextSelfAttention(nn.Module):
@@ -139,9 +153,19 @@ class NeighborAttention(nn.Module):
         self, x: Features, *, keys: Keys, mask: NeighborMask, text: TextCondition, agreement: Float[Tensor, "b n k"]
     ) -> Float[Tensor, "b q k"]:
         """The share of each position's attention that each neighbour gets, mean over heads; the rest is the sink's."""
-        logits = self.queries(x, mask, text, agreement) @ keys.mT
-        shares = rearrange(logits.softmax(dim=-1)[..., :-1], "b g q (k s) -> b g q k s", k=mask.shape[1])
-        return shares.sum(dim=-1).mean(dim=1)
+        queries = self.queries(x, mask, text, agreement)
+        return torch.cat([part.sum(dim=-1) for part in shares_of(queries, keys, num_neighbors=mask.shape[1])], dim=1)
+
+    def region_mass(
+        self, x: Features, *, keys: Keys, mask: NeighborMask, text: TextCondition, agreement: Float[Tensor, "b n k"]
+    ) -> Float[Tensor, "b k s"]:
+        """The share of all attention that falls on each position of each neighbour, mean over positions and heads.
+
+        The twin of `mass`: summed over a neighbour's positions, it is `mass` averaged over the picture's.
+        """
+        queries = self.queries(x, mask, text, agreement)
+        parts = shares_of(queries, keys, num_neighbors=mask.shape[1])
+        return torch.stack([part.sum(dim=1) for part in parts]).sum(dim=0) / queries.shape[2]
 
     def queries(
         self, x: Features, mask: NeighborMask, text: TextCondition, agreement: Float[Tensor, "b n k"]
@@ -167,6 +191,18 @@ class NeighborAttention(nn.Module):
         """Keys and values share one width, a multiple of 8, or the fused kernel is not taken."""
         needed = max(self.key_width + POSITION_WIDTH + k + 1, self.value_width)
         return -(-needed // 8) * 8
+
+
+def shares_of(
+    queries: Float[Tensor, "b g q e"], keys: Keys, *, num_neighbors: int, chunk: int = 256
+) -> Iterator[Float[Tensor, "b _q k s"]]:
+    """What softmax gives every position of every neighbour, mean over heads, for some of the queries at a time.
+
+    The fused kernel never holds these weights; all of them at once would take gigabytes at a fine level.
+    """
+    for some in queries.split(chunk, dim=2):
+        weights = (some @ keys.mT).softmax(dim=-1)[..., :-1].mean(dim=1)
+        yield rearrange(weights, "b q (k s) -> b q k s", k=num_neighbors)
 
 
 def _pad_to(x: Tensor, width: int) -> Tensor:

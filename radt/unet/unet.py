@@ -6,8 +6,9 @@ It is every stage of a cascade. A super-resolution stage also takes the picture 
 Next on the main path: `radt/diffusion/denoiser.py`, which turns this network's prediction into a clean image.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from einops import rearrange
@@ -18,7 +19,7 @@ from index.errors import ConfigError
 from radt.conditioning import LowResolution, NeighborBatch, NeighborKV, TextCondition
 from radt.resizing import Size, resize
 from radt.shapes import Features, PerExample, Pixels
-from radt.unet.attention import CaptionAgreement, NeighborAttention, TextSelfAttention
+from radt.unet.attention import AttentionMaps, CaptionAgreement, NeighborAttention, TextSelfAttention
 from radt.unet.layers import ResidualBlock, Upsample, fourier_features, group_norm, zero_
 
 LevelMap = Float[Tensor, "b _c _h _w"]  # features of any level
@@ -235,8 +236,36 @@ class UNet(nn.Module):
         if not self.config.neighbor_layers:
             return torch.zeros(neighbors.mask.shape, device=x.device)
         shares: list[Float[Tensor, "b k"]] = []
-        self._predict(x, t, text, _NeighborReader(self, text, neighbors, shares), low_res=low_res)
+
+        def note(layer: NeighborAttention, h: Features, read: dict[str, Any]) -> None:
+            shares.append(layer.mass(h, **read).mean(dim=1))
+
+        self._predict(x, t, text, _NeighborReader(self, text, neighbors, note), low_res=low_res)
         return torch.stack(shares).mean(dim=0)
+
+    def attention_maps(
+        self,
+        x: Pixels,
+        t: PerExample,
+        text: TextCondition,
+        neighbors: NeighborKV,
+        *,
+        low_res: LowResolution | None = None,
+    ) -> list[AttentionMaps]:
+        """Where the attention of one call comes from and goes, for every neighbour layer in the order they run.
+
+        The slow twin of `attention_mass`: the mean over layers of each map's mean or sum is that share.
+        """
+        maps: list[AttentionMaps] = []
+
+        def note(layer: NeighborAttention, h: Features, read: dict[str, Any]) -> None:
+            height = h.shape[2]
+            picture = rearrange(layer.mass(h, **read), "b (h w) k -> b k h w", h=height)
+            neighbor = rearrange(layer.region_mass(h, **read), "b k (h w) -> b k h w", h=height)
+            maps.append(AttentionMaps(picture=picture, neighbor=neighbor))
+
+        self._predict(x, t, text, _NeighborReader(self, text, neighbors, note), low_res=low_res)
+        return maps
 
     def _predict(
         self,
@@ -328,7 +357,7 @@ class UNet(nn.Module):
 class _NeighborReader:
     """Applies the neighbour attention of a level where there is one, in the order the keys were projected.
 
-    Given a list of `shares`, it notes there how much attention each neighbour gets at each layer.
+    `note` is told each layer that runs, what it sees of the picture, and what it reads of the neighbours.
     """
 
     def __init__(
@@ -336,9 +365,9 @@ class _NeighborReader:
         unet: UNet,
         text: TextCondition,
         neighbors: NeighborKV | None,
-        shares: list[Float[Tensor, "b k"]] | None = None,
+        note: Callable[[NeighborAttention, Features, dict[str, Any]], None] | None = None,
     ) -> None:
-        self.unet, self.text, self.neighbors, self.shares = unet, text, neighbors, shares
+        self.unet, self.text, self.neighbors, self.note = unet, text, neighbors, note
         self.layers = unet.config.neighbor_layers
         self.agreement = None if neighbors is None else unet.agreement(text, neighbors)
 
@@ -348,9 +377,8 @@ class _NeighborReader:
         i = self.layers.index((side, level))
         layer = self.unet.reader(side, level)
         keys, mask = self.neighbors.keys[i], self.neighbors.mask
-        if self.shares is not None:
-            mass = layer.mass(h, keys=keys, mask=mask, text=self.text, agreement=self.agreement)
-            self.shares.append(mass.mean(dim=1))
+        if self.note is not None:
+            self.note(layer, h, {"keys": keys, "mask": mask, "text": self.text, "agreement": self.agreement})
         return layer(h, keys=keys, values=self.neighbors.values[i], mask=mask, text=self.text, agreement=self.agreement)
 
 
