@@ -82,6 +82,18 @@ class LowResolution:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class GuidanceInput:
+    """The guidance that a distilled network imitates: the weights w_p and w_n, at least 1, and eta in [0, 1].
+
+    Not part of a Condition: nothing is drawn from it, and guidance never drops it (Meng et al. 2023, section 3.1).
+    """
+
+    text_guidance: PerExample
+    neighbor_guidance: PerExample
+    text_share: PerExample
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Condition:
     """Everything one network call is conditioned on. `neighbors` None skips the neighbour layers altogether.
 

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from index.errors import ConfigError
-from radt.conditioning import LowResolution, NeighborBatch, NeighborKV, TextCondition
+from radt.conditioning import GuidanceInput, LowResolution, NeighborBatch, NeighborKV, TextCondition
 from radt.resizing import Size, resize
 from radt.shapes import Features, PerExample, Pixels
 from radt.unet.attention import AttentionMaps, CaptionAgreement, NeighborAttention, TextSelfAttention
@@ -45,6 +45,7 @@ class UNetConfig:
     neighbor_value_width: int = 64
     image_width: int | None = None  # None: as wide as high
     low_res_size: int | None = None  # height of the picture drawn over; None: the first stage, which draws over none
+    guidance_input: bool = False  # told the guidance that it imitates in one row: a fast twin (I10)
     neighbor_encoder: Literal["shared", "separate"] = "shared"  # shared: neighbours go through the network's own (R7)
 
     def __post_init__(self) -> None:
@@ -101,14 +102,22 @@ class TextEmbedding(nn.Module):
         self.null_pooled = nn.Parameter(torch.zeros(config.pooled_width))
         if config.low_res is not None:
             self.augmentation = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        if config.guidance_input:
+            self.guidance = nn.Sequential(nn.Linear(3 * width, width), nn.SiLU(), nn.Linear(width, width))
 
-    def forward(self, t: PerExample, text: TextCondition, low_res: LowResolution | None) -> Float[Tensor, "b e"]:
+    def forward(
+        self, t: PerExample, text: TextCondition, low_res: LowResolution | None, guidance: GuidanceInput | None = None
+    ) -> Float[Tensor, "b e"]:
         """The vector that modulates every residual block."""
         is_null = ~text.mask.any(dim=-1, keepdim=True)
         pooled = torch.where(is_null, self.null_pooled, text.pooled)
         combined = self.time(fourier_features(t, self.width)) + self.pooled(pooled)
         if low_res is not None:
             combined = combined + self.augmentation(fourier_features(low_res.level, self.width))
+        if guidance is not None:  # weights as 1/w, which lies in (0, 1] as fourier_features has it
+            dials = (1 / guidance.text_guidance, 1 / guidance.neighbor_guidance, guidance.text_share)
+            features = torch.cat([fourier_features(dial, self.width) for dial in dials], dim=-1)
+            combined = combined + self.guidance(features)
         return nn.functional.silu(combined)
 
 
@@ -207,6 +216,8 @@ class UNet(nn.Module):
             if isinstance(module, NeighborAttention):
                 zero_(module.to_offset)
         zero_(self.conv_out)
+        if self.config.guidance_input:  # so that a twin starts as its teacher, whatever guidance it is told
+            zero_(cast(nn.Linear, self.embedding.guidance[-1]))
 
     def forward(
         self,
@@ -216,9 +227,13 @@ class UNet(nn.Module):
         neighbors: NeighborKV | None = None,
         *,
         low_res: LowResolution | None = None,
+        guidance: GuidanceInput | None = None,
     ) -> Pixels:
-        """The raw prediction (eps, x0 or v as trained), shape of x. `neighbors` None skips every neighbour layer."""
-        return self._predict(x, t, text, _NeighborReader(self, text, neighbors), low_res=low_res)
+        """The raw prediction (eps, x0 or v as trained), shape of x. `neighbors` None skips every neighbour layer.
+
+        `guidance` is for a network with `guidance_input` alone; None asks it for no guidance in particular.
+        """
+        return self._predict(x, t, text, _NeighborReader(self, text, neighbors), low_res=low_res, guidance=guidance)
 
     def attention_mass(
         self,
@@ -275,8 +290,10 @@ class UNet(nn.Module):
         attend: "_NeighborReader",
         *,
         low_res: LowResolution | None,
+        guidance: GuidanceInput | None = None,
     ) -> Pixels:
-        embedding = self.embedding(t, text, low_res)
+        assert guidance is None or self.config.guidance_input, "only a network with guidance_input is told guidance"
+        embedding = self.embedding(t, text, low_res, guidance)
         maps = self._encode(self.encoder, x, embedding, text, attend=attend, low_res=low_res)
         h = maps[-1]
         for level in reversed(range(len(self.decoder))):
