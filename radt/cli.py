@@ -191,7 +191,7 @@ def corpus_scenes(
 
 @app.command()
 def train(
-    preset: Annotated[str, typer.Argument(help="clip-emoji, emoji-demo, emoji-demo-sr or tiny.")],
+    preset: Annotated[str, typer.Argument(help="clip-emoji, emoji-demo, emoji-demo-sr, tiny, or imagen-64, -256 or -1024.")],
     out: Annotated[Path, typer.Option("--out", help="Run folder. The same command again resumes.")],
     changes: Annotated[list[str], typer.Option("--set", help="key=value; repeatable.", default_factory=list)],
     as_json: Json = False,

@@ -80,6 +80,74 @@ def emoji_demo_sr() -> BaseConfig:
     )
 
 
+def bottleneck_only(unet: UNetConfig) -> UNetConfig:
+    """The same network with neighbours at the coarsest map alone, as Re-Imagen has them (row R9)."""
+    return replace(unet, encoder_neighbor_levels=(len(unet.channels) - 1,), decoder_neighbor_levels=())
+
+
+IMAGEN_TEXT = "google/t5-v1_1-xxl"  # the encoder of Imagen, section 2.1: tokens of width 4096
+
+
+def imagen_64() -> UNetConfig:
+    """Imagen's base network of 2 B parameters (Saharia et al. 2022, appendix F): 512 channels times 1, 2, 3, 4.
+
+    Deviates in the number of blocks, 3 everywhere there: more of them at low resolution bring it to the size named.
+    """
+    return UNetConfig(
+        image_size=64,
+        text_width=4096,
+        pooled_width=4096,
+        channels=(512, 1024, 1536, 2048),
+        blocks=(3, 3, 5, 6),
+        fold=1,
+        embedding_width=2048,
+        attention_levels=(1, 2, 3),  # 32, 16 and 8 positions a side
+        encoder_neighbor_levels=(2, 3),
+        decoder_neighbor_levels=(1, 2),
+        heads=8,
+        neighbor_heads=8,
+        neighbor_key_width=92,  # with 32 position channels, up to 3 neighbours and the sink: 128 in all
+        neighbor_value_width=128,
+    )
+
+
+def imagen_256() -> UNetConfig:
+    """Imagen's Efficient U-Net from 64x64 to 256x256, 600 M parameters: 128 channels times 1, 2, 4, 8 (appendix F).
+
+    Its first strided convolution is the fold here. 8 blocks at the last level there, 11 here, for the size named.
+    """
+    return replace(
+        imagen_64(),
+        image_size=256,
+        low_res_size=64,
+        channels=(128, 256, 512, 1024),
+        blocks=(2, 4, 8, 11),
+        fold=2,
+        embedding_width=512,
+        attention_levels=(3,),
+        encoder_neighbor_levels=(3,),
+        decoder_neighbor_levels=(2,),
+    )
+
+
+def imagen_1024() -> UNetConfig:
+    """Imagen's Efficient U-Net from 256x256 to 1024x1024, 400 M parameters; attention at the coarsest maps alone."""
+    return replace(imagen_256(), image_size=1024, low_res_size=256, blocks=(2, 4, 8, 6), fold=4)
+
+
+def imagen_stage(unet: UNetConfig, *, below: str | None = None, num_scenes: int = 12000) -> BaseConfig:
+    """One stage of the large cascade with the training figures of Imagen (section 4.1, appendix F), for a machine with GPUs."""
+    return replace(
+        emoji_demo(),
+        text_encoder=IMAGEN_TEXT,
+        unet=unet,
+        below=below,
+        pack=PackConfig(num_scenes=num_scenes),
+        optim=OptimConfig(lr=1e-4, warmup_steps=10_000),
+        loop=LoopConfig(num_steps=2_500_000, ema_decay=0.9999, save_every=10_000, compile=True),
+    )
+
+
 def tiny() -> BaseConfig:
     """A base stage that trains in seconds: what the tests use, and a first look at the loop. It draws nothing well."""
     return BaseConfig(
@@ -113,4 +181,7 @@ PRESETS: dict[str, Callable[[], BaseConfig | ClipTrainConfig]] = {
     "emoji-demo-sr": emoji_demo_sr,
     "clip-emoji": clip_emoji,
     "tiny": tiny,
+    "imagen-64": lambda: imagen_stage(imagen_64()),
+    "imagen-256": lambda: imagen_stage(imagen_256(), below="runs/imagen-64/bundle", num_scenes=3000),
+    "imagen-1024": lambda: imagen_stage(imagen_1024(), below="runs/imagen-256/bundle", num_scenes=300),
 }
