@@ -51,6 +51,18 @@ class NeighborBatch:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class EncodedNeighbors:
+    """Neighbours as the encoder leaves them: what does not yet depend on their places among the K.
+
+    `maps` has one entry a level that some layer reads, finest first; `captions` and `caption_mask` as in NeighborKV.
+    """
+
+    maps: tuple[Float[Tensor, "b k _c _h _w"], ...]
+    captions: Float[Tensor, "b k n r"]
+    caption_mask: Bool[Tensor, "b k n"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class NeighborKV:
     """The neighbours' keys and values, one pair for each attention layer: data, computed once a request (row N5).
 

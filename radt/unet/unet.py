@@ -16,9 +16,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from index.errors import ConfigError
-from radt.conditioning import GuidanceInput, LowResolution, NeighborBatch, NeighborKV, TextCondition
+from radt.conditioning import EncodedNeighbors, GuidanceInput, LowResolution, NeighborBatch, NeighborKV, TextCondition
 from radt.resizing import Size, resize
-from radt.shapes import Features, PerExample, Pixels
+from radt.shapes import Features, NeighborMask, PerExample, Pixels
 from radt.unet.attention import AttentionMaps, CaptionAgreement, NeighborAttention, TextSelfAttention
 from radt.unet.layers import ResidualBlock, Upsample, fourier_features, group_norm, zero_
 
@@ -340,7 +340,11 @@ class UNet(nn.Module):
         return maps
 
     def project_neighbors(self, neighbors: NeighborBatch) -> NeighborKV:
-        """Encode the neighbours, pixels and caption (`encode_neighbors`); project keys and values.
+        """Encode the neighbours, pixels and caption; project keys and values."""
+        return self.project_encoded(self.encode_pairs(neighbors), neighbors.mask)
+
+    def encode_pairs(self, neighbors: NeighborBatch) -> EncodedNeighbors:
+        """What does not depend on a neighbour's place among the others, so that it can be kept (`neighbor_store.py`).
 
         At a super-resolution stage each is encoded over its own picture, shrunk and enlarged again, without noise.
         """
@@ -358,17 +362,28 @@ class UNet(nn.Module):
             else LowResolution(pixels=resize(resize(pixels, small), self.config.size), level=pixels.new_zeros(b * k))
         )
         maps = self.encode_neighbors(pixels, flat_text, low_res=below)
-        projected = [
-            self.reader(side, level).project(rearrange(maps[level], "(b k) c h w -> b k c h w", b=b))
-            for side, level in self.config.neighbor_layers
-        ]
+        return EncodedNeighbors(
+            maps=tuple(rearrange(maps[level], "(b k) c h w -> b k c h w", b=b) for level in self._levels_read),
+            captions=self.agreement.embed(neighbors.text.tokens),
+            caption_mask=neighbors.text.mask,
+        )
+
+    def project_encoded(self, encoded: EncodedNeighbors, mask: NeighborMask) -> NeighborKV:
+        """Keys and values of every layer from what `encode_pairs` made. Here a neighbour gets its place among the K."""
+        maps = dict(zip(self._levels_read, encoded.maps, strict=True))
+        projected = [self.reader(side, level).project(maps[level]) for side, level in self.config.neighbor_layers]
         return NeighborKV(
             keys=tuple(keys for keys, _ in projected),
             values=tuple(values for _, values in projected),
-            captions=self.agreement.embed(neighbors.text.tokens),
-            caption_mask=neighbors.text.mask,
-            mask=neighbors.mask,
+            captions=encoded.captions,
+            caption_mask=encoded.caption_mask,
+            mask=mask,
         )
+
+    @property
+    def _levels_read(self) -> list[int]:
+        """The levels that some neighbour attention reads, finest first."""
+        return sorted({level for _, level in self.config.neighbor_layers})
 
 
 class _NeighborReader:
