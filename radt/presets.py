@@ -136,7 +136,7 @@ def imagen_1024() -> UNetConfig:
 
 
 def imagen_stage(unet: UNetConfig, *, below: str | None = None, num_scenes: int = 12000) -> BaseConfig:
-    """One stage of the large cascade with the training figures of Imagen (section 4.1, appendix F), for a machine with GPUs."""
+    """One stage of the large cascade, trained as Imagen says (section 4.1, appendix F), for a machine with GPUs."""
     return replace(
         emoji_demo(),
         text_encoder=IMAGEN_TEXT,
