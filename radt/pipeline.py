@@ -6,9 +6,11 @@ networks, `radt/diffusion/guidance.py` and `radt/diffusion/samplers.py` for the 
 
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +20,11 @@ from PIL import Image
 from index.config import from_dict, to_dict
 from index.errors import ConfigError, QueryError
 from radt.bundle import Bundle, load_bundle
-from radt.cascade import Cascade, Stage, find_sampler
-from radt.conditioning import Condition, repeat
+from radt.cascade import Cascade, find_sampler, stages_of
+from radt.conditioning import Condition, take_rows
 from radt.diffusion.samplers import draw_noise
+from radt.fast import settle
+from radt.image_to_image import InitImage, make_init_image
 from radt.neighbors import (
     RGB8,
     Neighbor,
@@ -30,12 +34,16 @@ from radt.neighbors import (
     make_batches,
     neighbors_of,
     to_pixels,
+    to_rgb8,
 )
+from radt.postprocess import apply_post
 from radt.provenance import Origin, Record, current_origin, save_png
+from radt.quality import prompt_agreements
 from radt.resizing import Size, resize
 from radt.settings import GenerateSettings
 
 if TYPE_CHECKING:
+    from index.embedder import Embedder
     from index.knowledge_base import KnowledgeBase
     from index.search.joined import JoinedKnowledgeBase
 
@@ -50,7 +58,7 @@ def ignore(done: int, total: int) -> None:
 class GeneratedImage:
     """A picture, the record from which it can be drawn again, and the milliseconds that each part of its request took.
 
-    `timings_ms` has `retrieve`, `encode_neighbors` (once per prompt, the same in all its pictures) and `sample`.
+    `timings_ms` has `retrieve`, `encode_neighbors` (both once per prompt: 0 in its later pictures) and `sample`.
     """
 
     image: Image.Image
@@ -89,6 +97,8 @@ class GeneratedImage:
             "seed": self.seed,
             "prompt": self.prompt,
             "neighbors": [neighbor.to_json() for neighbor in self.neighbors],
+            "init_image": None if self.record.init is None else self.record.init.name,
+            "candidates": [to_dict(candidate) for candidate in self.record.candidates],
             "copy_similarity": self.record.copy_similarity,
             "settings": to_dict(self.settings),
         }
@@ -110,8 +120,7 @@ class TextToImage:
         self, bundle: Bundle, *, kb: "KnowledgeBase | JoinedKnowledgeBase | None" = None, device: str = "cpu"
     ) -> None:
         self.bundle, self.kb, self.device = bundle, kb, device
-        stages = zip(bundle.unets, bundle.info.stages, strict=True)
-        self.cascade = Cascade([Stage(unet=unet, info=info) for unet, info in stages], device=device)
+        self.cascade = Cascade(stages_of(bundle), device=device)
 
     @classmethod
     def load(
@@ -161,61 +170,112 @@ class TextToImage:
         n: int = 1,
         seed: int = 0,
         references: Sequence[Reference] = (),
+        init: InitImage | Image.Image | None = None,
         on_step: OnStep = ignore,
         **settings: Any,
     ) -> Iterator[GeneratedImage]:
         """Draw `n` pictures, each handed over as soon as it is done. `settings` are fields of GenerateSettings.
 
         What is not said is as the model's bundle has it. The references come first among the neighbours and the
-        knowledge base fills up to `k`. QueryError or ConfigError for what cannot be done as asked.
+        knowledge base fills up to `k`. `init` is a picture to start from, with the setting `strength`. QueryError or
+        ConfigError for what cannot be done as asked.
         """
-        asked = self.settings(**settings)
+        asked = self.settings_for(prompt, self.settings(**settings))
         if n < 1:
             raise QueryError(f"n is the number of pictures, at least 1, got {n}")
         if not 0 <= seed < 2**63 - n:
             raise QueryError(f"the seed must lie between 0 and 2**63 - n, got {seed}")
-        clock = _Clock(self.device)
-        with clock("retrieve"):
-            neighbors = self.retrieve(prompt, settings=asked, references=references)
-        with clock("encode_neighbors"):
-            conditions = self.encode(prompt, neighbors, settings=asked)
-        origin = self.origin()
-        seeds = range(seed, seed + n)
-        steps = self.cascade.network_steps(asked)
-        for start in range(0, n, asked.batch_size):
-            some = seeds[start : start + asked.batch_size]
+        if isinstance(init, Image.Image):
+            init = self.init_image(init, settings=asked)
+        total = n * self.cascade.network_steps(asked)
 
-            def report(done: int, before: int = start) -> None:
-                on_step(before * steps + done, n * steps)
+        def requests() -> Iterator[DrawRequest]:
+            neighbors = self.retrieve(prompt, settings=asked, references=references)
+            for number in range(seed, seed + n):
+                yield DrawRequest(prompt=prompt, neighbors=neighbors, seed=number)
+
+        yield from self.pictures(
+            requests(), settings=asked, init=init, on_step=lambda done: on_step(done, total)
+        )
+
+    def pictures(
+        self,
+        requests: Iterable[DrawRequest],
+        *,
+        settings: GenerateSettings,
+        init: InitImage | None = None,
+        on_step: Callable[[int], None] = lambda done: None,
+    ) -> Iterator[GeneratedImage]:
+        """A picture with its record for every request, in order, `settings.batch_size` of them in one network call.
+
+        The requests are taken one batch at a time, so they may look their neighbours up when asked for: that time is
+        told as `retrieve`. Requests that follow each other with the same prompt and the same list of neighbours share
+        one encoding (row N5). `on_step` counts network steps.
+        """
+        clock, origin, coming = _Clock(self.device), self.origin(), iter(requests)
+        encoded, done = _Encoded(self, settings), 0
+        while True:
+            with clock("retrieve"):
+                batch = list(islice(coming, settings.batch_size))
+            if not batch:
+                return
+            with clock("encode_neighbors"):
+                conditions = encoded.conditions(batch)
+
+            def report(steps: int, before: int = done) -> None:
+                on_step(before + steps)
 
             with clock("sample"):
-                repeated = [repeat(condition, len(some)) for condition in conditions]
-                pictures = from_pixels(self.cascade.sample(repeated, asked, some, report))
-            timings = {**clock.milliseconds, "sample": clock.milliseconds["sample"] / len(some)}
-            for number, picture in zip(some, pictures, strict=True):
+                drawn = self._finished(conditions, settings, [each.seed for each in batch], report, init=init)
+            done += self.cascade.network_steps(settings) * len(batch)
+            timings = {name: milliseconds / len(batch) for name, milliseconds in clock.milliseconds.items()}
+            for row, (request, picture) in enumerate(zip(batch, drawn, strict=True)):
                 record = Record(
-                    prompt=prompt,
-                    seed=number,
-                    settings=asked,
+                    prompt=request.prompt,
+                    seed=request.seed,
+                    settings=settings,
                     origin=origin,
-                    neighbors=self.with_attention(neighbors, conditions[0], picture),
-                    copy_similarity=copy_similarity(picture, neighbors),
+                    neighbors=self.with_attention(request.neighbors, take_rows(conditions[0], [row]), picture),
+                    init=init,
+                    copy_similarity=copy_similarity(picture, request.neighbors),
                 )
                 yield GeneratedImage(image=Image.fromarray(picture.numpy()), record=record, timings_ms=timings)
+
+    def settings_for(self, prompt: str, settings: GenerateSettings) -> GenerateSettings:
+        """The settings as a prompt has them: an empty one asks for no text (row I15), and then none is strengthened."""
+        if settings.unconditional and prompt.strip():
+            raise QueryError(f"unconditional draws from no prompt, and {prompt!r} was given: leave one of them out")
+        if prompt.strip():
+            return settings
+        return replace(settings, unconditional=True, text_guidance=1.0, sr_text_guidance=1.0)
+
+    def init_image(self, image: Image.Image, *, settings: GenerateSettings, name: str = "image") -> InitImage:
+        """A picture as the stages of a request start from it."""
+        return make_init_image(image, [stage.size for stage in self.cascade.of(settings)], name=name)
+
+    @cached_property
+    def clip(self) -> "Embedder":
+        """The model's own pair of image and text encoders, loaded when something is first measured."""
+        from index.embedder import ClipEmbedder
+
+        return ClipEmbedder.load(str(self.bundle.folder))
+
+    def prompt_agreements(self, prompt: str, images: Sequence[Image.Image]) -> list[float]:
+        """How well pictures agree with a prompt, by the model's own CLIP: cosines in [-1, 1]."""
+        return prompt_agreements(self.clip, prompt, images)
 
     def settings(self, **changes: Any) -> GenerateSettings:
         """The bundle's own settings with some changed. An unknown name or value is a ConfigError."""
         given = from_dict(GenerateSettings, {**to_dict(self.bundle.info.sampling), **changes})
         find_sampler(given.sampler)
-        self.cascade.of(given)
-        return given
+        return settle(given, self.cascade.of(given), named=changes)
 
     def retrieve(
         self, prompt: str, *, settings: GenerateSettings, references: Sequence[Reference] = ()
     ) -> list[Neighbor]:
         """The neighbours of a prompt as this model sees them: the references, then the best pairs, `k` in all."""
         wanted = settings.k - len(references)
-        if self.kb is None or wanted <= 0:
+        if self.kb is None or wanted <= 0 or settings.unconditional:
             return neighbors_of([], references, self.size)
         hits = self.kb.search(
             prompt,
@@ -244,14 +304,23 @@ class TextToImage:
         """A row of conditions for every prompt, each with its own neighbours; one condition a stage."""
         encoder = self.bundle.text_encoder
         batches = make_batches(neighbors, encoder, [stage.size for stage in self.cascade.of(settings)])
-        return self.cascade.condition(encoder.encode(prompts), batches, settings)
+        text = encoder.encode(prompts)
+        if settings.unconditional:
+            text = text.drop(torch.ones(len(prompts), dtype=torch.bool, device=text.mask.device))
+        return self.cascade.condition(text, batches, settings)
 
     def draw(
-        self, prompt: str, neighbors: Sequence[Neighbor], *, settings: GenerateSettings, seeds: Sequence[int]
+        self,
+        prompt: str,
+        neighbors: Sequence[Neighbor],
+        *,
+        settings: GenerateSettings,
+        seeds: Sequence[int],
+        init: InitImage | None = None,
     ) -> list[RGB8]:
         """Pictures from neighbours at hand, without a knowledge base: what `radt replay` does."""
         conditions = self.encode(prompt, neighbors, settings=settings)
-        return [from_pixels(self.cascade.sample(conditions, settings, [seed]))[0] for seed in seeds]
+        return [self._finished(conditions, settings, [seed], init=init)[0] for seed in seeds]
 
     def draw_many(
         self, requests: Sequence[DrawRequest], *, settings: GenerateSettings, on_step: OnStep = ignore
@@ -269,7 +338,23 @@ class TextToImage:
 
             prompts, neighbors = [each.prompt for each in some], [each.neighbors for each in some]
             conditions = self.encode_many(prompts, neighbors, settings=settings)
-            yield from from_pixels(self.cascade.sample(conditions, settings, [each.seed for each in some], report))
+            yield from self._finished(conditions, settings, [each.seed for each in some], report)
+
+    def _finished(
+        self,
+        conditions: Sequence[Condition],
+        settings: GenerateSettings,
+        seeds: Sequence[int],
+        on_step: Callable[[int], None] = lambda done: None,
+        *,
+        init: InitImage | None = None,
+    ) -> list[RGB8]:
+        """Drawn pictures in 8 bits, after what `settings.post` asks for."""
+        drawn = list(from_pixels(self.cascade.sample(conditions, settings, seeds, on_step, init=init)))
+        if settings.post is None:
+            return drawn
+        done = [apply_post(Image.fromarray(picture.numpy()), settings.post) for picture in drawn]
+        return [to_rgb8(image, (image.height, image.width)) for image in done]
 
     @torch.inference_mode()
     def with_attention(
@@ -288,6 +373,7 @@ class TextToImage:
         t = torch.full((1,), 0.5, device=self.device)
         x = stage.info.schedule.add_noise(x0, noise, t)
         shares = stage.unet.attention_mass(x, t, condition.text, condition.neighbors)[0].tolist()
+        shares = shares[: len(neighbors)]  # others of its batch may have had more
         return tuple(replace(each, attention=round(share, 4)) for each, share in zip(neighbors, shares, strict=True))
 
     def origin(self) -> Origin:
@@ -333,6 +419,26 @@ def file_name(position: int, prompt: str, seed: int) -> str:
     """As in `00000_wolf-on-red_seed0.png`: sorts by position and says what it shows."""
     words = "-".join(re.findall(r"[a-z0-9]+", prompt.lower()))[:40].strip("-")
     return f"{position:05d}_{words or 'picture'}_seed{seed}.png"
+
+
+class _Encoded:
+    """The conditions of a batch. Its different prompts are encoded together, and only when they are not the last's."""
+
+    def __init__(self, pipeline: TextToImage, settings: GenerateSettings) -> None:
+        self._pipeline, self._settings = pipeline, settings
+        self._known: dict[tuple[str, int], DrawRequest] = {}  # by prompt and list of neighbours; keeps the lists alive
+        self._conditions: tuple[Condition, ...] = ()
+
+    def conditions(self, batch: Sequence[DrawRequest]) -> tuple[Condition, ...]:
+        """One condition a stage, with a row a request."""
+        keys = [(request.prompt, id(request.neighbors)) for request in batch]
+        distinct = dict(zip(keys, batch, strict=True))
+        if distinct.keys() != self._known.keys():
+            prompts, neighbors = zip(*((each.prompt, each.neighbors) for each in distinct.values()), strict=True)
+            self._conditions = self._pipeline.encode_many(prompts, neighbors, settings=self._settings)
+            self._known = distinct
+        places = [list(self._known).index(key) for key in keys]
+        return tuple(take_rows(condition, places) for condition in self._conditions)
 
 
 class _Clock:

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 from index.atomic import write_bytes
 from index.config import from_dict, to_dict
 from index.errors import ConfigError, ModelError, UserError
+from radt.best_of import Candidate
+from radt.image_to_image import InitImage
 from radt.neighbors import RGB8, Neighbor, decode_image
 from radt.settings import GenerateSettings
 
@@ -52,7 +54,14 @@ class Record:
     settings: GenerateSettings
     origin: Origin
     neighbors: tuple[Neighbor, ...] = ()
+    init: InitImage | None = None  # the picture it was drawn from
+    candidates: tuple[Candidate, ...] = ()  # of `--best-of`, this picture among them
     copy_similarity: float | None = None
+
+    @property
+    def pixels(self) -> list[RGB8]:
+        """The pictures that travel with it: the neighbours, then the one that it was drawn from."""
+        return [*(neighbor.pixels for neighbor in self.neighbors), *([] if self.init is None else [self.init.pixels])]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,12 +108,13 @@ def current_origin(*, model: str, model_digest: str, device: str, **knowledge_ba
 
 def save_png(path: Path, image: "Image.Image", record: Record) -> None:
     """Write the picture and its record, both files whole or not at all; a needed sidecar comes first."""
+    from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
-    pictures = [_png_bytes(neighbor.image) for neighbor in record.neighbors]
+    pictures = [_png_bytes(Image.fromarray(each.numpy())) for each in record.pixels]
     is_inline = sum(map(len, pictures)) * 4 / 3 <= INLINE_LIMIT
     if not is_inline:
-        write_bytes(_sidecar(path), _pack([neighbor.pixels for neighbor in record.neighbors]))
+        write_bytes(_sidecar(path), _pack(record.pixels))
     info = PngInfo()
     info.add_itxt(CHUNK, json.dumps(_to_json(record, pictures if is_inline else None)), zip=True)
     write_bytes(path, _png_bytes(image, info))
@@ -141,7 +151,9 @@ def replay(path: Path, model: str | Path | None = None) -> Replay:
         was, now = f"{record.origin.model} ({record.origin.model_digest})", f"{pipeline.name} ({pipeline.digest})"
         raise ModelError(f"{str(path)!r} was drawn by model {was}, and this is {now}: name the other with --model")
     with _threads(record.origin.threads):
-        again = pipeline.draw(record.prompt, record.neighbors, settings=record.settings, seeds=[record.seed])[0]
+        again = pipeline.draw(
+            record.prompt, record.neighbors, settings=record.settings, seeds=[record.seed], init=record.init
+        )[0]
         now_origin = pipeline.origin()
     before = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3)
     if before.shape != again.shape:
@@ -179,8 +191,9 @@ def _threads(count: int) -> Iterator[None]:
 
 def _to_json(record: Record, pictures: Sequence[bytes] | None) -> dict[str, Any]:
     neighbors = [neighbor.to_json() for neighbor in record.neighbors]
+    init = None if record.init is None else {"name": record.init.name}
     if pictures is not None:
-        for values, picture in zip(neighbors, pictures, strict=True):
+        for values, picture in zip([*neighbors, *([init] if init else [])], pictures, strict=True):
             values["png"] = base64.b64encode(picture).decode("ascii")
     return {
         "format": FORMAT,
@@ -190,6 +203,8 @@ def _to_json(record: Record, pictures: Sequence[bytes] | None) -> dict[str, Any]
         "origin": to_dict(record.origin),
         "neighbors": neighbors,
         "neighbors_inline": pictures is not None,
+        "init": init,
+        "candidates": [to_dict(each) for each in record.candidates],
         "copy_similarity": record.copy_similarity,
     }
 
@@ -197,14 +212,16 @@ def _to_json(record: Record, pictures: Sequence[bytes] | None) -> dict[str, Any]
 def _from_json(values: Mapping[str, Any], path: Path) -> Record:
     from radt.neighbors import to_rgb8
 
+    init = values.get("init")
+    carried = [*values["neighbors"], *([init] if init else [])]
     if values["neighbors_inline"]:
-        images = [decode_image(_unbase64(each["png"]), f"a neighbour inside {path}") for each in values["neighbors"]]
+        images = [decode_image(_unbase64(each["png"]), f"a neighbour inside {path}") for each in carried]
         pixels = [to_rgb8(image, (image.height, image.width)) for image in images]
     else:
-        pixels = _unpack(_sidecar(path), len(values["neighbors"]))
+        pixels = _unpack(_sidecar(path), len(carried))
     neighbors = [
         Neighbor(pixels=picture, **{name: value for name, value in each.items() if name != "png"})
-        for each, picture in zip(values["neighbors"], pixels, strict=True)
+        for each, picture in zip(values["neighbors"], pixels, strict=False)  # the last may be the one drawn from
     ]
     return Record(
         prompt=str(values["prompt"]),
@@ -212,6 +229,8 @@ def _from_json(values: Mapping[str, Any], path: Path) -> Record:
         settings=from_dict(GenerateSettings, values["settings"]),
         origin=from_dict(Origin, values["origin"]),
         neighbors=tuple(neighbors),
+        init=InitImage(name=str(init["name"]), pixels=pixels[-1]) if init else None,
+        candidates=tuple(from_dict(Candidate, each) for each in values.get("candidates", ())),
         copy_similarity=values["copy_similarity"],
     )
 
