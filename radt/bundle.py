@@ -31,12 +31,25 @@ WEIGHTS = "model.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class FastTwin:
+    """A stage distilled until a step costs one row: its folder, and the number of DDIM steps that it takes (row I10).
+
+    `steps` is None where guidance alone was distilled: then any sampler and number of steps will do.
+    """
+
+    name: str
+    steps: int | None = None
+    highest_guidance: float  # the largest weight that it was taught
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class StageInfo:
     """One generator of the cascade: its folder, and what its network was trained to predict under which noise."""
 
     name: str
     prediction: Prediction = "v"
     schedule: NoiseSchedule = field(default_factory=NoiseSchedule)
+    fast: FastTwin | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,7 +78,11 @@ class BundleInfo:
     @property
     def digest(self) -> str:
         """Names the weights and how they are read; two bundles with the same digest draw the same pictures."""
-        facts = {"stages": to_dict(self)["stages"], "files": sorted((file.path, file.digest) for file in self.files)}
+        stages = to_dict(self)["stages"]
+        for stage in stages:
+            if stage["fast"] is None:  # as bundles were named before there were twins
+                del stage["fast"]
+        facts = {"stages": stages, "files": sorted((file.path, file.digest) for file in self.files)}
         if self.text_encoder is not None:
             facts["text_encoder"] = self.text_encoder
         return blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=8).hexdigest()
@@ -78,6 +95,7 @@ class Bundle:
     folder: Path
     info: BundleInfo
     unets: tuple["UNet", ...]  # one a stage
+    twins: tuple["UNet | None", ...]  # the distilled network of each stage that has one
     text_encoder: "TextEncoder"
 
 
@@ -116,11 +134,12 @@ def load_bundle(folder: str | Path | None = None, *, device: str = "cpu") -> Bun
     path = find_bundle(folder)
     info = read_info(path)
     unets = tuple(load_unet(path / stage.name).to(device) for stage in info.stages)
+    twins = tuple(load_unet(path / stage.fast.name).to(device) if stage.fast else None for stage in info.stages)
     own = path / TEXT_FOLDER if info.text_encoder == TEXT_FOLDER else info.text_encoder
     encoder = load_text_encoder(path / CLIP_FOLDER, own, device=device)
     for stage, unet in zip(info.stages, unets, strict=True):
         _check_widths(stage.name, unet, encoder, path)
-    return Bundle(folder=path, info=info, unets=unets, text_encoder=encoder)
+    return Bundle(folder=path, info=info, unets=unets, twins=twins, text_encoder=encoder)
 
 
 def load_unet(folder: Path) -> "UNet":

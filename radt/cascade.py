@@ -12,9 +12,10 @@ from hashlib import blake2b
 import torch
 
 from index.errors import ConfigError
-from radt.bundle import StageInfo
+from radt.bundle import Bundle, FastTwin, StageInfo
 from radt.conditioning import Condition, LowResolution, NeighborBatch, TextCondition, to_device
-from radt.diffusion.denoiser import Denoiser
+from radt.diffusion.denoiser import Denoise, Denoiser
+from radt.diffusion.distill import one_row, same_guidance, told
 from radt.diffusion.guidance import interleaved, plan_branches
 from radt.diffusion.samplers import SAMPLERS, Generators, Sampler, draw_noise
 from radt.diffusion.schedule import NoiseSchedule
@@ -31,6 +32,8 @@ class Stage:
 
     unet: UNet
     info: StageInfo
+    fast: FastTwin | None = None  # what it is the twin of a stage by; None: it is the stage itself
+    twin: "Stage | None" = None
 
     @property
     def size(self) -> Size:
@@ -45,6 +48,25 @@ class Stage:
     def condition(self, text: TextCondition, neighbors: NeighborBatch | None) -> Condition:
         """What it is asked with, but for the picture below; keys and values are computed here, once (row N5)."""
         return Condition(text=text, neighbors=None if neighbors is None else self.unet.project_neighbors(neighbors))
+
+    def settings(self, settings: GenerateSettings, number: int) -> GenerateSettings:
+        """The settings as this stage reads them: a twin of few steps takes those, by DDIM."""
+        asked = of_stage(settings, number)
+        if self.fast is None or self.fast.steps is None:
+            return asked
+        return replace(asked, steps=self.fast.steps, sampler="ddim")
+
+    def one_row(self, condition: Condition, settings: GenerateSettings) -> Denoise:
+        """How a twin is asked: told its guidance, so that a step has no branches (`radt/diffusion/distill.py`)."""
+        guidance = same_guidance(
+            condition.batch_size,
+            text_guidance=settings.text_guidance,
+            neighbor_guidance=settings.neighbor_guidance,
+            text_share=settings.text_share,
+            device=condition.text.tokens.device,
+        )
+        denoiser = Denoiser(told(self.unet, guidance), schedule=self.info.schedule, prediction=self.info.prediction)
+        return one_row(denoiser, condition, threshold=find_threshold(settings))
 
 
 class Cascade:
@@ -65,11 +87,16 @@ class Cascade:
         """The stages that a request runs. A ConfigError when it asks for more than there are."""
         if settings.stages is not None and settings.stages > len(self.stages):
             raise ConfigError(f"stages {settings.stages} were asked for and this model has {len(self.stages)}")
-        return self.stages[: settings.stages]
+        stages = self.stages[: settings.stages]
+        if not settings.fast:
+            return stages
+        if all(stage.twin is None for stage in stages):
+            raise ConfigError("this model has no fast twin: leave out --fast, or `radt train emoji-demo-fast`")
+        return tuple(stage.twin or stage for stage in stages)
 
     def network_steps(self, settings: GenerateSettings) -> int:
         """Steps of all stages together, for one picture."""
-        return sum(of_stage(settings, number).steps for number, _ in enumerate(self.of(settings)))
+        return sum(stage.settings(settings, number).steps for number, stage in enumerate(self.of(settings)))
 
     def condition(
         self, text: TextCondition, neighbors: Sequence[NeighborBatch] | None, settings: GenerateSettings
@@ -105,7 +132,7 @@ class Cascade:
                     generators=generators,
                 )
                 condition = replace(condition, low_res=low_res)
-            asked = of_stage(settings, number)
+            asked = stage.settings(settings, number)
 
             def report(step: int, before: int = done) -> None:
                 on_step(before + (step + 1) * len(seeds))
@@ -131,7 +158,7 @@ def sample_stage(
         plan_branches(settings.steps, text_share=settings.text_share, order=settings.order, generator=generator)
         for generator in generators
     ]
-    denoise = interleaved(
+    denoise = stage.one_row(condition, settings) if stage.fast else interleaved(
         stage.denoiser,
         condition,
         text_guidance=settings.text_guidance,
@@ -145,7 +172,7 @@ def sample_stage(
         stage.info.schedule.time_steps(settings.steps),
         schedule=stage.info.schedule,
         generators=generators,
-        branches=branches,
+        branches=None if stage.fast else branches,
         on_step=lambda step, _: on_step(step),
     )
     return x0.clamp(-1, 1)
@@ -161,6 +188,15 @@ def augment(
     levels = torch.as_tensor(level, dtype=torch.float32, device=pictures.device).expand(len(pictures))
     noised = schedule.add_noise(pictures, draw_noise(pictures, generators), levels)
     return LowResolution(pixels=noised, level=levels)
+
+
+def stages_of(bundle: Bundle) -> list[Stage]:
+    """The stages of a loaded bundle, each with its twin if it has one."""
+    stages = []
+    for unet, twin, info in zip(bundle.unets, bundle.twins, bundle.info.stages, strict=True):
+        fast = None if twin is None else Stage(unet=twin, info=info, fast=info.fast)
+        stages.append(Stage(unet=unet, info=info, twin=fast))
+    return stages
 
 
 def of_stage(settings: GenerateSettings, number: int) -> GenerateSettings:

@@ -63,6 +63,10 @@ SETTINGS: dict[str, Any] = {
     "text_share": Annotated[
         float | None, typer.Option("--text-share", help="The dial from neighbours, 0, to prompt, 1.")
     ],
+    "fast": Annotated[
+        bool | None,
+        typer.Option("--fast/--no-fast", help="Draw with the model's distilled twin: few steps, one row each."),
+    ],
     "order": Annotated[BranchOrder | None, typer.Option("--order", help="Which steps strengthen the prompt.")],
     "threshold": Annotated[ThresholdRule | None, typer.Option("--threshold", help="Kept in range how.")],
     "by": Annotated[By | None, typer.Option("--by", help="What neighbours are found by.")],

@@ -50,6 +50,7 @@ class GenerateSettings:
     unconditional: bool = False  # the null text, and nothing looked up
     strength: float = 0.8  # with a picture to start from: the time of the noise put over it (radt/image_to_image.py)
     post: str | None = None  # what is done to the drawn picture, as NAME=AMOUNT,... (radt/postprocess.py)
+    fast: bool = False  # draw with the distilled twins of the stages that have one (radt/fast.py)
     batch_size: int = 1  # images a network call; 1 keeps every image bitwise the same alone or among others
 
     def __post_init__(self) -> None:
