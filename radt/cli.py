@@ -86,6 +86,16 @@ SETTINGS: dict[str, Any] = {
         float | None,
         typer.Option("--augmentation-level", help="Noise over the picture below: 0 trusts it, 1 ignores it."),
     ],
+    "unconditional": Annotated[
+        bool | None, typer.Option("--unconditional", help="Draw from no prompt and no knowledge base.")
+    ],
+    "strength": Annotated[
+        float | None, typer.Option("--strength", help="How little of --init-image is kept: near 0 all, 1 nothing.")
+    ],
+    "post": Annotated[
+        str | None,
+        typer.Option("--post", help="After drawing: sharpen=0.3,contrast=1.1,brightness=1.1,saturation=1.2."),
+    ],
     "batch_size": Annotated[
         int | None, typer.Option("--batch-size", help="Pictures a network call; 1 keeps each bitwise the same.")
     ],
@@ -195,7 +205,7 @@ def corpus_scenes(
 
 @app.command()
 def train(
-    preset: Annotated[str, typer.Argument(help="clip-emoji, emoji-demo, emoji-demo-sr, tiny, or imagen-64, -256 or -1024.")],
+    preset: Annotated[str, typer.Argument(help="clip-emoji, emoji-demo, -sr, -fast, tiny, or imagen-64, -256 or -1024.")],
     out: Annotated[Path, typer.Option("--out", help="Run folder. The same command again resumes.")],
     changes: Annotated[list[str], typer.Option("--set", help="key=value; repeatable.", default_factory=list)],
     as_json: Json = False,
@@ -211,12 +221,20 @@ def train(
 @app.command()
 @takes(SETTINGS | FILTERS)
 def generate(
-    prompts: Annotated[list[str], typer.Argument(help="One or more prompts.")],
+    prompts: Annotated[list[str] | None, typer.Argument(help='One or more prompts; "" draws from none.')] = None,
+    prompts_file: Annotated[
+        Path | None,
+        typer.Option("--prompts", help="File with a prompt a line, or .jsonl; the same command again goes on."),
+    ] = None,
     model: Model = None,
     kb: Kbs = None,
     n: Annotated[int, typer.Option("-n", help="Pictures of each prompt.")] = 1,
     seed: Seed = 0,
     references: References = None,
+    init_image: Annotated[Path | None, typer.Option("--init-image", help="A picture to start from.")] = None,
+    best_of: Annotated[
+        int, typer.Option("--best-of", help="Draw so many for each picture; keep what agrees with the prompt best.")
+    ] = 1,
     out: Annotated[Path, typer.Option("--out", help="Folder for the PNG files.")] = Path("out"),
     sheet: Annotated[Path | None, typer.Option("--sheet", help="Contact sheet: a PNG, and an HTML beside it.")] = None,
     device: DeviceOption = "auto",
@@ -229,8 +247,19 @@ def generate(
     from radt import generate as library
     from radt.neighbors import read_reference
 
-    pictures = tuple(map(read_reference, references or ()))
-    request = library.Request(prompts=tuple(prompts), n=n, seed=seed, references=pictures, settings=settings)
+    if not (prompts or prompts_file or settings.get("unconditional")):
+        raise typer.BadParameter("name a prompt, a file of prompts with --prompts, or --unconditional")
+    request = library.Request(
+        prompts=library.all_prompts(prompts or (), prompts_file),
+        n=n,
+        seed=seed,
+        references=tuple(map(read_reference, references or ())),
+        init_image=init_image,
+        best_of=best_of,
+        settings=settings,
+        resume=prompts_file is not None,
+        measured=as_json or prompts_file is not None,
+    )
     say = _say_to_stderr(quiet=as_json)
     with _progress("drawing") as on_step:
         drawn = library.generate_files(

@@ -1,36 +1,73 @@
-"""What `radt generate` does: prompts to PNG files that carry their own records, and perhaps one sheet of them."""
+"""What `radt generate` does: prompts to PNG files that carry their own records, and perhaps one sheet of them.
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import groupby
+One prompt or many, typed or from a file, take the same path: `plan` lists the pictures, `draw` makes them batch by
+batch, and where it may go on from an earlier run, it passes over what is there.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
-from index.errors import QueryError
+from index.config import to_dict
+from index.errors import ConfigError, QueryError
+from radt.best_of import keep_best, seeds_of
+from radt.image_to_image import InitImage, read_init_image
 from radt.neighbors import Neighbor, Reference
-from radt.pipeline import GeneratedImage, OnStep, TextToImage, file_name, ignore
+from radt.pipeline import DrawRequest, GeneratedImage, OnStep, TextToImage, check_seeds, file_name, ignore
+from radt.prompts_file import Prompt, read_prompts
+from radt.provenance import Record, read_png
+from radt.quality import Quality, measure
+from radt.settings import GenerateSettings
 from radt.sheet import Picture, Row, Sheet, write_sheet
 
 RETRIEVAL_ONLY = ("by", "fusion", "decompose", "diversity", "dataset", "where", "min_score", "exclude")
+RESULTS = "results.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Drawn:
-    """One picture and the file it went to."""
+    """One picture, the file it went to, and its measures if they were asked for."""
 
     path: Path
     picture: GeneratedImage
+    quality: Quality | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """What `--json` and the results of a file of prompts say of it."""
+        quality = None if self.quality is None else self.quality.to_json()
+        return {**self.picture.to_json(self.path), "quality": quality}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
-    """What is asked for. `settings` are the fields of GenerateSettings that were named; the model has the others."""
+    """What is asked for. `settings` are the fields of GenerateSettings that were named; the model has the others.
 
-    prompts: tuple[str, ...]
+    `best_of` candidates are drawn for every picture. `resume` passes over pictures that are there, and leaves a line
+    about each picture in results.jsonl; `measured` wants the quality measures.
+    """
+
+    prompts: tuple[str | Prompt, ...]
     n: int = 1
     seed: int = 0
     references: tuple[Reference, ...] = ()
+    init_image: Path | None = None
+    best_of: int = 1
     settings: Mapping[str, Any] = field(default_factory=dict)
+    resume: bool = False
+    measured: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Task:
+    """One picture to be drawn: its place among all of the request, and the seeds of its candidates."""
+
+    number: int
+    prompt: str
+    seeds: range
+    settings: GenerateSettings
 
 
 def generate_files(
@@ -50,35 +87,76 @@ def generate_files(
     pipeline = TextToImage.load(model, kb=kb, device=device)
     if kb is None and not request.references:
         say("no knowledge base (--kb) and no --reference: drawing from the text alone")
-    drawn = list(draw(pipeline, request, out, on_step=on_step))
+    pictures = draw(pipeline, request, out, on_step=on_step)
+    if sheet is None:
+        pictures = map(_without_originals, pictures)  # of many prompts they would fill the memory
+    drawn = list(_with_results(pictures, out / RESULTS) if request.resume else pictures)
     if sheet is not None:
         png, page = write_sheet(make_sheet(drawn, "Prompts, neighbours and pictures"), sheet)
         say(f"contact sheet: {png} and {page}")
     return drawn
 
 
+def all_prompts(typed: Sequence[str], file: Path | None) -> tuple[str | Prompt, ...]:
+    """The prompts that were typed, then those of a file; where there are neither, the empty one."""
+    return (*typed, *(() if file is None else read_prompts(file))) or ("",)
+
+
+def plan(pipeline: TextToImage, request: Request) -> Iterator[Task]:
+    """Every picture that is asked for, in order. An error about one prompt of a file names its line."""
+    number = 0
+    for each in request.prompts:
+        prompt = Prompt(text=each) if isinstance(each, str) else each
+        n = request.n if prompt.n is None else prompt.n
+        seed = request.seed if prompt.seed is None else prompt.seed
+        try:
+            check_seeds(n, seed, best_of=request.best_of)
+            asked = pipeline.settings(**{**request.settings, **prompt.settings})
+            asked = pipeline.settings_for(prompt.text, asked)
+        except (ConfigError, QueryError) as error:
+            raise type(error)(f"{prompt.source}: {error}" if prompt.source else str(error)) from error
+        if asked.unconditional and request.best_of > 1:
+            raise QueryError("best-of keeps what agrees with the prompt best, and a prompt is empty: leave it out")
+        for position in range(n):
+            seeds = seeds_of(position, seed=seed, best_of=request.best_of)
+            yield Task(number=number, prompt=prompt.text, seeds=seeds, settings=asked)
+            number += 1
+
+
 def draw(pipeline: TextToImage, request: Request, out: Path, *, on_step: OnStep = ignore) -> Iterator[Drawn]:
-    """Draw each prompt's pictures; each picture is on disk, whole, before the next is begun."""
-    steps = pipeline.cascade.network_steps(pipeline.settings(**request.settings)) * request.n
-    for place, prompt in enumerate(request.prompts):
-        pictures = pipeline.stream(
-            prompt,
-            n=request.n,
-            seed=request.seed,
-            references=request.references,
-            on_step=_shifted(on_step, place * steps, len(request.prompts)),
-            **request.settings,
-        )
-        for number, picture in enumerate(pictures, start=place * request.n):
-            yield Drawn(path=picture.save(out / file_name(number, prompt, picture.seed)), picture=picture)
+    """Draw what is asked for, in order; each picture is on disk, whole, before the next batch is begun.
+
+    A batch of which some pictures are there is drawn whole, so that a run that was killed leaves the pictures of one
+    that was not, to the last bit.
+    """
+    runs = [list(tasks) for _, tasks in groupby(plan(pipeline, request), key=lambda task: task.settings)]
+    there = dict(_find_drawn(pipeline, request, runs, out)) if request.resume else {}
+    unfinished = [_unfinished(run, there) for run in runs]
+    total = sum(_steps(pipeline, request, tasks) for tasks in unfinished)
+    before = 0
+    for run, tasks in zip(runs, unfinished, strict=True):
+        pictures = _draw_run(pipeline, request, tasks, on_step=_shifted(on_step, before, total))
+        drawn_anew = {task.number for task in tasks}
+        for task in run:
+            picture = next(pictures) if task.number in drawn_anew else None
+            if task.number in there:
+                path, picture = there[task.number]
+            else:
+                assert picture is not None, "what is not there is drawn"
+                path = picture.save(_path(task, picture.seed, out))
+            yield Drawn(path=path, picture=picture, quality=_measure(pipeline, picture) if request.measured else None)
+        before += _steps(pipeline, request, tasks)
 
 
 def check_effect(request: Request, *, has_kb: bool) -> None:
-    """Refuse what would be ignored: neighbours asked for where there are none to be had."""
+    """Refuse what would be ignored: neighbours asked for where there are none to be had, a strength of nothing."""
+    asked = {name: value for given in _all_settings(request) for name, value in given.items() if value is not None}
+    if "strength" in asked and request.init_image is None:
+        raise QueryError("strength would have no effect without a picture to start from: name one with --init-image")
     if has_kb:
         return
-    idle = [name for name in RETRIEVAL_ONLY if request.settings.get(name) is not None]
-    if request.settings.get("k") and not request.references:
+    idle = [name for name in RETRIEVAL_ONLY if name in asked]
+    if asked.get("k") and not request.references:
         idle.insert(0, "k")
     if idle:
         raise QueryError(f"{', '.join(idle)} would have no effect without a knowledge base: name one with --kb")
@@ -86,12 +164,9 @@ def check_effect(request: Request, *, has_kb: bool) -> None:
 
 def to_json(drawn: Sequence[Drawn]) -> dict[str, Any]:
     """The document that `--json` prints: every picture, and the times of the whole command."""
-    timings = {"retrieve": 0.0, "encode_neighbors": 0.0, "sample": 0.0}
-    for _, group in _by_prompt(drawn):
-        timings["retrieve"] += group[0].picture.timings_ms["retrieve"]
-        timings["encode_neighbors"] += group[0].picture.timings_ms["encode_neighbors"]
-        timings["sample"] += sum(each.picture.timings_ms["sample"] for each in group)
-    images = [each.picture.to_json(each.path) for each in drawn]
+    names = ("retrieve", "encode_neighbors", "sample")
+    timings = {name: sum(each.picture.timings_ms.get(name, 0.0) for each in drawn) for name in names}
+    images = [each.to_json() for each in drawn]
     return {"images": images, "timings_ms": {name: round(value, 3) for name, value in timings.items()}}
 
 
@@ -156,6 +231,135 @@ def _by_prompt(drawn: Sequence[Drawn]) -> list[tuple[str, list[Drawn]]]:
     return [(prompt, list(group)) for prompt, group in groupby(drawn, key=lambda each: each.picture.prompt)]
 
 
-def _shifted(on_step: OnStep, before: int, times: int) -> Callable[[int, int], None]:
-    """One prompt's progress as a part of all prompts'."""
-    return lambda done, total: on_step(before + done, total * times)
+def _draw_run(
+    pipeline: TextToImage, request: Request, tasks: Sequence[Task], *, on_step: Callable[[int], None]
+) -> Iterator[GeneratedImage]:
+    """The pictures of tasks with the same settings, the best candidate of each."""
+    if not tasks:
+        return
+    settings = tasks[0].settings
+    pictures = pipeline.pictures(
+        _requests(pipeline, request, tasks),
+        settings=settings,
+        init=_read_init(pipeline, request, settings),
+        on_step=on_step,
+    )
+    for task in tasks:
+        candidates = list(islice(pictures, request.best_of))
+        if len(candidates) > 1:
+            agreements = pipeline.prompt_agreements(task.prompt, [each.image for each in candidates])
+            candidates = [keep_best(candidates, agreements)]
+        yield candidates[0]
+
+
+def _requests(pipeline: TextToImage, request: Request, tasks: Sequence[Task]) -> Iterator[DrawRequest]:
+    """Every candidate of every task; neighbours are looked up when a prompt's turn comes, once."""
+    for prompt, group in groupby(tasks, key=lambda task: task.prompt):
+        neighbors = pipeline.retrieve(prompt, settings=tasks[0].settings, references=request.references)
+        for task in group:
+            yield from (DrawRequest(prompt=prompt, neighbors=neighbors, seed=seed) for seed in task.seeds)
+
+
+def _read_init(pipeline: TextToImage, request: Request, settings: GenerateSettings) -> InitImage | None:
+    if request.init_image is None:
+        return None
+    return read_init_image(request.init_image, [stage.size for stage in pipeline.cascade.of(settings)])
+
+
+def _unfinished(run: Sequence[Task], there: Mapping[int, Any]) -> list[Task]:
+    """The batches of a run that are not all there, whole."""
+    size = run[0].settings.batch_size
+    batches = [run[start : start + size] for start in range(0, len(run), size)]
+    return [task for batch in batches if any(task.number not in there for task in batch) for task in batch]
+
+
+def _find_drawn(
+    pipeline: TextToImage, request: Request, runs: Iterable[Sequence[Task]], out: Path
+) -> Iterator[tuple[int, tuple[Path, GeneratedImage]]]:
+    """What an earlier run left, by number. A QueryError when it was asked for something else."""
+    for run in runs:
+        init = _read_init(pipeline, request, run[0].settings)
+        for task in run:
+            path = next(filter(Path.exists, (_path(task, seed, out) for seed in task.seeds)), None)
+            if path is None:
+                continue
+            image, record = read_png(path)
+            asked = _facts(task, init, request, model=pipeline.digest)
+            other = [name for name, value in _facts_of(record).items() if value != asked[name]]
+            if other:
+                raise QueryError(
+                    f"{str(path)!r} is there and was drawn with another {', '.join(other)}: choose another --out"
+                )
+            yield task.number, (path, GeneratedImage(image=image, record=record, timings_ms={}))
+
+
+def _facts(task: Task, init: InitImage | None, request: Request, *, model: str) -> dict[str, Any]:
+    """What decides a task's picture, as far as that is known before it is drawn."""
+    return {
+        **_deciding(task.settings),
+        "model": model,
+        "prompt": task.prompt,
+        "references": [f"reference:{reference.name}" for reference in request.references],
+        "init_image": None if init is None else init.pixels.tolist(),
+        "candidates": list(task.seeds) if request.best_of > 1 else [],
+    }
+
+
+def _facts_of(record: Record) -> dict[str, Any]:
+    """The same of a picture that is there."""
+    ids = [neighbor.id for neighbor in record.neighbors]
+    return {
+        **_deciding(record.settings),
+        "model": record.origin.model_digest,
+        "prompt": record.prompt,
+        "references": [each for each in ids if each.startswith("reference:")],
+        "init_image": None if record.init is None else record.init.pixels.tolist(),
+        "candidates": [candidate.seed for candidate in record.candidates],
+    }
+
+
+def _deciding(settings: GenerateSettings) -> dict[str, Any]:
+    """All settings but the batch size, which moves the last bits only: a run may go on with another."""
+    return {name: value for name, value in to_dict(settings).items() if name != "batch_size"}
+
+
+def _path(task: Task, seed: int, out: Path) -> Path:
+    return out / file_name(task.number, task.prompt, seed)
+
+
+def _steps(pipeline: TextToImage, request: Request, tasks: Sequence[Task]) -> int:
+    """Network steps of all candidates of tasks with the same settings."""
+    return len(tasks) * request.best_of * pipeline.cascade.network_steps(tasks[0].settings) if tasks else 0
+
+
+def _measure(pipeline: TextToImage, picture: GeneratedImage) -> Quality:
+    if picture.settings.unconditional:
+        return measure(picture.image)
+    (agreement,) = pipeline.prompt_agreements(picture.prompt, [picture.image])
+    return measure(picture.image, prompt_agreement=agreement)
+
+
+def _with_results(drawn: Iterable[Drawn], path: Path) -> Iterator[Drawn]:
+    """The same pictures; each leaves a line in the file at once, those of an earlier run first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        for each in drawn:
+            file.write(json.dumps(each.to_json(), ensure_ascii=False) + "\n")
+            file.flush()
+            yield each
+
+
+def _without_originals(drawn: Drawn) -> Drawn:
+    """Without the neighbours as they were found, which only a sheet shows."""
+    record = drawn.picture.record
+    neighbors = tuple(replace(neighbor, original=None) for neighbor in record.neighbors)
+    return replace(drawn, picture=replace(drawn.picture, record=replace(record, neighbors=neighbors)))
+
+
+def _all_settings(request: Request) -> list[Mapping[str, Any]]:
+    return [request.settings, *(prompt.settings for prompt in request.prompts if isinstance(prompt, Prompt))]
+
+
+def _shifted(on_step: OnStep, before: int, total: int) -> Callable[[int], None]:
+    """The progress of one part as that of the whole."""
+    return lambda done: on_step(before + done, total)
