@@ -5,9 +5,9 @@ transformers, `StoredTextEncoder` a file of embeddings computed earlier. Next on
 """
 
 import json
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -22,12 +22,29 @@ from index.embedder import open_model, tokenizer_identity, weight_bytes
 from index.errors import ConfigError, ModelError
 from radt.conditioning import TextCondition, concatenate, map_tensors
 
-log = logging.getLogger(__name__)
-
 BATCH_SIZE = 64
 PENULTIMATE = -2
 FORMAT = 1
 EMBEDDINGS_FILE, TEXTS_FILE = "embeddings.safetensors", "texts.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Truncation:
+    """A text that is longer than its encoder reads, in tokens without the start and end marks."""
+
+    text: str
+    num_tokens: int
+    num_read: int
+    left_out: str  # the words that were not read
+
+    @property
+    def sentence(self) -> str:
+        """For people."""
+        return (
+            f"only the first {self.num_read} of {self.num_tokens} tokens were read of "
+            f"{json.dumps(shorten(self.text), ensure_ascii=False)}: left out was "
+            f"{json.dumps(shorten(self.left_out), ensure_ascii=False)}"
+        )
 
 
 @runtime_checkable
@@ -43,6 +60,10 @@ class TextEncoder(Protocol):
 
     def encode(self, texts: Sequence[str]) -> TextCondition:
         """float32, one row a text, as many token places in every row of every call; the mask marks real tokens."""
+        ...
+
+    def truncations(self, texts: Sequence[str]) -> list[Truncation]:
+        """Which of the texts `encode` cuts, and what it leaves out; each different text once."""
         ...
 
 
@@ -86,17 +107,22 @@ class ClipTextEncoder:
         return cls(model, tokenizer, name=full_name, layer=layer, device=device)
 
     def encode(self, texts: Sequence[str]) -> TextCondition:
-        """Embed texts; longer ones are cut to the model's context, and how many is logged."""
-        report_truncated(self.num_truncated(texts), texts, self._tower.context_length)
+        """Embed texts; longer ones are cut to the model's context, as `truncations` tells."""
         return in_batches(texts, self._encode)
 
-    def num_truncated(self, texts: Sequence[str]) -> int:
-        """How many of the texts have more tokens than the model's context."""
-        if hasattr(self._tokenizer, "encode"):  # open_clip's own tokenizer counts without the start and end marks
-            lengths = [len(self._tokenizer.encode(text)) + 2 for text in texts]
-        else:
-            lengths = [len(self._tokenizer.tokenizer(text, verbose=False).input_ids) for text in texts]
-        return sum(length > self._tower.context_length for length in lengths)
+    def truncations(self, texts: Sequence[str]) -> list[Truncation]:
+        """The texts with more tokens than the model's context, and what is left out of each."""
+        length = self._tower.context_length
+        if not hasattr(self._tokenizer, "encode"):  # one of transformers, wrapped by open_clip
+            return cut_by(self._tokenizer.tokenizer, [self._tokenizer.clean_fn(text) for text in texts], length)
+        room = length - 2  # the start and end marks
+        found = []
+        for text in dict.fromkeys(texts):
+            ids = self._tokenizer.encode(text)
+            if len(ids) > room:
+                left_out = self._tokenizer.decode(ids[room:]).strip()
+                found.append(Truncation(text=text, num_tokens=len(ids), num_read=room, left_out=left_out))
+        return found
 
     def _encode(self, texts: Sequence[str]) -> TextCondition:
         ids = self._tokenizer(list(texts), context_length=self._tower.context_length).to(self._device)
@@ -162,13 +188,12 @@ class TransformersTextEncoder:
         return cls(model, tokenizer, name=str(name), max_length=max_length, device=device)
 
     def encode(self, texts: Sequence[str]) -> TextCondition:
-        """Embed texts; longer ones are cut to `max_length` tokens, and how many is logged."""
-        report_truncated(self.num_truncated(texts), texts, self.max_length)
+        """Embed texts; longer ones are cut to `max_length` tokens, as `truncations` tells."""
         return in_batches(texts, self._encode)
 
-    def num_truncated(self, texts: Sequence[str]) -> int:
-        """How many of the texts have more than `max_length` tokens."""
-        return sum(len(self._tokenizer(text, verbose=False).input_ids) > self.max_length for text in texts)
+    def truncations(self, texts: Sequence[str]) -> list[Truncation]:
+        """The texts with more than `max_length` tokens, marks included, and what is left out of each."""
+        return cut_by(self._tokenizer, texts, self.max_length)
 
     def _tokenizer_identity(self) -> bytes:
         """Vocabulary and rules where the tokenizer tells them, and the ids of a text full of oddities."""
@@ -206,6 +231,10 @@ class StoredTextEncoder:
                 raise ModelError(f"no stored embedding of {text!r}; embed it too, or load the text encoder itself")
         rows = torch.tensor([self._rows[text] for text in texts], dtype=torch.long)
         return map_tensors(lambda tensor: tensor[rows], self.condition)
+
+    def truncations(self, texts: Sequence[str]) -> list[Truncation]:
+        """None that is known here: the encoder that made the embeddings has told."""
+        return []
 
 
 def save_embeddings(folder: Path, texts: Sequence[str], encoder: TextEncoder) -> None:
@@ -276,15 +305,23 @@ def fingerprint(kind: str, weights: Mapping[str, Tensor], tokenizer: bytes, sett
     return state.hexdigest()
 
 
-def report_truncated(number: int, texts: Sequence[str], max_length: int) -> None:
-    """One log line when texts lost their ends."""
-    if number:
-        log.warning(
-            "%d of %d texts are longer than the %d tokens that are read; the rest of each is ignored",
-            number,
-            len(texts),
-            max_length,
-        )
+def cut_by(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[Truncation]:
+    """What a tokenizer of transformers cuts off at `max_length` tokens, the marks that it adds included."""
+    room = max_length - tokenizer.num_special_tokens_to_add()
+    found = []
+    for text in dict.fromkeys(texts):
+        options = {"add_special_tokens": False, "return_offsets_mapping": tokenizer.is_fast, "verbose": False}
+        encoded = tokenizer(text, **options)
+        ids = encoded.input_ids
+        if len(ids) > room:
+            left_out = text[encoded.offset_mapping[room][0] :] if tokenizer.is_fast else tokenizer.decode(ids[room:])
+            found.append(Truncation(text=text, num_tokens=len(ids), num_read=room, left_out=left_out.strip()))
+    return found
+
+
+def shorten(text: str, length: int = 60) -> str:
+    """The beginning of a text, for a sentence."""
+    return text if len(text) <= length else f"{text[:length].rstrip()}..."
 
 
 @contextmanager
