@@ -18,6 +18,7 @@ from torch import Tensor
 from index.embedder import IMAGE_FORMATS, MAX_PIXELS
 from index.errors import CorpusError, QueryError
 from index.images import read_images
+from radt.attribution import license_of, url_of
 from radt.conditioning import NeighborBatch, TextCondition
 from radt.resizing import Size
 from radt.shapes import NeighborPixels
@@ -52,7 +53,8 @@ class Neighbor:
 
     `pixels` is what the model's last stage saw, at its own resolution; earlier stages see it smaller. `original`, for
     people to look at, is not saved with a picture. The scores are None for a reference, and where not asked; `part` is
-    the thing of a decomposed prompt that it was found for; `attention` is the share that one picture paid.
+    the thing of a decomposed prompt that it was found for; `url` is where the pair says that it came from, `uri` where
+    its file lies; `attention` is the share that one picture paid, `similarity` how like this neighbour it came out.
     """
 
     id: str
@@ -64,8 +66,10 @@ class Neighbor:
     part: str | None = None
     dataset: str | None = None
     license: str | None = None
+    url: str | None = None
     uri: str | None = None
     attention: float | None = None
+    similarity: float | None = None
     original: Image.Image | None = field(default=None, repr=False)
 
     @property
@@ -79,8 +83,8 @@ class Neighbor:
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the pixels."""
-        names = ("id", "caption", "score", "clip", "bm25", "part", "dataset", "license", "uri", "attention")
-        return {name: getattr(self, name) for name in names}
+        kept = ("id", "caption", "score", "clip", "bm25", "part", "dataset", "license", "url", "uri")
+        return {name: getattr(self, name) for name in (*kept, "attention", "similarity")}
 
 
 def neighbors_of(hits: Iterable["Hit"], references: Iterable[Reference], size: Size) -> list[Neighbor]:
@@ -101,7 +105,6 @@ def _from_reference(reference: Reference, size: Size) -> Neighbor:
 
 
 def _from_hit(hit: "Hit", encoded: bytes, size: Size) -> Neighbor:
-    license = hit.metadata.get("license")
     image = decode_image(encoded, f"the image of pair {hit.id}")
     return Neighbor(
         id=str(hit.id),
@@ -112,7 +115,8 @@ def _from_hit(hit: "Hit", encoded: bytes, size: Size) -> Neighbor:
         bm25=hit.bm25,
         part=hit.part,
         dataset=hit.dataset,
-        license=None if license is None else str(license),
+        license=license_of(hit.metadata),
+        url=url_of(hit.metadata),
         uri=hit.image.uri,
         original=image,
     )
@@ -194,21 +198,3 @@ def _unflatten(text: TextCondition, k: int) -> TextCondition:
         mask=rearrange(text.mask, "(b k) n -> b k n", k=k),
         pooled=rearrange(text.pooled, "(b k) p -> b k p", k=k),
     )
-
-
-def copy_similarity(image: RGB8, neighbors: Sequence[Neighbor]) -> float | None:
-    """The largest correlation of the picture with a neighbour, in [0, 1]: 1 is a copy, up to contrast (row N2).
-
-    None without neighbours. A picture of one flat colour correlates with nothing.
-    """
-    if not neighbors:
-        return None
-    height, width = image.shape[:2]
-    return max(_correlation(image, neighbor.at((height, width))) for neighbor in neighbors)
-
-
-def _correlation(a: RGB8, b: RGB8) -> float:
-    a, b = a.double().flatten(), b.double().flatten()
-    a, b = a - a.mean(), b - b.mean()
-    scale = float(a.norm() * b.norm())
-    return max(0.0, min(1.0, float(a @ b) / scale)) if scale > 0 else 0.0

@@ -22,6 +22,7 @@ from index.errors import ConfigError, QueryError
 from radt.bundle import Bundle, load_bundle
 from radt.cascade import Cascade, find_sampler, stages_of
 from radt.conditioning import Condition, take_rows
+from radt.copying import most_similar, with_similarity
 from radt.diffusion.samplers import draw_noise
 from radt.fast import settle
 from radt.image_to_image import InitImage, make_init_image
@@ -29,7 +30,6 @@ from radt.neighbors import (
     RGB8,
     Neighbor,
     Reference,
-    copy_similarity,
     from_pixels,
     make_batches,
     neighbors_of,
@@ -230,14 +230,16 @@ class TextToImage:
             done += self.cascade.network_steps(settings) * len(batch)
             timings = {name: milliseconds / len(batch) for name, milliseconds in clock.milliseconds.items()}
             for row, (request, picture) in enumerate(zip(batch, drawn, strict=True)):
+                paid = self.with_attention(request.neighbors, take_rows(conditions[0], [row]), picture)
+                neighbors = with_similarity(paid, picture)
                 record = Record(
                     prompt=request.prompt,
                     seed=request.seed,
                     settings=settings,
                     origin=origin,
-                    neighbors=self.with_attention(request.neighbors, take_rows(conditions[0], [row]), picture),
+                    neighbors=neighbors,
                     init=init,
-                    copy_similarity=copy_similarity(picture, request.neighbors),
+                    copy_similarity=most_similar(neighbors),
                 )
                 yield GeneratedImage(image=Image.fromarray(picture.numpy()), record=record, timings_ms=timings)
 

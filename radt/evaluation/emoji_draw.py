@@ -17,12 +17,13 @@ from PIL import Image
 
 from index.config import to_dict
 from index.errors import KnowledgeBaseError, QueryError
+from radt.copying import copy_similarity
 from radt.corpora.emoji import Entity, GlyphRenderer, load_entities, render_rendition, rendition
 from radt.corpora.scenes import PALETTE, Glyphs, Scene, benchmark_prompt, render_scene
 from radt.evaluation.color import border_color, nearest_color
 from radt.evaluation.intervals import Interval, wilson
 from radt.evaluation.recognizer import Recognizer
-from radt.neighbors import Neighbor, Reference, copy_similarity, neighbors_of
+from radt.neighbors import Neighbor, Reference, neighbors_of
 from radt.pipeline import DrawRequest, OnStep, TextToImage, ignore
 from radt.resizing import Size
 from radt.settings import GenerateSettings

@@ -9,7 +9,6 @@ from radt.conditioning import TextCondition
 from radt.neighbors import (
     Neighbor,
     Reference,
-    copy_similarity,
     decode_image,
     from_pixels,
     make_batches,
@@ -113,15 +112,6 @@ def test_the_images_of_hits_are_read_together(tmp_path, monkeypatch):
     assert [len(places) for places in calls] == [3]
     assert [one.id for one in found] == ["reference:reference", "1", "2", "3"]
     assert all(torch.equal(one.pixels, to_rgb8(draw(number), (32, 32))) for number, one in enumerate(found[1:]))
-
-
-def test_copy_similarity_knows_a_copy_an_inverse_and_a_blank():
-    picture = to_rgb8(draw(4), (16, 16))
-    same = Neighbor(id="1", caption="", pixels=picture)
-    assert copy_similarity(picture, [same]) == pytest.approx(1)
-    assert copy_similarity(255 - picture, [same]) == 0
-    assert copy_similarity(torch.full_like(picture, 7), [same]) == 0
-    assert copy_similarity(picture, []) is None
 
 
 def test_a_reference_is_read_from_path_and_caption(tmp_path):
