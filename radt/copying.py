@@ -91,11 +91,10 @@ def correlations(a: Planes, b: Planes) -> Float[Tensor, "_rows _columns"]:
     spectra = torch.fft.rfft2(a, s=size) * torch.fft.rfft2(turned, s=size)
     products = torch.fft.irfft2(spectra.sum(dim=0), s=size)
     count = window_sums(torch.ones_like(a[:1]), b.shape[1:])[0]
-    sums_a, squares_a = window_sums(_with_squares(a), b.shape[1:]).split([3, 1])
-    sums_b, squares_b = window_sums(_with_squares(turned), a.shape[1:]).split([3, 1])
-    covariance = products - (sums_a * sums_b).sum(dim=0) / count
-    variance_a = squares_a[0] - sums_a.square().sum(dim=0) / count
-    variance_b = squares_b[0] - sums_b.square().sum(dim=0) / count
+    sums_a, sums_b = window_sums(_with_squares(a), b.shape[1:]), window_sums(_with_squares(turned), a.shape[1:])
+    covariance = products - (sums_a[:3] * sums_b[:3]).sum(dim=0) / count
+    variance_a = sums_a[3] - sums_a[:3].square().sum(dim=0) / count
+    variance_b = sums_b[3] - sums_b[:3].square().sum(dim=0) / count
     least = 3 * count * (2 * FLAT / 255) ** 2  # pixels run from -1 to 1
     enough = count >= LEAST_OVERLAP * min(a[0].numel(), b[0].numel())
     is_sound = enough & (variance_a > least) & (variance_b > least)

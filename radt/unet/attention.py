@@ -200,7 +200,7 @@ def shares_of(
 
     The fused kernel never holds these weights; all of them at once would take gigabytes at a fine level.
     """
-    for some in queries.split(chunk, dim=2):
+    for some in torch.split(queries, chunk, dim=2):
         weights = (some @ keys.mT).softmax(dim=-1)[..., :-1].mean(dim=1)
         yield rearrange(weights, "b q (k s) -> b q k s", k=num_neighbors)
 
