@@ -13,13 +13,14 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from index.atomic import write_bytes
 from index.config import from_dict, override, to_dict
 from index.errors import ConfigError, ModelError
-from radt.presets import PRESETS, BaseConfig
+from radt.presets import PRESETS, BaseConfig, emoji_demo
 from radt.training.clip import ClipTrainConfig, train_clip
+from radt.training.distill_run import DistillConfig
 
 if TYPE_CHECKING:
     from radt.training.loop import Run
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 
 OnStep = Callable[[dict[str, float]], None]
 OnStage = Callable[[str], None]
+Config = TypeVar("Config", bound=BaseConfig | DistillConfig)
+
+FREE = ("clip", "bundle", "pack_file", "steps", "halving_updates")  # may change when a run resumes, as may how long
 
 
 def train(
@@ -43,6 +47,8 @@ def train(
     config = override(PRESETS[preset](), *overrides)
     if isinstance(config, ClipTrainConfig):
         return train_clip(config, out, on_step=on_step)
+    if isinstance(config, DistillConfig):
+        return train_twin(config, out, on_step=on_step, on_stage=on_stage)
     return train_base(config, out, name=preset, on_step=on_step, on_stage=on_stage)
 
 
@@ -84,6 +90,33 @@ def train_base(
     on_stage("training")
     run.train(on_step=on_step, on_save=lambda run: _after_save(run, config, out, name))
     return out / "bundle"
+
+
+def train_twin(
+    config: DistillConfig, out: Path, *, on_step: OnStep = lambda _: None, on_stage: OnStage = lambda _: None
+) -> Path:
+    """Distil one stage of a bundle. The twin may be halved further when a run resumes."""
+    from dataclasses import replace
+
+    from radt.bundle import CLIP_FOLDER, load_unet, read_info
+    from radt.training.distill_run import distill, find_stage
+    from radt.training.pack import Pack
+
+    bundle = Path(config.bundle)
+    teacher = load_unet(bundle / find_stage(config).name)
+    base = replace(
+        emoji_demo(),
+        clip=str(bundle / CLIP_FOLDER),
+        text_encoder=read_info(bundle).text_encoder,
+        unet=teacher.config,
+        pack=config.pack,
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    _keep_config(config, out)
+    pack = _prepared_pack(base, out, on_stage) if config.pack_file is None else Pack.load(Path(config.pack_file))
+    _check_fits(pack, base)
+    _check_same_clip(Path(config.pack_file or out / "pack.safetensors"), Path(base.clip))
+    return distill(config, teacher, pack, out=out, on_step=on_step, on_stage=on_stage)
 
 
 def _prepared_pack(config: BaseConfig, out: Path, on_stage: OnStage) -> "Pack":
@@ -147,32 +180,32 @@ def folder_digest(folder: Path) -> str:
     return state.hexdigest()
 
 
-def _keep_config(config: BaseConfig, out: Path) -> None:
+def _keep_config(config: BaseConfig | DistillConfig, out: Path) -> None:
     """Write the configuration on the first start; refuse to resume under one that would change what is computed."""
     path = out / "config.json"
     if path.exists():
-        old = _computed(_read_config(path))
+        old = _computed(_read_config(path, type(config)))
         changed = [key for key, value in _computed(config).items() if value != old[key]]
         if changed:
             raise ConfigError(f"{str(out)!r} was started with another {', '.join(changed)}; choose another --out")
     write_bytes(path, (json.dumps(to_dict(config), indent=1) + "\n").encode())
 
 
-def _read_config(path: Path) -> BaseConfig:
+def _read_config(path: Path, kind: type[Config]) -> Config:
     """The configuration a run was started with; a field that was added since has its default."""
     try:
-        return from_dict(BaseConfig, json.loads(path.read_text()))
+        return from_dict(kind, json.loads(path.read_text()))
     except ValueError as error:  # ConfigError and JSONDecodeError both
         raise ConfigError(
-            f"{str(path)!r} is not the configuration of a base run ({error}); choose another --out"
+            f"{str(path)!r} is not the configuration of such a run ({error}); choose another --out"
         ) from error
 
 
-def _computed(config: BaseConfig) -> dict[str, Any]:
+def _computed(config: BaseConfig | DistillConfig) -> dict[str, Any]:
     """The fields that may not change half-way, by their dotted names."""
     fixed = {name: getattr(config.loop, name) for name in ("seed", "precision", "ema_decay")}
     values = {**to_dict(config), "loop": fixed}
-    return {name: value for name, value in _dotted(values) if name != "clip" and not name.startswith("sampling.")}
+    return {name: value for name, value in _dotted(values) if name not in FREE and not name.startswith("sampling.")}
 
 
 def _dotted(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
