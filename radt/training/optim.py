@@ -1,6 +1,7 @@
-"""The optimiser and its learning-rate schedule."""
+"""The optimiser of a stage and its learning-rate schedule. Every stage has its own (row I12)."""
 
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -10,8 +11,13 @@ from index.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
-    """AdamW with linear warm-up, a constant stretch, and a linear cool-down to zero at the end."""
+    """One of torch's optimisers with linear warm-up, a constant stretch, and a linear cool-down to zero at the end.
 
+    `adafactor` keeps one row and one column of second moments where the others keep two numbers a weight (Shazeer and
+    Stern 2018); its `lr` is a share of each matrix's own size, and it has no betas. `adam` has no weight decay.
+    """
+
+    name: Literal["adamw", "adam", "adafactor"] = "adamw"
     lr: float = 7e-4
     betas: tuple[float, ...] = (0.9, 0.99)
     weight_decay: float = 0.01
@@ -29,12 +35,19 @@ class OptimConfig:
             )
 
 
-def make_optimizer(network: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over matrices and kernels with weight decay, over vectors (norms, biases, gains) without."""
+def make_optimizer(network: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """The optimiser that `config` names: matrices and kernels with weight decay; norms, biases and gains without."""
     matrices = [p for p in network.parameters() if p.ndim > 1]
     vectors = [p for p in network.parameters() if p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]))
+    decay = 0.0 if config.name == "adam" else config.weight_decay  # Adam would take it for part of the gradient
+    groups: list[dict[str, Any]] = [
+        {"params": matrices, "weight_decay": decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    if config.name == "adafactor":
+        return torch.optim.Adafactor(groups, lr=config.lr)
+    kind = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
+    return kind(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]))
 
 
 def learning_rate(step: int, num_steps: int, config: OptimConfig) -> float:

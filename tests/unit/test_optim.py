@@ -1,11 +1,15 @@
 """Optimiser groups and the learning rate, by hand."""
 
-from typing import Any
+import copy
+from typing import Any, Literal
 
 import pytest
+import torch
 
 from index.errors import ConfigError
+from radt.training.checkpoint import load_optimizer, optimizer_tensors
 from radt.training.optim import OptimConfig, learning_rate, make_optimizer
+from radt.unet.unet import UNet
 from tests.networks import new_unet
 
 CONFIG = OptimConfig(lr=1.0, warmup_steps=4, cooldown_share=0.25)
@@ -49,3 +53,60 @@ def test_a_longer_run_only_lengthens_the_constant_stretch() -> None:
 def test_impossible_settings_are_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         OptimConfig(**changes)
+
+
+def test_the_name_chooses_the_optimiser() -> None:
+    kinds = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "adafactor": torch.optim.Adafactor}
+    for name, kind in kinds.items():
+        optimizer = make_optimizer(new_unet(), OptimConfig(name=name, weight_decay=0.3))
+        assert type(optimizer) is kind
+        decays = [group["weight_decay"] for group in optimizer.param_groups]
+        assert decays == ([0.0, 0.0] if name == "adam" else [0.3, 0.0])
+    assert OptimConfig().name == "adamw"
+
+
+def test_adafactor_keeps_rows_and_columns_where_adam_keeps_two_of_every_weight() -> None:
+    def kept(name: Literal["adamw", "adam", "adafactor"]) -> int:
+        layer = torch.nn.Linear(40, 30, bias=False)
+        optimizer = make_optimizer(layer, OptimConfig(name=name))
+        layer(torch.randn(2, 40)).sum().backward()
+        optimizer.step()
+        return sum(tensor.numel() for slot, tensor in optimizer_tensors(optimizer).items() if not slot.endswith("step"))
+
+    assert (kept("adamw"), kept("adam"), kept("adafactor")) == (2400, 2400, 70)
+
+
+def test_the_first_step_of_adafactor_moves_a_matrix_by_a_share_of_its_own_size() -> None:
+    """Equal gradients: the update is 1 everywhere, and lr times the root mean square of the weights scales it."""
+    layer = torch.nn.Linear(3, 2, bias=False)
+    with torch.no_grad():
+        layer.weight.fill_(0.5)
+    optimizer = make_optimizer(layer, OptimConfig(name="adafactor", lr=0.1, weight_decay=0.0))
+    layer.weight.grad = torch.full((2, 3), 7.0)
+    optimizer.step()
+    assert torch.allclose(layer.weight, torch.full((2, 3), 0.5 - 0.1 * 0.5), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["adam", "adafactor"])
+def test_every_optimiser_goes_on_from_its_saved_state_to_the_same_bits(name: Literal["adam", "adafactor"]) -> None:
+    """As test_loop proves of AdamW for whole runs: state saved, loaded into another, and three more steps."""
+
+    def step(unet: UNet, optimizer: torch.optim.Optimizer, number: int) -> None:
+        optimizer.zero_grad()
+        sum((p * number - 0.1).square().sum() for p in unet.parameters()).backward()
+        optimizer.step()
+
+    unet = new_unet()
+    optimizer = make_optimizer(unet, OptimConfig(name=name))
+    for number in range(1, 4):
+        step(unet, optimizer, number)
+    again = copy.deepcopy(unet)
+    other = make_optimizer(again, OptimConfig(name=name))
+    load_optimizer(other, {slot: tensor.clone() for slot, tensor in optimizer_tensors(optimizer).items()})
+    for number in range(4, 7):
+        step(unet, optimizer, number)
+        step(again, other, number)
+    assert all(torch.equal(a, b) for a, b in zip(unet.parameters(), again.parameters(), strict=True))
+    first, second = optimizer_tensors(optimizer), optimizer_tensors(other)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[slot], second[slot]) for slot in first)
