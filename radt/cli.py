@@ -51,6 +51,16 @@ DeviceOption = Annotated[
     Literal["auto", "cpu", "cuda"], typer.Option("--device", help="auto: the GPU if there is one.")
 ]
 
+StoreSize = Annotated[
+    str,
+    typer.Option(
+        "--neighbor-store",
+        envvar="RADT_NEIGHBOR_STORE",
+        metavar="SIZE|off",
+        help="Keep encoded neighbours with the knowledge base, at most so many bytes: 256M.",
+    ),
+]
+
 # What a model has settings of its own for (radt/settings.py): what is not typed is left to the model.
 SETTINGS: dict[str, Any] = {
     "k": Annotated[int | None, typer.Option("-k", help="Neighbours of a picture; 0 draws from the text alone.")],
@@ -238,6 +248,7 @@ def generate(
     out: Annotated[Path, typer.Option("--out", help="Folder for the PNG files.")] = Path("out"),
     sheet: Annotated[Path | None, typer.Option("--sheet", help="Contact sheet: a PNG, and an HTML beside it.")] = None,
     device: DeviceOption = "auto",
+    store: StoreSize = "off",
     *,
     settings: dict[str, Any],
     explain: Annotated[bool, typer.Option("--explain", help="Say which neighbours were used.")] = False,
@@ -263,12 +274,33 @@ def generate(
     say = _say_to_stderr(quiet=as_json)
     with _progress("drawing") as on_step:
         drawn = library.generate_files(
-            request, out=out, sheet=sheet, model=model, kb=kb, device=device, on_step=on_step, say=say
+            request,
+            out=out,
+            sheet=sheet,
+            model=model,
+            kb=kb,
+            device=device,
+            neighbor_store=None if store == "off" else store,
+            on_step=on_step,
+            say=say,
         )
     if as_json:
         return _print_json(library.to_json(drawn))
     for line in [*(library.explain(drawn) if explain else ()), *(str(each.path) for each in drawn)]:
         typer.echo(line)
+
+
+@app.command("neighbor-store")
+def neighbor_store(
+    kb: Annotated[list[str], typer.Option("--kb", help="Knowledge base that the encoded neighbours are kept with.")],
+    clear: Annotated[bool, typer.Option("--clear", help="Take all of them out.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show the encoded neighbours that are kept with a knowledge base, and how often they served; or clear them."""
+    from radt.neighbor_store import inspect, sentence
+
+    report = inspect(kb, clear=clear)
+    _print_json(report) if as_json else typer.echo(sentence(report))
 
 
 @app.command()

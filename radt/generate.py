@@ -78,19 +78,22 @@ def generate_files(
     model: str | Path | None = None,
     kb: str | Path | Sequence[str | Path] | None = None,
     device: str = "auto",
+    neighbor_store: str | None = None,
     on_step: OnStep = ignore,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[Drawn]:
     """The whole command: load, draw, save, and write a contact sheet where one is wanted."""
     kb = kb or None
     check_effect(request, has_kb=kb is not None)
-    pipeline = TextToImage.load(model, kb=kb, device=device)
+    pipeline = TextToImage.load(model, kb=kb, device=device, neighbor_store=neighbor_store)
     if kb is None and not request.references:
         say("no knowledge base (--kb) and no --reference: drawing from the text alone")
     pictures = draw(pipeline, request, out, on_step=on_step)
     if sheet is None:
         pictures = map(_without_originals, pictures)  # of many prompts they would fill the memory
     drawn = list(_with_results(pictures, out / RESULTS) if request.resume else pictures)
+    for sentence in dict.fromkeys(cut.sentence for each in drawn for cut in each.picture.truncations):
+        say(sentence)
     if sheet is not None:
         png, page = write_sheet(make_sheet(drawn, "Prompts, neighbours and pictures"), sheet)
         say(f"contact sheet: {png} and {page}")
@@ -167,7 +170,11 @@ def to_json(drawn: Sequence[Drawn]) -> dict[str, Any]:
     names = ("retrieve", "encode_neighbors", "sample")
     timings = {name: sum(each.picture.timings_ms.get(name, 0.0) for each in drawn) for name in names}
     images = [each.to_json() for each in drawn]
-    return {"images": images, "timings_ms": {name: round(value, 3) for name, value in timings.items()}}
+    return {
+        "images": images,
+        "timings_ms": {name: round(value, 3) for name, value in timings.items()},
+        "neighbor_store": drawn[-1].picture.neighbor_store if drawn else None,
+    }
 
 
 def explain(drawn: Sequence[Drawn]) -> Iterator[str]:

@@ -21,11 +21,12 @@ from index.config import from_dict, to_dict
 from index.errors import ConfigError, QueryError
 from radt.bundle import Bundle, load_bundle
 from radt.cascade import Cascade, find_sampler, stages_of
-from radt.conditioning import Condition, take_rows
+from radt.conditioning import Condition, take_rows, to_device
 from radt.copying import most_similar, with_similarity
 from radt.diffusion.samplers import draw_noise
 from radt.fast import settle
 from radt.image_to_image import InitImage, make_init_image
+from radt.neighbor_store import ApartEncoder, NeighborStore, open_neighbor_store
 from radt.neighbors import (
     RGB8,
     Neighbor,
@@ -41,6 +42,7 @@ from radt.provenance import Origin, Record, current_origin, save_png
 from radt.quality import prompt_agreements
 from radt.resizing import Size, resize
 from radt.settings import GenerateSettings
+from radt.text_encoder import Truncation
 
 if TYPE_CHECKING:
     from index.embedder import Embedder
@@ -64,6 +66,8 @@ class GeneratedImage:
     image: Image.Image
     record: Record
     timings_ms: Mapping[str, float]
+    neighbor_store: Mapping[str, Any] | None = None  # where it is, and what it served so far; None: there is none
+    truncations: tuple[Truncation, ...] = ()  # of the prompt and the neighbours' captions, those that were cut
 
     @property
     def prompt(self) -> str:
@@ -100,6 +104,7 @@ class GeneratedImage:
             "init_image": None if self.record.init is None else self.record.init.name,
             "candidates": [to_dict(candidate) for candidate in self.record.candidates],
             "copy_similarity": self.record.copy_similarity,
+            "truncated": [to_dict(each) for each in self.truncations],
             "settings": to_dict(self.settings),
         }
 
@@ -117,9 +122,15 @@ class TextToImage:
     """A loaded model, and perhaps a knowledge base. Safe to call again and again; it keeps nothing of a request."""
 
     def __init__(
-        self, bundle: Bundle, *, kb: "KnowledgeBase | JoinedKnowledgeBase | None" = None, device: str = "cpu"
+        self,
+        bundle: Bundle,
+        *,
+        kb: "KnowledgeBase | JoinedKnowledgeBase | None" = None,
+        device: str = "cpu",
+        neighbor_store: NeighborStore | None = None,
     ) -> None:
-        self.bundle, self.kb, self.device = bundle, kb, device
+        self.bundle, self.kb, self.device, self.neighbor_store = bundle, kb, device, neighbor_store
+        self._apart = ApartEncoder(bundle, device=device, store=neighbor_store)
         self.cascade = Cascade(stages_of(bundle), device=device)
 
     @classmethod
@@ -129,16 +140,19 @@ class TextToImage:
         *,
         kb: "KnowledgeBase | JoinedKnowledgeBase | str | Path | Sequence[str | Path] | None" = None,
         device: str = "auto",
+        neighbor_store: str | int | None = None,
     ) -> "TextToImage":
         """Load a bundle (None: the demonstration model) and open the knowledge base. `device`: auto, cpu or cuda.
 
-        Several knowledge bases, named in a list, are searched as one.
+        Several knowledge bases, named in a list, are searched as one. `neighbor_store` is how many bytes of encoded
+        neighbours are kept with them (`256M`, or a number); None keeps none.
         """
         device = find_device(device)
         bundle = load_bundle(model, device=device)
         if isinstance(kb, str | Path | Sequence):
             kb = _open_knowledge_base(kb, models=[str(bundle.folder)])
-        return cls(bundle, kb=kb, device=device)
+        store = None if neighbor_store is None or kb is None else open_neighbor_store(neighbor_store, kb)
+        return cls(bundle, kb=kb, device=device, neighbor_store=store)
 
     @property
     def name(self) -> str:
@@ -241,7 +255,19 @@ class TextToImage:
                     init=init,
                     copy_similarity=most_similar(neighbors),
                 )
-                yield GeneratedImage(image=Image.fromarray(picture.numpy()), record=record, timings_ms=timings)
+                store = None if self.neighbor_store is None else self.neighbor_store.describe_process()
+                yield GeneratedImage(
+                    image=Image.fromarray(picture.numpy()),
+                    record=record,
+                    timings_ms=timings,
+                    neighbor_store=store,
+                    truncations=self.truncations(request),
+                )
+
+    def truncations(self, request: DrawRequest) -> tuple[Truncation, ...]:
+        """Which of the texts of a request are longer than the text encoder reads, and what it leaves out."""
+        captions = [neighbor.caption for neighbor in request.neighbors]
+        return tuple(self.bundle.text_encoder.truncations([request.prompt, *captions]))
 
     def settings_for(self, prompt: str, settings: GenerateSettings) -> GenerateSettings:
         """The settings as a prompt has them: an empty one asks for no text (row I15), and then none is strengthened."""
@@ -268,7 +294,8 @@ class TextToImage:
 
     def settings(self, **changes: Any) -> GenerateSettings:
         """The bundle's own settings with some changed. An unknown name or value is a ConfigError."""
-        given = from_dict(GenerateSettings, {**to_dict(self.bundle.info.sampling), **changes})
+        stored = {} if self.neighbor_store is None else {"encode_apart": True}
+        given = from_dict(GenerateSettings, {**to_dict(self.bundle.info.sampling), **stored, **changes})
         find_sampler(given.sampler)
         return settle(given, self.cascade.of(given), named=changes)
 
@@ -291,6 +318,8 @@ class TextToImage:
             min_score=settings.min_score,
             exclude=[pair_number(text) for text in settings.exclude],
         )
+        if self.neighbor_store is not None:
+            self.neighbor_store.follow(self.kb)
         return neighbors_of(hits, references, self.size)
 
     def encode(
@@ -304,11 +333,14 @@ class TextToImage:
         self, prompts: Sequence[str], neighbors: Sequence[Sequence[Neighbor]], *, settings: GenerateSettings
     ) -> tuple[Condition, ...]:
         """A row of conditions for every prompt, each with its own neighbours; one condition a stage."""
-        encoder = self.bundle.text_encoder
-        batches = make_batches(neighbors, encoder, [stage.size for stage in self.cascade.of(settings)])
+        encoder, stages = self.bundle.text_encoder, self.cascade.of(settings)
         text = encoder.encode(prompts)
         if settings.unconditional:
             text = text.drop(torch.ones(len(prompts), dtype=torch.bool, device=text.mask.device))
+        if settings.encode_apart:
+            text, apart = to_device(text, self.device), self._apart.encode(neighbors, stages)
+            return tuple(Condition(text=text, neighbors=each) for each in apart or [None] * len(stages))
+        batches = make_batches(neighbors, encoder, [stage.size for stage in stages])
         return self.cascade.condition(text, batches, settings)
 
     def draw(

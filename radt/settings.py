@@ -51,6 +51,7 @@ class GenerateSettings:
     strength: float = 0.8  # with a picture to start from: the time of the noise put over it (radt/image_to_image.py)
     post: str | None = None  # what is done to the drawn picture, as NAME=AMOUNT,... (radt/postprocess.py)
     fast: bool = False  # draw with the distilled twins of the stages that have one (radt/fast.py)
+    encode_apart: bool = False  # each neighbour in a network call of its own, as a neighbour store needs it
     batch_size: int = 1  # images a network call; 1 keeps every image bitwise the same alone or among others
 
     def __post_init__(self) -> None:
