@@ -6,7 +6,7 @@ Everything is JSON and safetensors. Next on the main path: `radt/pipeline.py`, w
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from importlib.resources import files
 from pathlib import Path
@@ -192,8 +192,6 @@ def write_bundle(
     A `text_encoder` that is a folder comes into the bundle; a name stays a name. The stages of the bundle `below`, if
     there is one, come first as they are.
     """
-    from safetensors.torch import save_file
-
     first = () if below is None else read_info(below).stages
     with new_folder(out) as folder:
         shutil.copytree(clip, folder / CLIP_FOLDER)
@@ -203,12 +201,7 @@ def write_bundle(
         for stage in first:
             shutil.copytree(Path(below or "") / stage.name, folder / stage.name)
         for unet, stage in zip(unets, stages, strict=True):
-            (folder / stage.name).mkdir()
-            _write_json(folder / stage.name / "config.json", to_dict(unet.config))
-            state = {key: value.detach().cpu().contiguous() for key, value in unet.state_dict().items()}
-            if half:
-                state = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
-            save_file(state, folder / stage.name / WEIGHTS)
+            _write_unet(folder / stage.name, unet, half=half)
         info = BundleInfo(
             name=name,
             stages=(*first, *stages),
@@ -216,6 +209,21 @@ def write_bundle(
             text_encoder=text_encoder,
             files=tuple(digest_files(folder)),
         )
+        _write_json(folder / "bundle.json", to_dict(info))
+    return info
+
+
+def add_twin(out: Path, *, bundle: Path, stage: int, unet: "UNet", twin: FastTwin) -> BundleInfo:
+    """Write a copy of `bundle` to `out` with a distilled twin, in float16, beside one of its stages."""
+    info = read_info(bundle)
+    stages = list(info.stages)
+    before, stages[stage] = stages[stage].fast, replace(stages[stage], fast=twin)
+    with new_folder(out) as folder:
+        shutil.copytree(bundle, folder, dirs_exist_ok=True)
+        if before is not None:
+            shutil.rmtree(folder / before.name)
+        _write_unet(folder / twin.name, unet, half=True)
+        info = replace(info, stages=tuple(stages), files=tuple(digest_files(folder)))
         _write_json(folder / "bundle.json", to_dict(info))
     return info
 
@@ -235,6 +243,17 @@ def changed_files(folder: Path, info: BundleInfo) -> list[str]:
     """The files whose bytes are not those that bundle.json was written for (missing ones too)."""
     now = {file.path: file.digest for file in digest_files(folder)}
     return [file.path for file in info.files if now.get(file.path) != file.digest]
+
+
+def _write_unet(folder: Path, unet: "UNet", *, half: bool) -> None:
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    _write_json(folder / "config.json", to_dict(unet.config))
+    state = {key: value.detach().cpu().contiguous() for key, value in unet.state_dict().items()}
+    if half:
+        state = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
+    save_file(state, folder / WEIGHTS)
 
 
 def _check_widths(stage: str, unet: "UNet", encoder: "TextEncoder", folder: Path) -> None:

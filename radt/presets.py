@@ -10,6 +10,7 @@ from radt.diffusion.schedule import NoiseSchedule
 from radt.settings import GenerateSettings
 from radt.training.clip import ClipTrainConfig, clip_emoji
 from radt.training.data import DataConfig
+from radt.training.distill_run import DistillConfig
 from radt.training.emoji_pack import PackConfig
 from radt.training.loop import LoopConfig
 from radt.training.optim import OptimConfig
@@ -148,6 +149,11 @@ def imagen_stage(unet: UNetConfig, *, below: str | None = None, num_scenes: int 
     )
 
 
+def emoji_demo_fast() -> DistillConfig:
+    """The twin of the shipped base stage: one row a step, guidance as an input, and 8 steps."""
+    return DistillConfig(bundle=str(default_bundle()))
+
+
 def tiny() -> BaseConfig:
     """A base stage that trains in seconds: what the tests use, and a first look at the loop. It draws nothing well."""
     return BaseConfig(
@@ -176,9 +182,10 @@ def tiny() -> BaseConfig:
     )
 
 
-PRESETS: dict[str, Callable[[], BaseConfig | ClipTrainConfig]] = {
+PRESETS: dict[str, Callable[[], BaseConfig | DistillConfig | ClipTrainConfig]] = {
     "emoji-demo": emoji_demo,
     "emoji-demo-sr": emoji_demo_sr,
+    "emoji-demo-fast": emoji_demo_fast,
     "clip-emoji": clip_emoji,
     "tiny": tiny,
     "imagen-64": lambda: imagen_stage(imagen_64()),

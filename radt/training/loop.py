@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from accelerate import Accelerator
@@ -63,6 +63,15 @@ class LoopConfig:
             raise ConfigError(f"ema_decay must lie between 0 and 1, got {self.ema_decay}")
 
 
+@runtime_checkable
+class LossFunction(Protocol):
+    """What a run minimises: an `Objective`, or what a student is taught (`radt/training/distill_run.py`)."""
+
+    def loss(self, network: UNet, batch: Batch, generator: torch.Generator) -> Tensor:
+        """The mean loss of a batch; everything random comes from the generator."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Objective:
     """What the network is trained to answer, and how errors at each time are weighed.
@@ -81,7 +90,7 @@ class Objective:
         t = sample_times(generator, len(batch.x0))
         eps = torch.randn(batch.x0.shape, generator=generator, device=generator.device)
         neighbors = network.project_neighbors(batch.neighbors)
-        low_res = self._low_res(network, batch.x0, generator)
+        low_res = self.draw_low_res(network, batch.x0, generator)
         output = network(self.schedule.add_noise(batch.x0, eps, t), t, batch.text, neighbors, low_res=low_res)
         return diffusion_loss(
             output,
@@ -93,7 +102,8 @@ class Objective:
             weighting=self.weighting,
         ).mean()
 
-    def _low_res(self, network: UNet, x0: Pixels, generator: torch.Generator) -> LowResolution | None:
+    def draw_low_res(self, network: UNet, x0: Pixels, generator: torch.Generator) -> LowResolution | None:
+        """What a super-resolution stage draws over, at stratified random levels; None for a first stage."""
         small = network.config.low_res
         if small is None:
             return None
@@ -106,7 +116,7 @@ class Objective:
 class _Step(nn.Module):
     """Loss as a module, so that a wrapper for many processes sees one forward pass and synchronises its gradients."""
 
-    def __init__(self, network: UNet, objective: Objective) -> None:
+    def __init__(self, network: UNet, objective: LossFunction) -> None:
         super().__init__()
         self.network, self.objective = network, objective
 
@@ -126,7 +136,7 @@ class Run:
         data: DataConfig,
         optim: OptimConfig,
         loop: LoopConfig,
-        objective: Objective,
+        objective: LossFunction,
     ) -> None:
         self.accelerator = Accelerator(mixed_precision=loop.precision, cpu=not torch.cuda.is_available())
         device = self.accelerator.device

@@ -10,6 +10,7 @@ from index.config import from_dict, override, to_dict
 from index.errors import ConfigError
 from radt.presets import PRESETS, BaseConfig, emoji_demo, tiny
 from radt.training.clip import ClipTrainConfig
+from radt.training.distill_run import DistillConfig
 from radt.training.emoji_pack import PackConfig
 from radt.unet.unet import UNet
 
@@ -19,7 +20,7 @@ BASE = {"emoji-demo": emoji_demo, "tiny": tiny}
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_survives_json(name: str) -> None:
     config = PRESETS[name]()
-    assert isinstance(config, BaseConfig | ClipTrainConfig)
+    assert isinstance(config, BaseConfig | DistillConfig | ClipTrainConfig)
     assert from_dict(type(config), json.loads(json.dumps(to_dict(config)))) == config
 
 
