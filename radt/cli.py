@@ -51,6 +51,9 @@ DeviceOption = Annotated[
     Literal["auto", "cpu", "cuda"], typer.Option("--device", help="auto: the GPU if there is one.")
 ]
 
+Compile = Annotated[
+    bool, typer.Option("--compile", help="Compile the networks: minutes once, then faster steps; for many pictures.")
+]
 StoreSize = Annotated[
     str,
     typer.Option(
@@ -215,7 +218,7 @@ def corpus_scenes(
 
 @app.command()
 def train(
-    preset: Annotated[str, typer.Argument(help="clip-emoji, emoji-demo, -sr, -fast, tiny, or imagen-64, -256 or -1024.")],
+    preset: Annotated[str, typer.Argument(help="clip-emoji, emoji-demo, -sr, -fast, tiny, imagen-64, -256 or -1024.")],
     out: Annotated[Path, typer.Option("--out", help="Run folder. The same command again resumes.")],
     changes: Annotated[list[str], typer.Option("--set", help="key=value; repeatable.", default_factory=list)],
     as_json: Json = False,
@@ -249,6 +252,7 @@ def generate(
     sheet: Annotated[Path | None, typer.Option("--sheet", help="Contact sheet: a PNG, and an HTML beside it.")] = None,
     device: DeviceOption = "auto",
     store: StoreSize = "off",
+    compile: Compile = False,
     *,
     settings: dict[str, Any],
     explain: Annotated[bool, typer.Option("--explain", help="Say which neighbours were used.")] = False,
@@ -281,6 +285,7 @@ def generate(
             kb=kb,
             device=device,
             neighbor_store=None if store == "off" else store,
+            compile=compile,
             on_step=on_step,
             say=say,
         )

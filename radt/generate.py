@@ -79,13 +79,14 @@ def generate_files(
     kb: str | Path | Sequence[str | Path] | None = None,
     device: str = "auto",
     neighbor_store: str | None = None,
+    compile: bool = False,
     on_step: OnStep = ignore,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[Drawn]:
     """The whole command: load, draw, save, and write a contact sheet where one is wanted."""
     kb = kb or None
     check_effect(request, has_kb=kb is not None)
-    pipeline = TextToImage.load(model, kb=kb, device=device, neighbor_store=neighbor_store)
+    pipeline = TextToImage.load(model, kb=kb, device=device, neighbor_store=neighbor_store, compile=compile)
     if kb is None and not request.references:
         say("no knowledge base (--kb) and no --reference: drawing from the text alone")
     pictures = draw(pipeline, request, out, on_step=on_step)

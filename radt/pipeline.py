@@ -21,8 +21,10 @@ from index.config import from_dict, to_dict
 from index.errors import ConfigError, QueryError
 from radt.bundle import Bundle, load_bundle
 from radt.cascade import Cascade, find_sampler, stages_of
+from radt.compiling import prepare
 from radt.conditioning import Condition, take_rows, to_device
 from radt.copying import most_similar, with_similarity
+from radt.diffusion.guidance import check_effect
 from radt.diffusion.samplers import draw_noise
 from radt.fast import settle
 from radt.image_to_image import InitImage, make_init_image
@@ -141,14 +143,18 @@ class TextToImage:
         kb: "KnowledgeBase | JoinedKnowledgeBase | str | Path | Sequence[str | Path] | None" = None,
         device: str = "auto",
         neighbor_store: str | int | None = None,
+        compile: bool = False,
     ) -> "TextToImage":
         """Load a bundle (None: the demonstration model) and open the knowledge base. `device`: auto, cpu or cuda.
 
         Several knowledge bases, named in a list, are searched as one. `neighbor_store` is how many bytes of encoded
-        neighbours are kept with them (`256M`, or a number); None keeps none.
+        neighbours are kept with them (`256M`, or a number); None keeps none. `compile` makes every step faster and the
+        first ones slow (`radt/compiling.py`).
         """
         device = find_device(device)
         bundle = load_bundle(model, device=device)
+        for unet in filter(None, (*bundle.unets, *bundle.twins)):
+            prepare(unet, device=device, compiled=compile)
         if isinstance(kb, str | Path | Sequence):
             kb = _open_knowledge_base(kb, models=[str(bundle.folder)])
         store = None if neighbor_store is None or kb is None else open_neighbor_store(neighbor_store, kb)
@@ -195,10 +201,7 @@ class TextToImage:
         ConfigError for what cannot be done as asked.
         """
         asked = self.settings_for(prompt, self.settings(**settings))
-        if n < 1:
-            raise QueryError(f"n is the number of pictures, at least 1, got {n}")
-        if not 0 <= seed < 2**63 - n:
-            raise QueryError(f"the seed must lie between 0 and 2**63 - n, got {seed}")
+        check_seeds(n, seed)
         if isinstance(init, Image.Image):
             init = self.init_image(init, settings=asked)
         total = n * self.cascade.network_steps(asked)
@@ -296,7 +299,8 @@ class TextToImage:
         """The bundle's own settings with some changed. An unknown name or value is a ConfigError."""
         stored = {} if self.neighbor_store is None else {"encode_apart": True}
         given = from_dict(GenerateSettings, {**to_dict(self.bundle.info.sampling), **stored, **changes})
-        find_sampler(given.sampler)
+        find_sampler(given)
+        check_effect(given)
         return settle(given, self.cascade.of(given), named=changes)
 
     def retrieve(
@@ -339,9 +343,14 @@ class TextToImage:
             text = text.drop(torch.ones(len(prompts), dtype=torch.bool, device=text.mask.device))
         if settings.encode_apart:
             text, apart = to_device(text, self.device), self._apart.encode(neighbors, stages)
-            return tuple(Condition(text=text, neighbors=each) for each in apart or [None] * len(stages))
-        batches = make_batches(neighbors, encoder, [stage.size for stage in stages])
-        return self.cascade.condition(text, batches, settings)
+            conditions = tuple(Condition(text=text, neighbors=each) for each in apart or [None] * len(stages))
+        else:
+            batches = make_batches(neighbors, encoder, [stage.size for stage in stages])
+            conditions = self.cascade.condition(text, batches, settings)
+        if settings.negative_prompt is None:
+            return conditions
+        negative = to_device(encoder.encode([settings.negative_prompt] * len(prompts)), self.device)
+        return tuple(replace(each, negative=negative) for each in conditions)
 
     def draw(
         self,
@@ -431,6 +440,16 @@ def _open_knowledge_base(
     if len(several) == 1:
         return KnowledgeBase.open(several[0], models=models)
     return JoinedKnowledgeBase.open(several, models=models)
+
+
+def check_seeds(n: int, seed: int, *, best_of: int = 1) -> None:
+    """A QueryError when there are no `n` pictures of `best_of` candidates with seeds from `seed` on."""
+    if n < 1:
+        raise QueryError(f"n is the number of pictures, at least 1, got {n}")
+    if best_of < 1:
+        raise QueryError(f"best-of is the number of candidates, at least 1, got {best_of}")
+    if not 0 <= seed < 2**63 - n * best_of:
+        raise QueryError(f"the seed must lie between 0 and 2**63 - n, got {seed}")
 
 
 def find_device(name: str) -> str:
