@@ -147,7 +147,7 @@ class ClipRun:
     """What changes while training, and all that is saved. The pairs of a step depend on its number, not on a state."""
 
     model: Clip
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
     step: int = 0
 
     def save(self, path: Path) -> None:

@@ -30,7 +30,8 @@ OnStep = Callable[[dict[str, float]], None]
 OnStage = Callable[[str], None]
 Config = TypeVar("Config", bound=BaseConfig | DistillConfig)
 
-FREE = ("clip", "bundle", "pack_file", "steps", "halving_updates")  # may change when a run resumes, as may how long
+# What may change when a run resumes, as may how long it is.
+FREE = ("clip", "below", "bundle", "pack_file", "steps", "halving_updates")
 
 
 def train(
@@ -89,6 +90,8 @@ def train_base(
     )
     on_stage("training")
     run.train(on_step=on_step, on_save=lambda run: _after_save(run, config, out, name))
+    if config.below is not None and not (Path(config.below) / "bundle.json").is_file():
+        on_stage(f"trained, and no bundle yet: run this again when the stages below lie in {config.below}")
     return out / "bundle"
 
 
@@ -228,8 +231,9 @@ def _after_save(run: "Run", config: BaseConfig, out: Path, name: str) -> None:
     averaged.load_state_dict(run.ema.state())
     averaged.eval()
     draw_samples(averaged, run.pack, config, out / "samples" / f"{run.step:07d}.png")
-    if Path(config.clip).is_dir():
-        below = None if config.below is None else Path(config.below)
+    below = None if config.below is None else Path(config.below)
+    is_complete = below is None or (below / "bundle.json").is_file()  # the stages below may be in training, too
+    if Path(config.clip).is_dir() and is_complete:
         number = 0 if below is None else len(read_info(below).stages)
         stage = StageInfo(name=f"stage{number}", prediction=config.prediction, schedule=config.schedule)
         write_bundle(
