@@ -7,6 +7,7 @@ the main path: `radt/diffusion/guidance.py`.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from hashlib import blake2b
 
 import torch
@@ -16,10 +17,11 @@ from radt.bundle import Bundle, FastTwin, StageInfo
 from radt.conditioning import Condition, LowResolution, NeighborBatch, TextCondition, to_device
 from radt.diffusion.denoiser import Denoise, Denoiser
 from radt.diffusion.distill import one_row, same_guidance, told
-from radt.diffusion.guidance import interleaved, plan_branches
-from radt.diffusion.samplers import SAMPLERS, Generators, Sampler, draw_noise
+from radt.diffusion.guidance import OnCall, guided, plan_guidance
+from radt.diffusion.samplers import SAMPLERS, Generators, Sampler, draw_noise, sample_ancestral
 from radt.diffusion.schedule import NoiseSchedule
 from radt.diffusion.thresholding import Threshold, dynamic_threshold, static_threshold
+from radt.image_to_image import InitImage, Start, starting_point
 from radt.resizing import Size, resize
 from radt.settings import GenerateSettings
 from radt.shapes import PerExample, Pixels
@@ -114,8 +116,14 @@ class Cascade:
         settings: GenerateSettings,
         seeds: Sequence[int],
         on_step: Callable[[int], None] = lambda done: None,
+        *,
+        init: InitImage | None = None,
+        on_call: OnCall = lambda rows: None,
     ) -> Pixels:
         """One batch of pictures, one a row of the conditions, each from its own seed. `on_step` counts network steps.
+
+        With `init` the stages that are not larger start from that picture (`radt/image_to_image.py`). `on_call` is
+        told the rows that every network call spends on each picture.
 
         A picture's generators live on the CPU, so that a seed means the same everywhere, and each stage has its own,
         so that what a stage draws at random does not depend on how the one below was sampled.
@@ -137,7 +145,10 @@ class Cascade:
             def report(step: int, before: int = done) -> None:
                 on_step(before + (step + 1) * len(seeds))
 
-            pictures = sample_stage(stage, condition, asked, generators=generators, on_step=report)
+            start = None if init is None else init.at(stage.size)
+            pictures = sample_stage(
+                stage, condition, asked, generators=generators, init=start, on_step=report, on_call=on_call
+            )
             done += asked.steps * len(seeds)
         assert pictures is not None, "a cascade has a stage"
         return pictures
@@ -149,30 +160,30 @@ def sample_stage(
     settings: GenerateSettings,
     *,
     generators: Generators,
+    init: Start | None = None,
     on_step: Callable[[int], None] = lambda step: None,
+    on_call: OnCall = lambda rows: None,
 ) -> Pixels:
-    """What one stage draws, in [-1, 1]: noise, guidance branches and the sampler's own noise from the generators."""
+    """What one stage draws, in [-1, 1]: noise, guidance branches and the sampler's own noise from the generators.
+
+    `init` is a picture to start from instead of noise alone.
+    """
     device = condition.text.tokens.device
     noise = draw_noise(torch.empty(len(generators), 3, *stage.size, device=device), generators)
-    branches = [
-        plan_branches(settings.steps, text_share=settings.text_share, order=settings.order, generator=generator)
-        for generator in generators
-    ]
-    denoise = stage.one_row(condition, settings) if stage.fast else interleaved(
-        stage.denoiser,
-        condition,
-        text_guidance=settings.text_guidance,
-        neighbor_guidance=settings.neighbor_guidance,
-        branches=branches,
-        threshold=find_threshold(settings),
-    )
-    x0 = find_sampler(settings.sampler)(
+    x, t = starting_point(init, noise, strength=settings.strength, schedule=stage.info.schedule)
+    times = stage.info.schedule.time_steps(settings.steps, t_max=t)
+    plans = [plan_guidance(settings, times, generator=generator) for generator in generators]
+    if stage.fast:
+        denoise = stage.one_row(condition, settings)
+    else:
+        denoise = guided(stage.denoiser, condition, plans, threshold=find_threshold(settings), on_call=on_call)
+    x0 = find_sampler(settings)(
         denoise,
-        noise,
-        stage.info.schedule.time_steps(settings.steps),
+        x,
+        times,
         schedule=stage.info.schedule,
         generators=generators,
-        branches=None if stage.fast else branches,
+        branches=None if stage.fast else plans,
         on_step=lambda step, _: on_step(step),
     )
     return x0.clamp(-1, 1)
@@ -200,11 +211,16 @@ def stages_of(bundle: Bundle) -> list[Stage]:
 
 
 def of_stage(settings: GenerateSettings, number: int) -> GenerateSettings:
-    """The settings as one stage reads them: above the first, those that begin with `sr_` stand for the others."""
+    """The settings as one stage reads them: above the first, those that begin with `sr_` stand for the others.
+
+    Where those weights are 1 no branches alternate, and a multistep sampler keeps its order.
+    """
     if number == 0:
         return settings
+    is_plain = settings.sr_text_guidance == settings.sr_neighbor_guidance == 1
     return replace(
         settings,
+        guidance="joint" if is_plain else settings.guidance,
         steps=settings.sr_steps,
         text_guidance=settings.sr_text_guidance,
         neighbor_guidance=settings.sr_neighbor_guidance,
@@ -218,13 +234,17 @@ def stage_generator(seed: int, number: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def find_sampler(name: str) -> Sampler:
-    """The sampler of this name; a ConfigError lists the names there are."""
-    if name not in SAMPLERS:
-        raise ConfigError(f"sampler {name!r} is unknown; choose one of {', '.join(SAMPLERS)}")
-    return SAMPLERS[name]
+def find_sampler(settings: GenerateSettings) -> Sampler:
+    """The sampler asked for; a ConfigError lists the names there are."""
+    if settings.sampler not in SAMPLERS:
+        raise ConfigError(f"sampler {settings.sampler!r} is unknown; choose one of {', '.join(SAMPLERS)}")
+    if settings.sampler == "ancestral":
+        return partial(sample_ancestral, gamma=settings.gamma)
+    return SAMPLERS[settings.sampler]
 
 
 def find_threshold(settings: GenerateSettings) -> Threshold:
     """What keeps the clean image in range."""
-    return dynamic_threshold(settings.steps) if settings.threshold == "dynamic" else static_threshold
+    if settings.threshold == "dynamic":
+        return dynamic_threshold(settings.steps, percentile=settings.percentile)
+    return static_threshold

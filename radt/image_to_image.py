@@ -10,13 +10,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from jaxtyping import Float
 from PIL import Image, ImageOps
+from torch import Tensor
 
 from index.errors import QueryError
 from radt.diffusion.schedule import NoiseSchedule
 from radt.neighbors import RGB8, decode_image, to_pixels, to_rgb8
 from radt.resizing import Size, resize
 from radt.shapes import Pixels
+
+Start = Float[Tensor, "#b c h w"]  # one picture for all rows, or one a row
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,12 +61,9 @@ def make_init_image(image: Image.Image, sizes: Sequence[Size], *, name: str = "i
 
 
 def starting_point(
-    init: Pixels | None, noise: Pixels, *, strength: float, schedule: NoiseSchedule
+    init: Start | None, noise: Pixels, *, strength: float, schedule: NoiseSchedule
 ) -> tuple[Pixels, float]:
-    """x_t and the time t that a sampler begins at: the noise at t = 1, or the picture noised to t = `strength`.
-
-    `init` is one picture for all rows of the noise, or one a row.
-    """
+    """x_t and the time t that a sampler begins at: the noise at t = 1, or the picture noised to t = `strength`."""
     if init is None:
         return noise, 1.0
     times = torch.full((len(noise),), strength, device=noise.device)
