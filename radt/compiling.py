@@ -23,14 +23,13 @@ def prepare(unet: UNet, *, device: str, compiled: bool = False) -> UNet:
         ConfigError: there is no C++ compiler, without which nothing can be compiled.
     """
     if compiled or device != "cpu":
-        unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if not compiled:
-        return unet
-    check_compiler()
-    options = {"dynamic": False, "mode": "default" if device == "cpu" else "reduce-overhead"}
-    unet.compile(**options)
-    if unet.shares_encoder:
-        unet.predict_rows = torch.compile(unet.predict_rows, **options)  # type: ignore[method-assign]
+        unet.to(memory_format=torch.channels_last)
+    if compiled:
+        check_compiler()
+        mode = "default" if device == "cpu" else "reduce-overhead"
+        unet.compile(dynamic=False, mode=mode)
+        predict_rows = torch.compile(unet.predict_rows, dynamic=False, mode=mode)
+        unet.predict_rows = predict_rows  # type: ignore[method-assign]
     return unet
 
 

@@ -4,9 +4,10 @@ Inside the boundary the network runs in `dtype` (autocast); outside everything i
 differences of nearly equal images. Next on the main path: `radt/diffusion/guidance.py`.
 """
 
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, cast, runtime_checkable
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from radt.conditioning import Condition, LowResolution, NeighborKV, TextCondition
@@ -46,6 +47,23 @@ class Network(Protocol):
         ...
 
 
+class SharedEncoder(Protocol):
+    """A network that looks at no neighbour before its encoder is done."""
+
+    def predict_rows(
+        self,
+        x: Pixels,
+        t: PerExample,
+        text: TextCondition,
+        neighbors: NeighborKV | None,
+        *,
+        rows: Int[Tensor, " r"],
+        low_res: LowResolution | None = None,
+    ) -> Float[Tensor, "r c h w"]:
+        """Raw predictions that differ in their neighbours alone where `rows` repeats: see `Denoiser.predict_rows`."""
+        ...
+
+
 class Denoiser:
     """A network as a function (x_t, t, condition) -> x0. It guides nothing and remembers nothing."""
 
@@ -62,10 +80,36 @@ class Denoiser:
     def __call__(self, x: Pixels, t: float | Tensor, condition: Condition) -> Pixels:
         """The clean image, float32. `t` is one time for all or a tensor of one time an example."""
         x = x.float()
-        times = torch.as_tensor(t, dtype=torch.float32, device=x.device).expand(len(x))
+        times = per_example(t, x)
         with torch.autocast(x.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
             output = self.network(x, times, condition.text, condition.neighbors, low_res=condition.low_res)
         return x0_from(output.float(), x, times, schedule=self.schedule, prediction=self.prediction)
+
+    @property
+    def shares_encoder(self) -> bool:
+        """Whether the network can answer `predict_rows`, and so encode once what differs in its neighbours alone."""
+        return getattr(self.network, "shares_encoder", False)
+
+    def predict_rows(
+        self, x: Pixels, t: float, condition: Condition, *, rows: Int[Tensor, " r"]
+    ) -> Float[Tensor, "r c h w"]:
+        """As a call, with several clean images for one row of x: `rows` says for every image which row is its own.
+
+        Text and picture below have as many rows as x, and the neighbours as many as there are images.
+        """
+        x = x.float()
+        times = per_example(t, x)
+        predict = cast(SharedEncoder, self.network).predict_rows
+        with torch.autocast(x.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+            output = predict(x, times, condition.text, condition.neighbors, rows=rows, low_res=condition.low_res)
+        return x0_from(output.float(), x[rows], times[rows], schedule=self.schedule, prediction=self.prediction)
+
+
+def per_example(t: float | Tensor, x: Pixels) -> PerExample:
+    """One time for every row of x. A number is filled in on the device: copying it there would wait for the queue."""
+    if not isinstance(t, Tensor):
+        t = torch.full((), t, dtype=torch.float32, device=x.device)
+    return t.to(device=x.device, dtype=torch.float32).expand(len(x))
 
 
 def x0_from(output: Pixels, x: Pixels, t: PerExample, *, schedule: NoiseSchedule, prediction: Prediction) -> Pixels:

@@ -5,7 +5,7 @@ the last step returns the clean image itself. Image i uses `generators[i]` alone
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from itertools import pairwise
 from typing import Protocol, runtime_checkable
 
@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from radt.diffusion.denoiser import Denoise
-from radt.diffusion.guidance import Plan
 from radt.diffusion.schedule import NoiseSchedule, per_pixel
 from radt.shapes import Pixels
 
 OnStep = Callable[[int, Pixels], None]
 Generators = Sequence[torch.Generator]
+Fields = Sequence[Sequence[Hashable]]  # for each image, a label of the field that each step follows
 
 
 def ignore(step: int, x0: Pixels) -> None:
@@ -29,7 +29,8 @@ def ignore(step: int, x0: Pixels) -> None:
 class Sampler(Protocol):
     """What the entries of SAMPLERS have in common. `times` descends and ends in 0 (NoiseSchedule.time_steps).
 
-    `branches` holds each image's plan if guidance interleaves; `on_step` is shown every step's clean image.
+    `branches` holds each image's plan (`radt.diffusion.guidance.Plan`), of which samplers ask only where it changes;
+    None says nowhere. `on_step` is shown every step's clean image.
     """
 
     def __call__(
@@ -40,7 +41,7 @@ class Sampler(Protocol):
         *,
         schedule: NoiseSchedule,
         generators: Generators,
-        branches: Sequence[Plan] | None = None,
+        branches: Fields | None = None,
         on_step: OnStep = ignore,
     ) -> Pixels:
         """The image, in the range that `denoise` answers in."""
@@ -54,7 +55,7 @@ def sample_ancestral(
     *,
     schedule: NoiseSchedule,
     generators: Generators,
-    branches: Sequence[Plan] | None = None,
+    branches: Fields | None = None,
     on_step: OnStep = ignore,
     gamma: float = 0.0,
 ) -> Pixels:
@@ -83,7 +84,7 @@ def sample_ddim(
     *,
     schedule: NoiseSchedule,
     generators: Generators,
-    branches: Sequence[Plan] | None = None,
+    branches: Fields | None = None,
     on_step: OnStep = ignore,
     eta: float = 0.0,
 ) -> Pixels:
@@ -103,6 +104,37 @@ def sample_ddim(
     return x
 
 
+def sample_stochastic(
+    denoise: Denoise,
+    x: Pixels,
+    times: Sequence[float],
+    *,
+    schedule: NoiseSchedule,
+    generators: Generators,
+    branches: Fields | None = None,
+    on_step: OnStep = ignore,
+) -> Pixels:
+    """N-step stochastic sampling (Meng et al. 2023, On Distillation of Guided Diffusion Models, section 4; row I8).
+
+    One deterministic step of twice the size, to the time after the next, then one step back with noise: the forward
+    process from there to the next time. One call a step; the last goes straight to the clean image.
+    """
+    for step, (t, t_next) in enumerate(pairwise(times)):
+        x0 = denoise(x, t, step)
+        on_step(step, x0)
+        if t_next == 0:
+            return x0
+        t_far = times[step + 2]
+        if t_far == 0:
+            far, kept, fresh = x0, schedule.alpha(t_next), schedule.sigma(t_next)
+        else:
+            far = step_by_x0(x, x0, t, t_far, schedule=schedule)
+            kept = schedule.alpha(t_next) / schedule.alpha(t_far)
+            fresh = schedule.sigma(t_next) * math.sqrt(-math.expm1(schedule.log_snr(t_next) - schedule.log_snr(t_far)))
+        x = kept * far + fresh * draw_noise(x, generators)
+    return x
+
+
 def sample_dpmpp_2m(
     denoise: Denoise,
     x: Pixels,
@@ -110,7 +142,7 @@ def sample_dpmpp_2m(
     *,
     schedule: NoiseSchedule,
     generators: Generators,
-    branches: Sequence[Plan] | None = None,
+    branches: Fields | None = None,
     on_step: OnStep = ignore,
 ) -> Pixels:
     """DPM-Solver++ 2M (Lu et al. 2022, Algorithm 2): second order, deterministic, one call a step.
@@ -118,6 +150,7 @@ def sample_dpmpp_2m(
     It extrapolates x0 from the step before. Where an image's branch changes, that x0 belongs to another field, and the
     image takes one first-order step.
     """
+    same = [same_branch(branches, step, x) for step in range(len(times) - 1)]  # copied to the device before any step
     x0_before, h_before = x, math.inf
     for step, (t, t_next) in enumerate(pairwise(times)):
         x0 = denoise(x, t, step)
@@ -125,7 +158,7 @@ def sample_dpmpp_2m(
         if t_next == 0:
             return x0
         h = (schedule.log_snr(t_next) - schedule.log_snr(t)) / 2
-        slope = per_pixel(same_branch(branches, step, x)) * (h / (2 * h_before))  # 0 at the first step
+        slope = per_pixel(same[step]) * (h / (2 * h_before))  # 0 at the first step
         x = step_by_x0(x, x0 + slope * (x0 - x0_before), t, t_next, schedule=schedule)
         x0_before, h_before = x0, h
     return x
@@ -138,7 +171,7 @@ def sample_heun(
     *,
     schedule: NoiseSchedule,
     generators: Generators,
-    branches: Sequence[Plan] | None = None,
+    branches: Fields | None = None,
     on_step: OnStep = ignore,
 ) -> Pixels:
     """Heun's rule on x0 in log-SNR: DPM-Solver++ 2S with r = 1 (Lu et al. 2022, Algorithm 1). Two calls a step.
@@ -161,6 +194,7 @@ SAMPLERS: dict[str, Sampler] = {
     "ddim": sample_ddim,
     "dpmpp_2m": sample_dpmpp_2m,
     "heun": sample_heun,
+    "stochastic": sample_stochastic,
 }
 
 
@@ -170,7 +204,7 @@ def step_by_x0(x: Pixels, x0: Pixels, t: float, t_next: float, *, schedule: Nois
     return (schedule.sigma(t_next) / schedule.sigma(t)) * x - schedule.alpha(t_next) * math.expm1(-h) * x0
 
 
-def same_branch(branches: Sequence[Plan] | None, step: int, x: Pixels) -> Tensor:
+def same_branch(branches: Fields | None, step: int, x: Pixels) -> Tensor:
     """Per image, 1 where this step strengthens what the step before did, else 0."""
     if branches is None or step == 0:
         return x.new_ones(len(x))
@@ -181,4 +215,7 @@ def draw_noise(x: Pixels, generators: Generators) -> Pixels:
     """Unit noise of the shape of x, each image's from its own generator, drawn where the generator lives."""
     assert len(generators) == len(x), f"{len(x)} images need as many generators, got {len(generators)}"
     drawn = [torch.randn(x.shape[1:], generator=generator, device=generator.device) for generator in generators]
-    return torch.stack(drawn).to(device=x.device, dtype=x.dtype)
+    noise = torch.stack(drawn)
+    if x.is_cuda and not noise.is_cuda:
+        noise = noise.pin_memory()  # the copy then waits for nothing
+    return noise.to(device=x.device, dtype=x.dtype, non_blocking=True)
