@@ -58,7 +58,7 @@ class Stage:
             return asked
         return replace(asked, steps=self.fast.steps, sampler="ddim")
 
-    def one_row(self, condition: Condition, settings: GenerateSettings) -> Denoise:
+    def one_row(self, condition: Condition, settings: GenerateSettings, *, on_call: OnCall) -> Denoise:
         """How a twin is asked: told its guidance, so that a step has no branches (`radt/diffusion/distill.py`)."""
         guidance = same_guidance(
             condition.batch_size,
@@ -68,7 +68,7 @@ class Stage:
             device=condition.text.tokens.device,
         )
         denoiser = Denoiser(told(self.unet, guidance), schedule=self.info.schedule, prediction=self.info.prediction)
-        return one_row(denoiser, condition, threshold=find_threshold(settings))
+        return one_row(denoiser, condition, threshold=find_threshold(settings), on_call=on_call)
 
 
 class Cascade:
@@ -174,7 +174,7 @@ def sample_stage(
     times = stage.info.schedule.time_steps(settings.steps, t_max=t)
     plans = [plan_guidance(settings, times, generator=generator) for generator in generators]
     if stage.fast:
-        denoise = stage.one_row(condition, settings)
+        denoise = stage.one_row(condition, settings, on_call=on_call)
     else:
         denoise = guided(stage.denoiser, condition, plans, threshold=find_threshold(settings), on_call=on_call)
     x0 = find_sampler(settings)(

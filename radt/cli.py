@@ -17,7 +17,7 @@ import typer
 
 from index.cli import make_app, run
 from radt import __version__
-from radt.settings import BranchOrder, By, Decompose, Fusion, ThresholdRule
+from radt.settings import BranchOrder, By, Decompose, Fusion, GuidanceRule, ThresholdRule
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -68,7 +68,7 @@ StoreSize = Annotated[
 SETTINGS: dict[str, Any] = {
     "k": Annotated[int | None, typer.Option("-k", help="Neighbours of a picture; 0 draws from the text alone.")],
     "steps": Annotated[int | None, typer.Option("--steps", help="Network steps.")],
-    "sampler": Annotated[str | None, typer.Option("--sampler", help="dpmpp_2m, ddim, heun or ancestral.")],
+    "sampler": Annotated[str | None, typer.Option("--sampler", help="dpmpp_2m, ddim, heun, ancestral or stochastic.")],
     "text_guidance": Annotated[float | None, typer.Option("--text-guidance", help="Weight of the prompt, 1 or more.")],
     "neighbor_guidance": Annotated[
         float | None, typer.Option("--neighbor-guidance", help="Weight of the neighbours, as well.")
@@ -81,7 +81,31 @@ SETTINGS: dict[str, Any] = {
         typer.Option("--fast/--no-fast", help="Draw with the model's distilled twin: few steps, one row each."),
     ],
     "order": Annotated[BranchOrder | None, typer.Option("--order", help="Which steps strengthen the prompt.")],
+    "guidance": Annotated[
+        GuidanceRule | None, typer.Option("--guidance", help="Prompt and neighbours in turn, or both in every step.")
+    ],
+    "guidance_interval": Annotated[
+        tuple[float, float] | None,
+        typer.Option("--guidance-interval", help="Times of the noise, 0 to 1, between which guidance acts."),
+    ],
+    "neighbor_interval": Annotated[
+        tuple[float, float] | None,
+        typer.Option("--neighbor-interval", help="The same, between which neighbours are seen at all."),
+    ],
+    "oscillate_to": Annotated[
+        float | None, typer.Option("--oscillate-to", help="Weight of every other step; by default all are alike.")
+    ],
+    "oscillate_after": Annotated[
+        int | None, typer.Option("--oscillate-after", help="Steps of full weight before they oscillate.")
+    ],
+    "negative_prompt": Annotated[
+        str | None, typer.Option("--negative-prompt", help="What to lead away from, in place of the null text.")
+    ],
     "threshold": Annotated[ThresholdRule | None, typer.Option("--threshold", help="Kept in range how.")],
+    "percentile": Annotated[
+        float | None, typer.Option("--percentile", help="Of a picture's magnitudes, what dynamic thresholding keeps.")
+    ],
+    "gamma": Annotated[float | None, typer.Option("--gamma", help="Noise of the ancestral sampler, 0 to 1.")],
     "by": Annotated[By | None, typer.Option("--by", help="What neighbours are found by.")],
     "fusion": Annotated[Fusion | None, typer.Option("--fusion", help="How hybrid joins the scores.")],
     "decompose": Annotated[

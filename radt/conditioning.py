@@ -110,11 +110,13 @@ class Condition:
     """Everything one network call is conditioned on. `neighbors` None skips the neighbour layers altogether.
 
     `low_res` is None at the first stage of a cascade, which has no picture to draw over. Guidance never drops it.
+    `negative` is the text that stands in the place of the null where guidance drops the text; None is the null itself.
     """
 
     text: TextCondition
     neighbors: NeighborKV | None = None
     low_res: LowResolution | None = None
+    negative: TextCondition | None = None
 
     @property
     def batch_size(self) -> int:

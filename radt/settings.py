@@ -28,6 +28,7 @@ class GenerateSettings:
     order: BranchOrder = "low_discrepancy"  # which steps those are; "coin" is the source's rule
     guidance: GuidanceRule = "interleaved"  # joint: text and neighbours in every step (radt/diffusion/guidance.py)
     guidance_interval: tuple[float, float] = (0.0, 1.0)  # times of the noise schedule between which guidance acts
+    neighbor_interval: tuple[float, float] = (0.0, 1.0)  # the same, between which neighbours are seen at all (row R11)
     oscillate_to: float | None = None  # the weight of every other step; None = all alike
     oscillate_after: int = 0  # steps of full weight before that
     negative_prompt: str | None = None  # what guidance leads away from, in the place of the null text
@@ -76,9 +77,11 @@ class GenerateSettings:
 
 def check_guidance(settings: GenerateSettings) -> None:
     """Raise a ConfigError for guidance settings that cannot be."""
-    interval, low, after = settings.guidance_interval, settings.oscillate_to, settings.oscillate_after
-    if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
-        raise ConfigError(f"guidance_interval is two times, 0 <= first < second <= 1, got {interval}")
+    for name in ("guidance_interval", "neighbor_interval"):
+        interval = getattr(settings, name)
+        if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
+            raise ConfigError(f"{name} is two times, 0 <= first < second <= 1, got {interval}")
+    low, after = settings.oscillate_to, settings.oscillate_after
     if low is not None and not (math.isfinite(low) and low >= 1):
         raise ConfigError(f"oscillate_to must be 1 (no guidance) or more, got {low}")
     if after < 0:

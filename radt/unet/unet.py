@@ -12,11 +12,19 @@ from typing import Any, Literal, cast
 
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from index.errors import ConfigError
-from radt.conditioning import EncodedNeighbors, GuidanceInput, LowResolution, NeighborBatch, NeighborKV, TextCondition
+from radt.conditioning import (
+    EncodedNeighbors,
+    GuidanceInput,
+    LowResolution,
+    NeighborBatch,
+    NeighborKV,
+    TextCondition,
+    map_tensors,
+)
 from radt.resizing import Size, resize
 from radt.shapes import Features, NeighborMask, PerExample, Pixels
 from radt.unet.attention import AttentionMaps, CaptionAgreement, NeighborAttention, TextSelfAttention
@@ -295,6 +303,40 @@ class UNet(nn.Module):
         assert guidance is None or self.config.guidance_input, "only a network with guidance_input is told guidance"
         embedding = self.embedding(t, text, low_res, guidance)
         maps = self._encode(self.encoder, x, embedding, text, attend=attend, low_res=low_res)
+        return self._decode(maps, embedding, text, attend)
+
+    @property
+    def shares_encoder(self) -> bool:
+        """Whether no neighbour is looked at before the encoder's last map is made."""
+        return set(self.config.encoder_neighbor_levels) <= {len(self.encoder) - 1}
+
+    def predict_rows(
+        self,
+        x: Pixels,
+        t: PerExample,
+        text: TextCondition,
+        neighbors: NeighborKV | None,
+        *,
+        rows: Int[Tensor, " r"],
+        low_res: LowResolution | None = None,
+    ) -> Float[Tensor, "r c h w"]:
+        """Predictions of which some differ in their neighbours alone: those share one pass of the encoder.
+
+        `rows` says for every prediction which row of x it is of; `neighbors` has a row for every prediction.
+        """
+        assert self.shares_encoder, "neighbours are looked at inside the encoder"
+        embedding = self.embedding(t, text, low_res)
+        nobody = _NeighborReader(self, text, None)
+        encoded = self._encode(self.encoder, x, embedding, text, attend=nobody, low_res=low_res)
+        maps = [one[rows] for one in encoded]
+        embedding, text = embedding[rows], map_tensors(lambda tensor: tensor[rows], text)
+        attend = _NeighborReader(self, text, neighbors)
+        maps[-1] = attend(maps[-1], "encoder", len(maps) - 1)
+        return self._decode(maps, embedding, text, attend)
+
+    def _decode(
+        self, maps: list[LevelMap], embedding: Float[Tensor, "b e"], text: TextCondition, attend: "_NeighborReader"
+    ) -> Pixels:
         h = maps[-1]
         for level in reversed(range(len(self.decoder))):
             decoder = cast(DecoderLevel, self.decoder[level])

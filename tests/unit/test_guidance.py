@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import pytest
@@ -5,13 +6,15 @@ import torch
 from torch import nn
 
 from index.errors import ConfigError
-from radt.conditioning import Condition, NeighborBatch, NeighborKV, TextCondition, map_tensors
+from radt.conditioning import Condition, NeighborBatch, NeighborKV, TextCondition, concatenate, map_tensors
 from radt.diffusion.denoiser import Denoiser, eps_from_x0
-from radt.diffusion.guidance import classifier_free, interleaved, plan_branches
-from radt.diffusion.samplers import SAMPLERS
+from radt.diffusion.guidance import Mix, check_effect, guided, interleaved, mix, oscillate, plan_branches, plan_guidance
+from radt.diffusion.samplers import SAMPLERS, same_branch
 from radt.diffusion.schedule import NoiseSchedule
 from radt.diffusion.thresholding import no_threshold
+from radt.settings import GenerateSettings
 from radt.unet.unet import UNet, UNetConfig
+from tests.networks import random_neighbors, random_pixels, random_text, random_unet
 
 SCHEDULE = NoiseSchedule()
 BATCH, NUM_NEIGHBORS = 3, 2
@@ -64,7 +67,7 @@ def plans(*branches):
     return [tuple(branches)] * BATCH
 
 
-def guided(network, condition, branches, **changes):
+def by_branches(network, condition, branches, **changes):
     settings = {"text_guidance": 3.0, "neighbor_guidance": 2.0, "threshold": no_threshold} | changes
     denoiser = Denoiser(network, schedule=SCHEDULE, prediction="eps")
     return interleaved(denoiser, condition, branches=branches, **settings)
@@ -88,7 +91,7 @@ def slow_twin(network, condition, x, branch, w_p, w_n):
 def test_equals_the_two_call_formula_in_one_call(condition, x, step):
     branches = ("text", "neighbor")
     network = ToyNetwork()
-    x0 = guided(network, condition, plans(*branches))(x, 0.6, step)
+    x0 = by_branches(network, condition, plans(*branches))(x, 0.6, step)
     assert network.batches == [2 * BATCH]
     expected = slow_twin(ToyNetwork(), condition, x, branches[step], 3.0, 2.0)
     torch.testing.assert_close(eps_of(x0, x), expected, rtol=1e-4, atol=1e-4)
@@ -97,10 +100,10 @@ def test_equals_the_two_call_formula_in_one_call(condition, x, step):
 def test_each_image_may_have_its_own_plan(condition, x):
     network = ToyNetwork()
     branches = [("text",), ("neighbor",), ("text",)]
-    x0 = guided(network, condition, branches)(x, 0.6, 0)
+    x0 = by_branches(network, condition, branches)(x, 0.6, 0)
     assert network.batches == [2 * BATCH]
     for i, (branch,) in enumerate(branches):
-        alone = guided(ToyNetwork(), condition, plans(branch))(x, 0.6, 0)
+        alone = by_branches(ToyNetwork(), condition, plans(branch))(x, 0.6, 0)
         assert torch.equal(x0[i], alone[i])
 
 
@@ -133,7 +136,7 @@ def test_the_real_network_in_one_call_equals_two(branch):
     )
     with torch.inference_mode():
         condition = Condition(text=text(BATCH), neighbors=unet.project_neighbors(neighbors))
-        x0 = guided(unet, condition, plans(branch))(x, 0.6, 0)
+        x0 = by_branches(unet, condition, plans(branch))(x, 0.6, 0)
         expected = slow_twin(unet, condition, x, branch, 3.0, 2.0)
         assert not torch.allclose(expected, slow_twin(unet, condition, x, branch, 1.0, 1.0), atol=1e-3)
     torch.testing.assert_close(eps_of(x0, x), expected, rtol=1e-4, atol=1e-4)
@@ -141,14 +144,15 @@ def test_the_real_network_in_one_call_equals_two(branch):
 
 def test_weight_one_is_the_conditional_prediction_in_one_call(condition, x):
     network = ToyNetwork()
-    x0 = guided(network, condition, plans("text", "neighbor"), text_guidance=1.0)(x, 0.6, 0)
+    x0 = by_branches(network, condition, plans("text", "neighbor"), text_guidance=1.0)(x, 0.6, 0)
     assert network.batches == [BATCH]
     plain = Denoiser(ToyNetwork(), schedule=SCHEDULE, prediction="eps")(x, 0.6, condition)
     assert torch.equal(x0, plain)
 
 
 def test_weight_one_in_a_mixed_batch_is_the_conditional_prediction(condition, x):
-    x0 = guided(ToyNetwork(), condition, [("neighbor",), ("text",), ("neighbor",)], neighbor_guidance=1.0)(x, 0.6, 0)
+    branches = [("neighbor",), ("text",), ("neighbor",)]
+    x0 = by_branches(ToyNetwork(), condition, branches, neighbor_guidance=1.0)(x, 0.6, 0)
     plain = Denoiser(ToyNetwork(), schedule=SCHEDULE, prediction="eps")(x, 0.6, condition)
     assert torch.equal(x0[[0, 2]], plain[[0, 2]])
     assert not torch.equal(x0[1], plain[1])
@@ -169,50 +173,243 @@ def test_the_prediction_kind_does_not_matter(condition, x):
     torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
 
 
-def test_steps_outside_the_range_see_no_neighbors(condition, x):
-    network = ToyNetwork()
-    denoise = guided(network, condition, plans("text", "neighbor", "text"), neighbor_steps=range(2, 3))
-    textual, plain, whole = (denoise(x, 0.6, step) for step in range(3))
-    assert network.batches == [2 * BATCH, BATCH, 2 * BATCH]
-    alone = condition.without_neighbors()
-    without = slow_twin(ToyNetwork(), alone, x, "text", 3.0, 2.0)
-    torch.testing.assert_close(eps_of(textual, x), without, rtol=1e-4, atol=1e-4)
-    assert torch.equal(plain, Denoiser(ToyNetwork(), schedule=SCHEDULE, prediction="eps")(x, 0.6, alone))
-    torch.testing.assert_close(
-        eps_of(whole, x), slow_twin(ToyNetwork(), condition, x, "text", 3.0, 2.0), rtol=1e-4, atol=1e-4
-    )
-
-
 def test_without_neighbors_a_neighbor_step_is_one_plain_call(condition, x):
     network = ToyNetwork()
-    guided(network, condition.without_neighbors(), plans("neighbor"))(x, 0.6, 0)
+    by_branches(network, condition.without_neighbors(), plans("neighbor"))(x, 0.6, 0)
     assert network.batches == [BATCH]
 
 
-def test_classifier_free_by_hand(condition, x):
-    alone = condition.without_neighbors()
-    network = ToyNetwork()
+def joint(w_p, w_n):
+    return mix("joint", text_guidance=w_p, neighbor_guidance=w_n)
+
+
+def by_plan(network, condition, *plan, **changes):
+    """The same plan for every image."""
     denoiser = Denoiser(network, schedule=SCHEDULE, prediction="eps")
-    x0 = classifier_free(denoiser, alone, guidance_scale=3.0, threshold=no_threshold)(x, 0.6, 0)
+    return guided(denoiser, condition, [plan] * BATCH, **({"threshold": no_threshold} | changes))
+
+
+def without_text(condition):
+    c_p = condition.text
+    return TextCondition(tokens=c_p.tokens, mask=torch.zeros_like(c_p.mask), pooled=c_p.pooled)
+
+
+def test_joint_guidance_is_instruct_pix2pix_in_one_call(condition, x):
+    """Brooks et al. 2022, equation 3, as it is written, with the neighbours for the image: three calls."""
+    network, slow = ToyNetwork(), ToyNetwork()
+    x0 = by_plan(network, condition, joint(3.0, 2.0))(x, 0.6, 0)
+    assert network.batches == [3 * BATCH]
+    null, c_p, c_n = without_text(condition), condition.text, condition.neighbors
+    neither, shown, both = slow(x, T, null, None), slow(x, T, null, c_n), slow(x, T, c_p, c_n)
+    expected = neither + 2.0 * (shown - neither) + 3.0 * (both - shown)
+    torch.testing.assert_close(eps_of(x0, x), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("w_p", "w_n", "rows"), [(1.0, 1.0, 1), (3.0, 3.0, 2), (3.0, 1.0, 2), (1.0, 2.0, 3)])
+def test_a_joint_step_computes_only_what_it_weighs(condition, x, w_p, w_n, rows):
+    network = ToyNetwork()
+    by_plan(network, condition, joint(w_p, w_n))(x, 0.6, 0)
+    assert network.batches == [rows * BATCH]
+
+
+def test_joint_guidance_with_equal_weights_is_classifier_free_guidance(condition, x):
+    """Ho and Salimans 2022, equation 6."""
+    slow = ToyNetwork()
+    x0 = by_plan(ToyNetwork(), condition, joint(3.0, 3.0))(x, 0.6, 0)
+    given, nothing = slow(x, T, condition.text, condition.neighbors), slow(x, T, without_text(condition), None)
+    torch.testing.assert_close(eps_of(x0, x), 3 * given - 2 * nothing, rtol=1e-4, atol=1e-4)
+
+
+def test_joint_guidance_without_neighbors_weighs_the_text_alone(condition, x):
+    alone, network = condition.without_neighbors(), ToyNetwork()
+    x0 = by_plan(network, alone, joint(3.0, 2.0))(x, 0.6, 0)
     assert network.batches == [2 * BATCH]
     expected = slow_twin(ToyNetwork(), alone, x, "text", 3.0, 2.0)
     torch.testing.assert_close(eps_of(x0, x), expected, rtol=1e-4, atol=1e-4)
-    plain = classifier_free(denoiser, alone, guidance_scale=1.0, threshold=no_threshold)(x, 0.6, 0)
-    assert network.batches == [2 * BATCH, BATCH]
-    assert torch.equal(plain, denoiser(x, 0.6, alone))
 
 
-def test_the_result_is_thresholded_by_default(condition, x):
+@pytest.mark.parametrize("branch", ["text", "neighbor", "joint"])
+@pytest.mark.parametrize("w_p", [1.0, 3.3, 7.1])
+def test_the_weights_of_every_mix_add_up_to_one(branch, w_p):
+    now = mix(branch, text_guidance=w_p, neighbor_guidance=4.1)
+    for one in (now, now.hide_neighbors()):
+        assert sum(one.weights) == pytest.approx(1, abs=1e-12)
+    assert now.hide_neighbors().given == now.hide_neighbors().without_text == 0
+
+
+def test_images_of_one_batch_may_cost_different_rows(condition, x):
+    """Plain, interleaved and joint side by side, each as it is alone; the rows told are those of the call."""
+    plans, told, network = (
+        [(Mix(),), (mix("text", text_guidance=3.0, neighbor_guidance=2.0),), (joint(3, 2),)],
+        [],
+        ToyNetwork(),
+    )
+    denoiser = Denoiser(network, schedule=SCHEDULE, prediction="eps")
+    x0 = guided(denoiser, condition, plans, threshold=no_threshold, on_call=told.append)(x, 0.6, 0)
+    assert network.batches == [1 + 2 + 3]
+    assert told == [(1, 2, 3)]
+    for i, plan in enumerate(plans):
+        assert torch.equal(x0[i], by_plan(ToyNetwork(), condition, *plan)(x, 0.6, 0)[i])
+
+
+@pytest.mark.parametrize("branch", ["text", "neighbor", "joint"])
+def test_a_negative_prompt_stands_in_the_place_of_the_null_text(condition, x, branch):
+    """It changes the branches that leave the text out, to what the network says of it, and no other."""
+    g = torch.Generator().manual_seed(5)
+    negative = TextCondition(
+        tokens=torch.randn(BATCH, 4, 5, generator=g),
+        mask=torch.ones(BATCH, 4, dtype=torch.bool),
+        pooled=torch.randn(BATCH, 5, generator=g),
+    )
+    now = mix(branch, text_guidance=3.0, neighbor_guidance=2.0)
+    x0 = by_plan(ToyNetwork(), dataclasses.replace(condition, negative=negative), now)(x, 0.6, 0)
+    slow, c_p, c_n = ToyNetwork(), condition.text, condition.neighbors
+    answers = (slow(x, T, c_p, c_n), slow(x, T, negative, c_n), slow(x, T, c_p, None), slow(x, T, negative, None))
+    expected = sum(weight * answer for weight, answer in zip(now.weights, answers, strict=True))
+    torch.testing.assert_close(eps_of(x0, x), expected, rtol=1e-4, atol=1e-4)
+    plain = by_plan(ToyNetwork(), condition, now)(x, 0.6, 0)
+    assert torch.equal(x0, plain) == (branch == "neighbor")
+
+
+def planned(times, **changes):
+    settings = GenerateSettings(**({"text_guidance": 3.0, "neighbor_guidance": 2.0} | changes))
+    return plan_guidance(settings, times, generator=torch.Generator().manual_seed(0))
+
+
+def test_steps_that_begin_outside_the_interval_are_not_guided():
+    plan = planned([1.0, 0.8, 0.6, 0.4, 0.2, 0.0], guidance_interval=(0.4, 0.8), guidance="joint")
+    assert plan == (Mix(), joint(3, 2), joint(3, 2), joint(3, 2), Mix())
+
+
+def test_an_unguided_step_is_one_row_of_the_conditional_prediction(condition, x):
+    network = ToyNetwork()
+    x0 = by_plan(network, condition, Mix())(x, 0.6, 0)
+    assert network.batches == [BATCH]
+    assert torch.equal(x0, Denoiser(ToyNetwork(), schedule=SCHEDULE, prediction="eps")(x, 0.6, condition))
+
+
+def test_steps_that_begin_outside_the_neighbor_interval_see_no_neighbors(condition, x):
+    times = [0.9, 0.6, 0.3, 0.0]
+    plan = planned(
+        times, neighbor_interval=(0.5, 1.0), guidance_interval=(0.0, 0.5), order="text_first", text_share=1.0
+    )
+    network = ToyNetwork()
+    denoise = by_plan(network, condition, *plan)
+    whole, _, textual = (denoise(x, 0.6, step) for step in range(3))
+    assert network.batches == [BATCH, BATCH, 2 * BATCH]
     denoiser = Denoiser(ToyNetwork(), schedule=SCHEDULE, prediction="eps")
-    x0 = classifier_free(denoiser, condition, guidance_scale=9.0)(x * 5, 0.6, 0)
-    assert x0.abs().max() == 1
+    assert torch.equal(whole, denoiser(x, 0.6, condition))
+    expected = slow_twin(ToyNetwork(), condition.without_neighbors(), x, "text", 3.0, 2.0)
+    torch.testing.assert_close(eps_of(textual, x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_weights_oscillate_within_each_branch_after_steps_of_full_weight():
+    """By step instead of within the branch, alternating branches would leave one of them low for ever."""
+    alternating = ("neighbor", "text") * 4
+    high = math.inf
+    assert oscillate(alternating, low=1.0, after=2) == [high, high, 1.0, 1.0, high, high, 1.0, 1.0]
+    assert oscillate(("joint",) * 5, low=1.5, after=1) == [high, 1.5, high, 1.5, high]
+
+
+def test_the_low_weight_is_a_ceiling():
+    plan = planned([1.0, 0.75, 0.5, 0.25, 0.0], oscillate_to=2.5, guidance="joint")
+    assert plan == (joint(2.5, 2), joint(3, 2), joint(2.5, 2), joint(3, 2))
+
+
+def test_a_multistep_sampler_takes_a_first_order_step_where_the_field_changes():
+    """Where guidance begins and ends, and where its weights change, x0 of the step before is of another field."""
+    times = [0.9, 0.75, 0.6, 0.45, 0.3, 0.15, 0.0]
+    plan = planned(times, guidance="joint", guidance_interval=(0.4, 0.8), oscillate_to=1.0, oscillate_after=3)
+    assert [now.num_rows for now in plan] == [1, 3, 3, 1, 1, 1]
+    same = same_branch([plan] * 2, 0, torch.zeros(2, 1, 1, 1))
+    assert [bool(same_branch([plan], step, torch.zeros(1, 1, 1, 1))) for step in range(6)] == [
+        True,
+        *[False, True] * 2,
+        True,
+    ]
+    assert same.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"guidance_interval": (0.6, 0.4)}, "guidance_interval"),
+        ({"neighbor_interval": (0.0, 1.5)}, "neighbor_interval"),
+        ({"oscillate_to": 0.5}, "oscillate_to"),
+        ({"oscillate_after": -1}, "oscillate_after"),
+        ({"percentile": 99.5}, "percentile"),
+        ({"gamma": 1.5}, "gamma"),
+    ],
+)
+def test_impossible_settings_are_refused(changes, name):
+    with pytest.raises(ConfigError, match=name):
+        GenerateSettings(**changes)
+
+
+def test_settings_without_effect_are_refused():
+    with pytest.raises(ConfigError, match="negative_prompt has no effect"):
+        check_effect(GenerateSettings(negative_prompt="blurry", text_guidance=1.0))
+    with pytest.raises(ConfigError, match="ancestral"):
+        check_effect(GenerateSettings(gamma=0.5, sampler="heun"))
+    check_effect(GenerateSettings(gamma=0.5, sampler="ancestral", negative_prompt="blurry"))
+
+
+def sharing_unet(**changes):
+    """Neighbours at the bottleneck and in the decoder, so that the encoder can be shared. In double precision."""
+    return random_unet(**({"encoder_neighbor_levels": (2,), "decoder_neighbor_levels": (0, 1)} | changes)).double()
+
+
+def in_double(record):
+    return map_tensors(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, record)
+
+
+@pytest.mark.parametrize("encoder_neighbor_levels", [(), (2,)])
+def test_predictions_that_share_the_encoder_equal_those_that_do_not(encoder_neighbor_levels):
+    unet = sharing_unet(encoder_neighbor_levels=encoder_neighbor_levels)
+    assert unet.shares_encoder
+    x, t, text = random_pixels(2).double(), torch.tensor([0.3, 0.7], dtype=torch.float64), in_double(random_text(2))
+    rows = torch.tensor([0, 1, 0, 1])
+    with torch.inference_mode():
+        pairs = in_double(random_neighbors(2, 2))
+        neighbors = concatenate([unet.project_neighbors(pairs)] * 2).drop(torch.tensor([False, False, True, True]))
+        shared = unet.predict_rows(x, t, text, neighbors, rows=rows)
+        apart = unet(x[rows], t[rows], concatenate([text, text]), neighbors)
+    torch.testing.assert_close(shared, apart, rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(shared[:2], shared[2:], atol=1e-3)  # the neighbours do something
+
+
+@pytest.mark.parametrize("branch", ["text", "neighbor", "joint"])
+def test_guidance_runs_the_encoder_once_for_rows_that_differ_in_neighbors_alone(branch):
+    """As without sharing, from fewer rows of the encoder: one less for the neighbours' and the joint mix."""
+    unet = sharing_unet().float()
+    seen = []
+    unet.encoder[0].register_forward_hook(lambda module, given, output: seen.append(len(output)))
+    condition = Condition(text=random_text(2), neighbors=unet.project_neighbors(random_neighbors(2, 2)))
+    seen.clear()
+    x, now = random_pixels(2), mix(branch, text_guidance=3.0, neighbor_guidance=2.0)
+
+    def draw(network):
+        denoiser = Denoiser(network, schedule=SCHEDULE, prediction="v")
+        return guided(denoiser, condition, [(now,)] * 2, threshold=no_threshold)(x, 0.6, 0)
+
+    with torch.inference_mode():
+        shared, apart = draw(unet), draw(lambda *given, **more: unet(*given, **more))
+    torch.testing.assert_close(shared, apart, rtol=1e-4, atol=1e-4)
+    assert seen == {"text": [4, 4], "neighbor": [2, 4], "joint": [4, 6]}[branch]
+
+
+def test_an_encoder_that_looks_at_neighbors_is_not_shared():
+    unet = random_unet()
+    assert not unet.shares_encoder
+    denoiser = Denoiser(unet, schedule=SCHEDULE, prediction="v")
+    assert not denoiser.shares_encoder
 
 
 @pytest.mark.parametrize("name", ["text_guidance", "neighbor_guidance"])
 @pytest.mark.parametrize("value", [0.5, math.nan])
 def test_weights_below_one_are_refused(condition, name, value):
     with pytest.raises(ConfigError, match=name):
-        guided(ToyNetwork(), condition, plans("text"), **{name: value})
+        by_branches(ToyNetwork(), condition, plans("text"), **{name: value})
 
 
 def test_the_coin_is_the_images_own():

@@ -9,17 +9,18 @@ from radt.diffusion.schedule import NoiseSchedule
 
 SCHEDULE = NoiseSchedule()
 MEAN, DEVIATION = 0.4, 0.3
+RANDOM = ["ancestral", "stochastic"]
 
 
 class GaussianDenoise:
     """The exact E[x0 | x_t] for pixels drawn from N(MEAN, DEVIATION^2), with everything known in closed form."""
 
-    def __init__(self):
-        self.calls = []
+    def __init__(self, schedule=SCHEDULE):
+        self.calls, self.schedule = [], schedule
 
     def __call__(self, x, t, step):
         self.calls.append((t, step))
-        alpha, sigma = SCHEDULE.alpha(t), SCHEDULE.sigma(t)
+        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
         gain = DEVIATION**2 * alpha / (alpha**2 * DEVIATION**2 + sigma**2)
         return MEAN + gain * (x - alpha * MEAN)
 
@@ -79,9 +80,8 @@ def test_a_branch_that_never_changes_keeps_the_order():
 def test_every_deterministic_sampler_reaches_the_closed_form_and_second_order_is_closer():
     x = noise((1, 1, 8, 8))
     exact = GaussianDenoise.solve(x, 1.0)
-    errors = {
-        name: float((run(name, 50, x, generators=[]) - exact).abs().max()) for name in SAMPLERS if name != "ancestral"
-    }
+    names = SAMPLERS.keys() - RANDOM
+    errors = {name: float((run(name, 50, x, generators=[]) - exact).abs().max()) for name in names}
     assert errors["ddim"] < 0.05
     assert errors["heun"] < errors["ddim"] / 3
     assert errors["dpmpp_2m"] < errors["ddim"] / 5
@@ -124,6 +124,77 @@ def test_ancestral_reproduces_mean_and_variance(gamma):
     assert abs(samples.std() - DEVIATION) < 5 * DEVIATION / math.sqrt(2 * n) + 0.01 * DEVIATION
 
 
+def moments(sampler, num_steps, monkeypatch, *, schedule=SCHEDULE, **arguments):
+    """The exact mean and deviation of what a sampler draws for Gaussian data, without drawing anything.
+
+    Every sampler is affine in x and in its noises here, so one picture a random number, in which that one is 1 and the
+    others are 0, gives its coefficient; a last picture of zeros gives the mean.
+    """
+    drawn = iter(range(1, num_steps + 1))
+    x = torch.zeros(num_steps + 2, 1, 1, 1, dtype=torch.float64)
+
+    def unit(like, generators):
+        picture = torch.zeros_like(like)
+        picture[next(drawn)] = 1
+        return picture
+
+    monkeypatch.setattr("radt.diffusion.samplers.draw_noise", unit)
+    x[0] = 1
+    times = schedule.time_steps(num_steps)
+    denoise = GaussianDenoise(schedule)
+    answers = SAMPLERS[sampler](denoise, x, times, schedule=schedule, generators=[], **arguments).flatten()
+    return float(answers[-1]), float((answers[:-1] - answers[-1]).square().sum().sqrt())
+
+
+@pytest.mark.parametrize("sampler", sorted(SAMPLERS))
+@pytest.mark.parametrize("curve", ["cosine", "linear"])
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 7, 40])
+def test_any_step_count_and_any_schedule(sampler, curve, num_steps, monkeypatch):
+    """The mean is right to the part of it that x_1 still holds; the deviation is short, and less so with more steps."""
+    mean, deviation = moments(sampler, num_steps, monkeypatch, schedule=NoiseSchedule(curve=curve))
+    assert abs(mean - MEAN) < 0.02
+    assert 0 <= deviation < 1.06 * DEVIATION
+    if num_steps == 40:
+        assert deviation > 0.75 * DEVIATION
+
+
+@pytest.mark.parametrize(
+    ("sampler", "arguments"), [("stochastic", {}), ("ancestral", {}), ("ancestral", {"gamma": 1.0})]
+)
+def test_the_bias_of_random_samplers_falls_with_the_steps(sampler, arguments, monkeypatch):
+    """To first order in the step: the exact deviation of the samples, by `moments`, against that of the data."""
+    errors = []
+    for num_steps in (40, 80, 160):
+        with monkeypatch.context() as patch:
+            errors.append(abs(moments(sampler, num_steps, patch, **arguments)[1] - DEVIATION))
+    assert all(math.log2(coarse / fine) >= 0.8 for coarse, fine in pairwise(errors))
+
+
+def test_stochastic_by_hand():
+    """DDIM two times on to k, then a z_k + sqrt(sigma_s^2 - a^2 sigma_k^2) eps with a = alpha_s / alpha_k."""
+    times = [0.9, 0.6, 0.3, 0.0]
+    x, denoise = noise((1, 1, 2, 2)), GaussianDenoise()
+    eps = torch.Generator().manual_seed(8)
+    fresh = [torch.randn(1, 2, 2, generator=eps).double() for _ in range(2)]
+    alpha, sigma = [SCHEDULE.alpha(t) for t in times], [SCHEDULE.sigma(t) for t in times]
+    first = denoise(x, times[0], 0)
+    far = alpha[2] * first + sigma[2] * (x - alpha[0] * first) / sigma[0]
+    ratio = alpha[1] / alpha[2]
+    x1 = ratio * far + math.sqrt(sigma[1] ** 2 - (ratio * sigma[2]) ** 2) * fresh[0]
+    second = denoise(x1, times[1], 1)  # two steps on lies the clean image itself
+    x2 = alpha[2] * second + sigma[2] * fresh[1]
+    ours = SAMPLERS["stochastic"](denoise, x, times, schedule=SCHEDULE, generators=seeded(8))
+    torch.testing.assert_close(ours, denoise(x2, times[2], 2))
+
+
+def test_stochastic_reproduces_mean_and_variance():
+    x = noise((1, 1, 128, 128))
+    samples = run("stochastic", 200, x, generators=seeded(1))
+    n = samples.numel()
+    assert abs(samples.mean() - MEAN) < 5 * DEVIATION / math.sqrt(n)
+    assert abs(samples.std() - DEVIATION) < 5 * DEVIATION / math.sqrt(2 * n) + 0.01 * DEVIATION
+
+
 def test_ddim_with_eta_one_is_the_ancestral_sampler():
     x = noise((1, 1, 4, 4))
     times = SCHEDULE.time_steps(10)
@@ -147,9 +218,10 @@ def test_the_same_generator_gives_the_same_image(sampler):
     assert torch.equal(one, two)
 
 
-def test_other_generators_give_other_images_where_noise_is_drawn():
+@pytest.mark.parametrize("sampler", RANDOM)
+def test_other_generators_give_other_images_where_noise_is_drawn(sampler):
     x = noise((1, 3, 4, 4)).float()
-    assert not torch.equal(run("ancestral", 5, x, generators=seeded(4)), run("ancestral", 5, x, generators=seeded(5)))
+    assert not torch.equal(run(sampler, 5, x, generators=seeded(4)), run(sampler, 5, x, generators=seeded(5)))
 
 
 @pytest.mark.parametrize("sampler", sorted(SAMPLERS))
