@@ -11,12 +11,21 @@ from index.errors import ConfigError
 from radt.cascade import Stage, of_stage
 from radt.settings import GenerateSettings
 
+TAUGHT = {
+    name: getattr(GenerateSettings(), name)
+    for name in ("guidance", "guidance_interval", "neighbor_interval", "oscillate_to", "negative_prompt")
+}
+
 
 def settle(settings: GenerateSettings, stages: Sequence[Stage], *, named: Collection[str]) -> GenerateSettings:
     """The settings with the twins' own steps; `named` are those that the user chose, which may not be overruled."""
     twins = [(number, stage) for number, stage in enumerate(stages) if stage.fast is not None]
     if twins and "order" in named:
         raise ConfigError("order would have no effect: a fast twin imitates the mean of both branches at every step")
+    for name, value in TAUGHT.items():
+        if twins and getattr(settings, name) != value:
+            asked = getattr(settings, name)
+            raise ConfigError(f"{name} {asked} is not what a fast twin was taught: leave out {name} or --fast")
     for number, stage in twins:
         _check_guidance(of_stage(settings, number), stage)
     halved = {number: stage.fast.steps for number, stage in twins if stage.fast and stage.fast.steps is not None}

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from radt.conditioning import Condition, GuidanceInput, LowResolution, NeighborKV, TextCondition, concatenate
 from radt.diffusion.denoiser import Denoise, Denoiser, Network
+from radt.diffusion.guidance import OnCall
 from radt.diffusion.schedule import NoiseSchedule, per_pixel
 from radt.diffusion.thresholding import Threshold, static_threshold
 from radt.shapes import PerExample, Pixels
@@ -77,10 +78,17 @@ def told(network: Callable[..., Pixels], guidance: GuidanceInput) -> Network:
     return call
 
 
-def one_row(denoiser: Denoiser, condition: Condition, *, threshold: Threshold = static_threshold) -> Denoise:
-    """A denoiser that was `told` its guidance, as samplers take it: one row an image, where `interleaved` takes two."""
+def one_row(
+    denoiser: Denoiser,
+    condition: Condition,
+    *,
+    threshold: Threshold = static_threshold,
+    on_call: OnCall = lambda rows: None,
+) -> Denoise:
+    """A denoiser that was `told` its guidance, as samplers take it: one row an image, where guidance takes two."""
 
     def denoise(x: Pixels, t: float, step: int) -> Pixels:
+        on_call([1] * len(x))
         return threshold(denoiser(x, t, condition), step)
 
     return denoise
