@@ -219,9 +219,9 @@ def add_twin(out: Path, *, bundle: Path, stage: int, unet: "UNet", twin: FastTwi
     stages = list(info.stages)
     before, stages[stage] = stages[stage].fast, replace(stages[stage], fast=twin)
     with new_folder(out) as folder:
-        shutil.copytree(bundle, folder, dirs_exist_ok=True)
-        if before is not None:
-            shutil.rmtree(folder / before.name)
+        for part in bundle.iterdir():
+            if part.is_dir() and (before is None or part.name != before.name):
+                shutil.copytree(part, folder / part.name)
         _write_unet(folder / twin.name, unet, half=True)
         info = replace(info, stages=tuple(stages), files=tuple(digest_files(folder)))
         _write_json(folder / "bundle.json", to_dict(info))
