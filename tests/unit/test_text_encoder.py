@@ -1,5 +1,3 @@
-import logging
-
 import open_clip
 import pytest
 import torch
@@ -103,6 +101,43 @@ def test_t5_is_transformers_own_output(t5):
     assert condition.tokens.shape == (3, 10, 16)
 
 
+def test_t5_in_a_batch_is_transformers_own_batch_to_the_last_bit(t5):
+    """Padded as T5Tokenizer pads and masked as T5EncoderModel masks: the same ids, mask and states."""
+    condition = TransformersTextEncoder.load(t5, max_length=10).encode(TEXTS)
+    model = transformers.T5EncoderModel.from_pretrained(t5).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(t5)
+    batch = tokenizer(TEXTS, padding="max_length", max_length=10, truncation=True, return_tensors="pt")
+    with torch.inference_mode():
+        states = model(**{name: batch[name] for name in ("input_ids", "attention_mask")}).last_hidden_state
+    assert torch.equal(condition.tokens, states)
+    assert torch.equal(condition.mask, batch.attention_mask.bool())
+    assert torch.equal(condition.pooled, masked_mean(states, batch.attention_mask.bool()))
+
+
+def test_t5_does_not_read_its_padding(t5):
+    """The mask at work: real tokens are the same whatever is padded behind them, up to rounding."""
+    short, long = (TransformersTextEncoder.load(t5, max_length=length).encode(TEXTS) for length in (7, 40))
+    for row, length in enumerate(short.mask.sum(dim=1).tolist()):
+        torch.testing.assert_close(short.tokens[row, :length], long.tokens[row, :length], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(short.pooled, long.pooled, rtol=1e-5, atol=1e-5)
+
+
+def test_t5_in_the_released_forms(tmp_path, t5):
+    """Version 1.1 (gated GELU, untied) and an encoder saved from an encoder-decoder give what transformers gives."""
+    torch.manual_seed(5)
+    config = transformers.T5Config.from_pretrained(t5, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
+    transformers.T5EncoderModel(config).save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    condition = TransformersTextEncoder.load(tmp_path, max_length=9).encode(TEXTS)
+    model = transformers.T5EncoderModel.from_pretrained(tmp_path).eval()
+    batch = transformers.AutoTokenizer.from_pretrained(tmp_path)(
+        TEXTS, padding="max_length", max_length=9, return_tensors="pt"
+    )
+    with torch.inference_mode():
+        states = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
+    assert torch.equal(condition.tokens, states)
+
+
 def test_an_encoder_decoder_saved_whole_gives_its_encoder(tmp_path, t5):
     torch.manual_seed(3)
     config = transformers.T5Config.from_pretrained(t5)
@@ -151,15 +186,25 @@ class TestBoth:
         assert none.tokens.shape == (0, *many.tokens.shape[1:])
         assert none.pooled.shape == (0, encoder.pooled_width)
 
-    def test_truncation_is_counted_and_logged(self, encoder, caplog):
-        texts = ["a red wolf", "two foxes on blue ground and a wolf and a wolf"]
-        assert encoder.num_truncated(texts) == 1
-        with caplog.at_level(logging.WARNING):
-            encoder.encode(texts)
-        assert "1 of 2 texts" in caplog.text
-        caplog.clear()
-        encoder.encode(texts[:1])
-        assert not caplog.text
+    def test_what_is_cut_is_told_in_words(self, encoder):
+        long = "Two foxes on  blue ground and a wolf"
+        texts = ["a red wolf", long, long]
+        (cut,) = encoder.truncations(texts)
+        assert (cut.num_tokens, cut.num_read) == (8, CONTEXT - 2)
+        assert cut.left_out == "a wolf"
+        assert cut.sentence.startswith("only the first 6 of 8 tokens were read of ")
+        assert cut.sentence.endswith('left out was "a wolf"')
+        assert encoder.truncations(texts[:1]) == []
+
+    def test_what_is_left_out_changes_nothing_and_what_is_read_does(self, encoder):
+        """Slow twin of `truncations`: change the text on either side of the cut and see what the embedding does."""
+        long = "two foxes on blue ground and a wolf"
+        (cut,) = encoder.truncations([long])
+        read = long.removesuffix(cut.left_out)
+        tokens = encoder.encode([long, read + "red red", long.replace("ground", "red"), read]).tokens
+        assert torch.equal(tokens[0], tokens[1])
+        assert torch.equal(tokens[0], tokens[3])
+        assert not torch.equal(tokens[0], tokens[2])
 
     def test_fingerprint_follows_the_weights(self, encoder, kind, clip, t5, tmp_path):
         if kind == "clip":
@@ -231,3 +276,9 @@ def test_a_stored_encoder_is_a_text_encoder():
         tokens=torch.ones(1, 2, 3), mask=torch.ones(1, 2, dtype=torch.bool), pooled=torch.ones(1, 4)
     )
     assert StoredTextEncoder(["a"], condition, fingerprint="f").encode(["a", "a"]).tokens.shape == (2, 2, 3)
+
+
+def test_open_clips_own_tokenizer_tells_what_is_cut(tmp_path):
+    encoder = ClipTextEncoder.load(save_clip(tmp_path / "clip", own_tokenizer=True))
+    (cut,) = encoder.truncations(["a red wolf", "A dog, a cat, a mouse and a very large elephant"])
+    assert (cut.num_read, cut.left_out) == (CONTEXT - 2, "a mouse and a very large elephant")
