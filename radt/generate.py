@@ -184,6 +184,8 @@ def explain(drawn: Sequence[Drawn]) -> Iterator[str]:
         yield f"{prompt}: {'drawn from the text alone' if not group[0].picture.neighbors else 'drawn from'}"
         for neighbor in group[0].picture.neighbors:
             yield f"  {neighbor.id:>20}  {'  '.join(_scores(neighbor))}  {neighbor.caption}"
+        if group[0].picture.network is not None:
+            yield f"  {group[0].picture.network.sentence}"
 
 
 def make_sheet(drawn: Sequence[Drawn], title: str) -> Sheet:

@@ -24,7 +24,7 @@ from radt.cascade import Cascade, find_sampler, stages_of
 from radt.compiling import prepare
 from radt.conditioning import Condition, take_rows, to_device
 from radt.copying import most_similar, with_similarity
-from radt.diffusion.guidance import check_effect
+from radt.diffusion.guidance import NetworkUse, OnCall, check_effect, network_use
 from radt.diffusion.samplers import draw_noise
 from radt.fast import settle
 from radt.image_to_image import InitImage, make_init_image
@@ -69,6 +69,7 @@ class GeneratedImage:
     record: Record
     timings_ms: Mapping[str, float]
     neighbor_store: Mapping[str, Any] | None = None  # where it is, and what it served so far; None: there is none
+    network: NetworkUse | None = None  # what it cost
     truncations: tuple[Truncation, ...] = ()  # of the prompt and the neighbours' captions, those that were cut
 
     @property
@@ -106,6 +107,7 @@ class GeneratedImage:
             "init_image": None if self.record.init is None else self.record.init.name,
             "candidates": [to_dict(candidate) for candidate in self.record.candidates],
             "copy_similarity": self.record.copy_similarity,
+            "network": None if self.network is None else to_dict(self.network),
             "truncated": [to_dict(each) for each in self.truncations],
             "settings": to_dict(self.settings),
         }
@@ -243,7 +245,9 @@ class TextToImage:
                 on_step(before + steps)
 
             with clock("sample"):
-                drawn = self._finished(conditions, settings, [each.seed for each in batch], report, init=init)
+                calls: list[Sequence[int]] = []
+                seeds = [each.seed for each in batch]
+                drawn = self._finished(conditions, settings, seeds, report, init=init, on_call=calls.append)
             done += self.cascade.network_steps(settings) * len(batch)
             timings = {name: milliseconds / len(batch) for name, milliseconds in clock.milliseconds.items()}
             for row, (request, picture) in enumerate(zip(batch, drawn, strict=True)):
@@ -264,6 +268,7 @@ class TextToImage:
                     record=record,
                     timings_ms=timings,
                     neighbor_store=store,
+                    network=network_use(calls, row),
                     truncations=self.truncations(request),
                 )
 
@@ -391,9 +396,11 @@ class TextToImage:
         on_step: Callable[[int], None] = lambda done: None,
         *,
         init: InitImage | None = None,
+        on_call: OnCall = lambda rows: None,
     ) -> list[RGB8]:
         """Drawn pictures in 8 bits, after what `settings.post` asks for."""
-        drawn = list(from_pixels(self.cascade.sample(conditions, settings, seeds, on_step, init=init)))
+        pictures = self.cascade.sample(conditions, settings, seeds, on_step, init=init, on_call=on_call)
+        drawn = list(from_pixels(pictures))
         if settings.post is None:
             return drawn
         done = [apply_post(Image.fromarray(picture.numpy()), settings.post) for picture in drawn]

@@ -111,8 +111,8 @@ def plan_guidance(settings: GenerateSettings, times: Sequence[float], *, generat
 
 
 def within(t: float, interval: tuple[float, float]) -> bool:
-    """Whether a time lies in the interval, its ends included."""
-    return interval[0] <= t <= interval[1]
+    """Whether a time lies in the interval, its ends included, to more digits than anyone types."""
+    return interval[0] - 1e-9 <= t <= interval[1] + 1e-9
 
 
 def oscillate(branches: Sequence[Branch], *, low: float, after: int) -> list[float]:
@@ -285,6 +285,27 @@ def leave_out(condition: Condition, where: Bool[Tensor, " b"]) -> TextCondition:
         return torch.where(where.view(-1, *[1] * (text.ndim - 1)), negative, text)
 
     return map_tensors(choose, condition.text, condition.negative)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NetworkUse:
+    """What one picture cost: network calls, those of them that were guided, and the rows of all."""
+
+    calls: int
+    guided: int
+    rows: int
+
+    @property
+    def sentence(self) -> str:
+        """For people."""
+        unguided = self.calls - self.guided
+        return f"{self.calls} network calls, {unguided} of them without guidance: {self.rows} rows"
+
+
+def network_use(calls: Sequence[Sequence[int]], image: int) -> NetworkUse:
+    """The use of one image of a batch, from what `OnCall` was told."""
+    rows = [call[image] for call in calls]
+    return NetworkUse(calls=len(rows), guided=sum(count > 1 for count in rows), rows=sum(rows))
 
 
 def plan_branches(
