@@ -272,6 +272,10 @@ def generate(
     best_of: Annotated[
         int, typer.Option("--best-of", help="Draw so many for each picture; keep what agrees with the prompt best.")
     ] = 1,
+    max_copy: Annotated[
+        float | None,
+        typer.Option("--max-copy", help="Draw again what is more like a neighbour, 0 to 1, and keep no such picture."),
+    ] = None,
     out: Annotated[Path, typer.Option("--out", help="Folder for the PNG files.")] = Path("out"),
     sheet: Annotated[Path | None, typer.Option("--sheet", help="Contact sheet: a PNG, and an HTML beside it.")] = None,
     device: DeviceOption = "auto",
@@ -296,10 +300,11 @@ def generate(
         init_image=init_image,
         best_of=best_of,
         settings=settings,
+        max_copy=max_copy,
         resume=prompts_file is not None,
         measured=as_json or prompts_file is not None,
     )
-    say = _say_to_stderr(quiet=as_json)
+    say, refused = _say_to_stderr(quiet=as_json), list[Any]()
     with _progress("drawing") as on_step:
         drawn = library.generate_files(
             request,
@@ -311,12 +316,18 @@ def generate(
             neighbor_store=None if store == "off" else store,
             compile=compile,
             on_step=on_step,
+            on_refused=refused.append,
             say=say,
         )
+    for line in library.copy_notes(drawn, refused):
+        typer.echo(line, err=True)
     if as_json:
-        return _print_json(library.to_json(drawn))
-    for line in [*(library.explain(drawn) if explain else ()), *(str(each.path) for each in drawn)]:
-        typer.echo(line)
+        _print_json(library.to_json(drawn, refused))
+    else:
+        for line in [*(library.explain(drawn) if explain else ()), *(str(each.path) for each in drawn)]:
+            typer.echo(line)
+    if refused:
+        raise typer.Exit(code=1)
 
 
 @app.command("neighbor-store")
@@ -347,6 +358,27 @@ def replay(
     else:
         typer.echo(result.sentence)
     raise typer.Exit(code=0 if result.identical else 1)
+
+
+@app.command()
+def explain(
+    file: Annotated[Path, typer.Argument(help="A PNG that `radt generate` wrote.")],
+    model: Model = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Where the sheet goes. Default: beside FILE, as NAME.explain.png.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show where a picture comes from: heat maps of what it looked at in each neighbour, licence, source, likeness."""
+    from radt.explain import explain_file, lines
+    from radt.explain_sheet import write_explanation
+
+    explanation = explain_file(file, model)
+    png, page = write_explanation(explanation, out or file.with_suffix(".explain.png"))
+    if as_json:
+        return _print_json({**explanation.to_json(), "sheet": str(png), "page": str(page)})
+    for line in (*lines(explanation), f"{png}", f"{page}"):
+        typer.echo(line)
 
 
 @evaluate.command("emoji-draw")

@@ -7,13 +7,14 @@ batch, and where it may go on from an earlier run, it passes over what is there.
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import groupby, islice
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any
 
 from index.config import to_dict
 from index.errors import ConfigError, QueryError
 from radt.best_of import keep_best, seeds_of
+from radt.copying import MAX_REDRAWS, Refused, check_limit, first_below, warning
 from radt.image_to_image import InitImage, read_init_image
 from radt.neighbors import Neighbor, Reference
 from radt.pipeline import DrawRequest, GeneratedImage, OnStep, TextToImage, check_seeds, file_name, ignore
@@ -46,7 +47,8 @@ class Request:
     """What is asked for. `settings` are the fields of GenerateSettings that were named; the model has the others.
 
     `best_of` candidates are drawn for every picture. `resume` passes over pictures that are there, and leaves a line
-    about each picture in results.jsonl; `measured` wants the quality measures.
+    about each picture in results.jsonl; `measured` wants the quality measures. A picture more like a neighbour than
+    `max_copy` is drawn again from seeds of its own, and not kept if none of them helps (`radt/copying.py`).
     """
 
     prompts: tuple[str | Prompt, ...]
@@ -56,18 +58,28 @@ class Request:
     init_image: Path | None = None
     best_of: int = 1
     settings: Mapping[str, Any] = field(default_factory=dict)
+    max_copy: float | None = None
     resume: bool = False
     measured: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Task:
-    """One picture to be drawn: its place among all of the request, and the seeds of its candidates."""
+    """One picture to be drawn: its place among all of the request, and the seeds of its candidates.
+
+    `spare` has the seeds that follow, a range for each time that it may be drawn again because it was a copy.
+    """
 
     number: int
     prompt: str
     seeds: range
     settings: GenerateSettings
+    spare: tuple[range, ...] = ()
+
+    @property
+    def attempts(self) -> list["Task"]:
+        """The task, and what it becomes when it is drawn again."""
+        return [self, *(replace(self, seeds=seeds, spare=()) for seeds in self.spare)]
 
 
 def generate_files(
@@ -81,6 +93,7 @@ def generate_files(
     neighbor_store: str | None = None,
     compile: bool = False,
     on_step: OnStep = ignore,
+    on_refused: Callable[[Refused], None] = lambda refused: None,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[Drawn]:
     """The whole command: load, draw, save, and write a contact sheet where one is wanted."""
@@ -89,13 +102,13 @@ def generate_files(
     pipeline = TextToImage.load(model, kb=kb, device=device, neighbor_store=neighbor_store, compile=compile)
     if kb is None and not request.references:
         say("no knowledge base (--kb) and no --reference: drawing from the text alone")
-    pictures = draw(pipeline, request, out, on_step=on_step)
+    pictures = draw(pipeline, request, out, on_step=on_step, on_refused=on_refused)
     if sheet is None:
         pictures = map(_without_originals, pictures)  # of many prompts they would fill the memory
     drawn = list(_with_results(pictures, out / RESULTS) if request.resume else pictures)
     for sentence in dict.fromkeys(cut.sentence for each in drawn for cut in each.picture.truncations):
         say(sentence)
-    if sheet is not None:
+    if sheet is not None and drawn:
         png, page = write_sheet(make_sheet(drawn, "Prompts, neighbours and pictures"), sheet)
         say(f"contact sheet: {png} and {page}")
     return drawn
@@ -123,11 +136,20 @@ def plan(pipeline: TextToImage, request: Request) -> Iterator[Task]:
             raise QueryError("best-of keeps what agrees with the prompt best, and a prompt is empty: leave it out")
         for position in range(n):
             seeds = seeds_of(position, seed=seed, best_of=request.best_of)
-            yield Task(number=number, prompt=prompt.text, seeds=seeds, settings=asked)
+            again = range(n + position * MAX_REDRAWS, n + (position + 1) * MAX_REDRAWS)
+            spare = tuple(seeds_of(each, seed=seed, best_of=request.best_of) for each in again)
+            yield Task(number=number, prompt=prompt.text, seeds=seeds, settings=asked, spare=spare)
             number += 1
 
 
-def draw(pipeline: TextToImage, request: Request, out: Path, *, on_step: OnStep = ignore) -> Iterator[Drawn]:
+def draw(
+    pipeline: TextToImage,
+    request: Request,
+    out: Path,
+    *,
+    on_step: OnStep = ignore,
+    on_refused: Callable[[Refused], None] = lambda refused: None,
+) -> Iterator[Drawn]:
     """Draw what is asked for, in order; each picture is on disk, whole, before the next batch is begun.
 
     A batch of which some pictures are there is drawn whole, so that a run that was killed leaves the pictures of one
@@ -147,7 +169,11 @@ def draw(pipeline: TextToImage, request: Request, out: Path, *, on_step: OnStep 
                 path, picture = there[task.number]
             else:
                 assert picture is not None, "what is not there is drawn"
-                path = picture.save(_path(task, picture.seed, out))
+                kept = _below_limit(pipeline, request, task, picture)
+                if isinstance(kept, Refused):
+                    on_refused(kept)
+                    continue
+                path, picture = kept.save(_path(task, kept.seed, out)), kept
             yield Drawn(path=path, picture=picture, quality=_measure(pipeline, picture) if request.measured else None)
         before += _steps(pipeline, request, tasks)
 
@@ -157,6 +183,8 @@ def check_effect(request: Request, *, has_kb: bool) -> None:
     asked = {name: value for given in _all_settings(request) for name, value in given.items() if value is not None}
     if "strength" in asked and request.init_image is None:
         raise QueryError("strength would have no effect without a picture to start from: name one with --init-image")
+    if request.max_copy is not None:
+        check_limit(request.max_copy)
     if has_kb:
         return
     idle = [name for name in RETRIEVAL_ONLY if name in asked]
@@ -166,16 +194,23 @@ def check_effect(request: Request, *, has_kb: bool) -> None:
         raise QueryError(f"{', '.join(idle)} would have no effect without a knowledge base: name one with --kb")
 
 
-def to_json(drawn: Sequence[Drawn]) -> dict[str, Any]:
-    """The document that `--json` prints: every picture, and the times of the whole command."""
+def to_json(drawn: Sequence[Drawn], refused: Sequence[Refused] = ()) -> dict[str, Any]:
+    """The document that `--json` prints: every picture, what was not kept, and the times of the whole command."""
     names = ("retrieve", "encode_neighbors", "sample")
     timings = {name: sum(each.picture.timings_ms.get(name, 0.0) for each in drawn) for name in names}
     images = [each.to_json() for each in drawn]
     return {
         "images": images,
+        "refused": [each.to_json() for each in refused],
         "timings_ms": {name: round(value, 3) for name, value in timings.items()},
         "neighbor_store": drawn[-1].picture.neighbor_store if drawn else None,
     }
+
+
+def copy_notes(drawn: Sequence[Drawn], refused: Sequence[Refused]) -> list[str]:
+    """A sentence for every picture that is nearly a copy of a neighbour, and for every one that was not kept."""
+    warnings = (warning(each.picture, str(each.path)) for each in drawn)
+    return [*filter(None, warnings), *(each.sentence for each in refused)]
 
 
 def explain(drawn: Sequence[Drawn]) -> Iterator[str]:
@@ -184,6 +219,7 @@ def explain(drawn: Sequence[Drawn]) -> Iterator[str]:
         yield f"{prompt}: {'drawn from the text alone' if not group[0].picture.neighbors else 'drawn from'}"
         for neighbor in group[0].picture.neighbors:
             yield f"  {neighbor.id:>20}  {'  '.join(_scores(neighbor))}  {neighbor.caption}"
+            yield f"  {'':>20}  licence {neighbor.license or 'unknown'}  source {neighbor.url or 'unknown'}"
         if group[0].picture.network is not None:
             yield f"  {group[0].picture.network.sentence}"
 
@@ -224,6 +260,7 @@ def drawn_pictures(pictures: Sequence[GeneratedImage]) -> tuple[Picture, ...]:
 def _scores(neighbor: Neighbor) -> list[str]:
     """What it was found for, the score, what that was fused from, and the attention that the first picture paid."""
     paid = [] if neighbor.attention is None else [f"attention {neighbor.attention:.0%}"]
+    paid += [] if neighbor.similarity is None else [f"similarity {neighbor.similarity:.2f}"]
     if neighbor.score is None:
         return ["given by hand", *paid]
     components = {"clip": neighbor.clip, "bm25": neighbor.bm25}
@@ -262,6 +299,16 @@ def _draw_run(
         yield candidates[0]
 
 
+def _below_limit(
+    pipeline: TextToImage, request: Request, task: Task, picture: GeneratedImage
+) -> GeneratedImage | Refused:
+    """The picture as it is where no `max_copy` is set or it keeps to it; else the first other that does, if any."""
+    if request.max_copy is None:
+        return picture
+    anew = (_draw_run(pipeline, request, [attempt], on_step=lambda done: None) for attempt in task.attempts[1:])
+    return first_below(request.max_copy, picture, chain.from_iterable(anew))
+
+
 def _requests(pipeline: TextToImage, request: Request, tasks: Sequence[Task]) -> Iterator[DrawRequest]:
     """Every candidate of every task; neighbours are looked up when a prompt's turn comes, once."""
     for prompt, group in groupby(tasks, key=lambda task: task.prompt):
@@ -290,11 +337,14 @@ def _find_drawn(
     for run in runs:
         init = _read_init(pipeline, request, run[0].settings)
         for task in run:
-            path = next(filter(Path.exists, (_path(task, seed, out) for seed in task.seeds)), None)
+            places = ((attempt, _path(task, seed, out)) for attempt in task.attempts for seed in attempt.seeds)
+            attempt, path = next((each for each in places if each[1].exists()), (task, None))
             if path is None:
                 continue
             image, record = read_png(path)
-            asked = _facts(task, init, request, model=pipeline.digest)
+            if request.max_copy is not None and (record.copy_similarity or 0.0) > request.max_copy:
+                raise QueryError(f"{str(path)!r} is there and is above --max-copy {request.max_copy:g}: take it away")
+            asked = _facts(attempt, init, request, model=pipeline.digest)
             other = [name for name, value in _facts_of(record).items() if value != asked[name]]
             if other:
                 raise QueryError(

@@ -25,6 +25,8 @@ from radt.settings import GenerateSettings
 if TYPE_CHECKING:
     from PIL import Image
 
+    from radt.pipeline import TextToImage
+
 FORMAT = 1
 CHUNK = "radt"
 INLINE_LIMIT = 256 * 1024  # bytes of neighbour pixels as base64; Pillow refuses text chunks above 1 MiB
@@ -123,11 +125,11 @@ def save_png(path: Path, image: "Image.Image", record: Record) -> None:
 def read_png(path: Path) -> tuple["Image.Image", Record]:
     """The picture and its record. A UserError says why a file has none."""
     if not path.is_file():
-        raise UserError(f"there is no file {str(path)!r} to replay")
+        raise UserError(f"there is no file {str(path)!r}")
     image = decode_image(path.read_bytes(), str(path))
     text = image.info.get(CHUNK)
     if text is None:
-        raise UserError(f"{str(path)!r} carries no record of how it was drawn: replay takes a PNG of `radt generate`")
+        raise UserError(f"{str(path)!r} carries no record of how it was drawn: name a PNG of `radt generate`")
     try:
         values = json.loads(text)
         if values["format"] != FORMAT:
@@ -136,20 +138,15 @@ def read_png(path: Path) -> tuple["Image.Image", Record]:
             )
         return image.convert("RGB"), _from_json(values, path)
     except (ValueError, KeyError, TypeError, ConfigError) as error:
-        raise UserError(f"the record inside {str(path)!r} is damaged ({error!r}): it cannot be replayed") from error
+        raise UserError(f"the record inside {str(path)!r} is damaged ({error!r}): it cannot be read") from error
 
 
 def replay(path: Path, model: str | Path | None = None) -> Replay:
     """Draw the picture of a PNG again from its own record and compare, on a CPU with as many threads as then."""
     import torch
 
-    from radt.pipeline import TextToImage
-
     image, record = read_png(path)
-    pipeline = TextToImage.load(model, device="cpu")
-    if pipeline.digest != record.origin.model_digest:
-        was, now = f"{record.origin.model} ({record.origin.model_digest})", f"{pipeline.name} ({pipeline.digest})"
-        raise ModelError(f"{str(path)!r} was drawn by model {was}, and this is {now}: name the other with --model")
+    pipeline = load_drawer(path, record, model)
     with _threads(record.origin.threads):
         again = pipeline.draw(
             record.prompt, record.neighbors, settings=record.settings, seeds=[record.seed], init=record.init
@@ -161,6 +158,17 @@ def replay(path: Path, model: str | Path | None = None) -> Replay:
         raise UserError(f"{str(path)!r} is {image.width}x{image.height} and was drawn {drawn}: it was resized since")
     difference = int((before.int() - again.int()).abs().max())
     return Replay(identical=difference == 0, max_difference=difference / 255, note=_changes(record, now_origin))
+
+
+def load_drawer(path: Path, record: Record, model: str | Path | None = None) -> "TextToImage":
+    """The model that drew a picture, on a CPU. A ModelError when `model` (None: the demonstration model) is another."""
+    from radt.pipeline import TextToImage
+
+    pipeline = TextToImage.load(model, device="cpu")
+    if pipeline.digest != record.origin.model_digest:
+        was, now = f"{record.origin.model} ({record.origin.model_digest})", f"{pipeline.name} ({pipeline.digest})"
+        raise ModelError(f"{str(path)!r} was drawn by model {was}, and this is {now}: name the other with --model")
+    return pipeline
 
 
 def _changes(record: Record, now: Origin) -> str | None:
