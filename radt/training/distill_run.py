@@ -157,6 +157,7 @@ def distill(
         augmentation=config.augmentation,
     )
     todo = list(phases(config))
+    torch.manual_seed(config.loop.seed)  # of what the first student has and its teacher has not
     student = make_student(teacher)
     for phase in todo:
         teaching = Distillation(
