@@ -245,11 +245,18 @@ def train(
     preset: Annotated[str, typer.Argument(help="clip-emoji, emoji-demo, -sr, -fast, tiny, imagen-64, -256 or -1024.")],
     out: Annotated[Path, typer.Option("--out", help="Run folder. The same command again resumes.")],
     changes: Annotated[list[str], typer.Option("--set", help="key=value; repeatable.", default_factory=list)],
+    text_only: Annotated[
+        bool, typer.Option("--precompute-text", help="Embed all captions, say what that saves, and stop.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Train a preset; the run folder ends with a model for --model."""
+    from radt.training.run import precompute_text
     from radt.training.run import train as train_preset
 
+    if text_only:
+        report = precompute_text(preset, changes, out, on_stage=_say_to_stderr(quiet=as_json))
+        return _print_json(report.to_json()) if as_json else typer.echo(report.sentence)
     with _training_log() as on_step:
         folder = train_preset(preset, changes, out, on_step=on_step, on_stage=_say_to_stderr(quiet=False))
     _print_json({"model": str(folder)}) if as_json else typer.echo(folder)

@@ -5,6 +5,7 @@ transformers, `StoredTextEncoder` a file of embeddings computed earlier. Next on
 """
 
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from einops import reduce
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from index.atomic import new_folder
 from index.embedder import open_model, tokenizer_identity, weight_bytes
@@ -26,6 +27,7 @@ BATCH_SIZE = 64
 PENULTIMATE = -2
 FORMAT = 1
 EMBEDDINGS_FILE, TEXTS_FILE = "embeddings.safetensors", "texts.json"
+CLIP_CONFIG, CLIP_WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"  # open_clip's own names
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,9 +69,32 @@ class TextEncoder(Protocol):
         ...
 
 
-def load_text_encoder(clip: str | Path, name: str | Path | None = None, *, device: str = "cpu") -> TextEncoder:
-    """The text tower of the CLIP in folder `clip`; where `name` is given, a transformers model by name or folder."""
-    if name is None:
+@runtime_checkable
+class TrainableTextEncoder(TextEncoder, Protocol):
+    """A text encoder that can be fine-tuned after the generators (row I2, `radt/training/text_tuning.py`)."""
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Its weights by name, those that embeddings of texts follow from."""
+        ...
+
+    def embed(self, texts: Sequence[str]) -> TextCondition:
+        """As `encode`, in one batch, and gradients flow to the weights that ask for them."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write it to a folder that `load_text_encoder` takes."""
+        ...
+
+
+def load_text_encoder(
+    clip: str | Path, name: str | Path | None = None, *, device: str = "cpu"
+) -> "ClipTextEncoder | TransformersTextEncoder":
+    """The text tower of the CLIP in folder `clip`; where `name` is given, a transformers model by name or folder.
+
+    A folder in open_clip's form is a CLIP too: the text tower that was fine-tuned apart from the one that retrieves.
+    """
+    if name is None or (Path(name) / CLIP_CONFIG).is_file():
+        clip = clip if name is None else name
         return ClipTextEncoder.load(clip, device=device)
     return TransformersTextEncoder.load(name, device=device)
 
@@ -123,6 +148,29 @@ class ClipTextEncoder:
                 left_out = self._tokenizer.decode(ids[room:]).strip()
                 found.append(Truncation(text=text, num_tokens=len(ids), num_read=room, left_out=left_out))
         return found
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The weights of the text tower: not the picture's, nor the temperature between the two."""
+        return {
+            name: parameter
+            for name, parameter in self._model.named_parameters()
+            if not name.startswith("visual.") and name not in ("logit_scale", "logit_bias")
+        }
+
+    def embed(self, texts: Sequence[str]) -> TextCondition:
+        """As `encode`, in one batch, and gradients flow to the weights that ask for them."""
+        return self._encode(texts)
+
+    def save(self, folder: Path) -> None:
+        """Write the model in open_clip's local-dir form; the folder that it was loaded from gives all but weights."""
+        from safetensors.torch import save_file
+
+        source = Path(self.name.removeprefix("local-dir:"))
+        if not (source / CLIP_CONFIG).is_file():
+            raise ModelError(f"{self.name!r} is no folder with {CLIP_CONFIG}, so there is nothing to save it like")
+        shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self._model.state_dict().items()}
+        save_file(state, folder / CLIP_WEIGHTS)
 
     def _encode(self, texts: Sequence[str]) -> TextCondition:
         ids = self._tokenizer(list(texts), context_length=self._tower.context_length).to(self._device)
@@ -194,6 +242,19 @@ class TransformersTextEncoder:
     def truncations(self, texts: Sequence[str]) -> list[Truncation]:
         """The texts with more than `max_length` tokens, marks included, and what is left out of each."""
         return cut_by(self._tokenizer, texts, self.max_length)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """All its weights."""
+        return dict(self._model.named_parameters())
+
+    def embed(self, texts: Sequence[str]) -> TextCondition:
+        """As `encode`, in one batch, and gradients flow to the weights that ask for them."""
+        return self._encode(texts)
+
+    def save(self, folder: Path) -> None:
+        """Write model and tokenizer as transformers does."""
+        self._model.save_pretrained(folder)
+        self._tokenizer.save_pretrained(folder)
 
     def _tokenizer_identity(self) -> bytes:
         """Vocabulary and rules where the tokenizer tells them, and the ids of a text full of oddities."""

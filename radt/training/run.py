@@ -23,8 +23,9 @@ from radt.training.clip import ClipTrainConfig, train_clip
 from radt.training.distill_run import DistillConfig
 
 if TYPE_CHECKING:
-    from radt.training.loop import Run
+    from radt.training.loop import Objective, Run
     from radt.training.pack import Pack
+    from radt.training.precompute import TextReport
 
 OnStep = Callable[[dict[str, float]], None]
 OnStage = Callable[[str], None]
@@ -63,6 +64,7 @@ def train_base(
     from radt.training.loop import Objective, Run
     from radt.unet.unet import UNet
 
+    _check_tunable(config)
     if config.data.candidates > config.pack.candidates:
         raise ConfigError(
             f"data.candidates {config.data.candidates} must be at most pack.candidates {config.pack.candidates}"
@@ -74,6 +76,12 @@ def train_base(
     _check_fits(pack, config)
     _check_same_clip(out / "pack.safetensors", Path(config.clip))
     torch.manual_seed(config.loop.seed)
+    objective = Objective(
+        schedule=config.schedule,
+        prediction=config.prediction,
+        weighting=config.weighting,
+        augmentation=config.augmentation,
+    )
     run = Run(
         UNet(config.unet),
         pack,
@@ -81,15 +89,13 @@ def train_base(
         data=config.data,
         optim=config.optim,
         loop=config.loop,
-        objective=Objective(
-            schedule=config.schedule,
-            prediction=config.prediction,
-            weighting=config.weighting,
-            augmentation=config.augmentation,
-        ),
+        objective=objective,
     )
     on_stage("training")
     run.train(on_step=on_step, on_save=lambda run: _after_save(run, config, out, name))
+    if config.text_tuning.num_steps and run.accelerator.is_main_process:
+        on_stage("tuning the text encoder")
+        _tune_text(config, out, objective=objective, on_step=on_step)
     if config.below is not None and not (Path(config.below) / "bundle.json").is_file():
         on_stage(f"trained, and no bundle yet: run this again when the stages below lie in {config.below}")
     return out / "bundle"
@@ -134,6 +140,7 @@ def _prepared_pack(config: BaseConfig, out: Path, on_stage: OnStage) -> "Pack":
         from radt.corpora.emoji import write_emoji
         from radt.text_encoder import load_text_encoder
         from radt.training.emoji_pack import make_emoji_pack
+        from radt.training.precompute import CaptionRecorder
 
         if not Path(config.clip).is_dir():
             raise ModelError(
@@ -145,15 +152,62 @@ def _prepared_pack(config: BaseConfig, out: Path, on_stage: OnStage) -> "Pack":
         embedder = ClipEmbedder.load(config.clip)
         kb = KnowledgeBase.create(out / "kb", embedder)
         build(kb, [str(out / "corpus")], BuildConfig(dataset="emoji"))
+        recorder = CaptionRecorder(load_text_encoder(config.clip, config.text_encoder))
         pack = make_emoji_pack(
             config.pack,
             image_size=config.unet.image_size,
             kb=kb,
-            text_encoder=load_text_encoder(config.clip, config.text_encoder),
+            text_encoder=recorder,
             on_stage=on_stage,
         )
+        recorder.captions(len(pack)).save(out)
         pack.save(path, {"config": json.dumps(to_dict(config.pack)), "clip": folder_digest(Path(config.clip))})
     return Pack.load(path)
+
+
+def precompute_text(
+    preset: str, overrides: Sequence[str], out: Path, *, on_stage: OnStage = lambda _: None
+) -> "TextReport":
+    """Make a run's pack, every caption in it embedded, and stop: the same command without this trains from it."""
+    from radt.text_encoder import load_text_encoder
+    from radt.training.precompute import Captions, report_text
+
+    if preset not in PRESETS:
+        raise ConfigError(f"unknown preset {preset!r}; choose one of {', '.join(PRESETS)}")
+    config = override(PRESETS[preset](), *overrides)
+    if not isinstance(config, BaseConfig):
+        raise ConfigError(f"preset {preset!r} does not train on embedded captions; --precompute-text has no effect")
+    out.mkdir(parents=True, exist_ok=True)
+    _keep_config(config, out)
+    pack = _prepared_pack(config, out, on_stage)
+    _check_fits(pack, config)
+    _check_same_clip(out / "pack.safetensors", Path(config.clip))
+    encoder = load_text_encoder(config.clip, config.text_encoder)
+    return report_text(pack, Captions.load(out, pack), encoder, data=config.data, num_steps=config.loop.num_steps)
+
+
+def _check_tunable(config: BaseConfig) -> None:
+    if config.text_tuning.num_steps and config.below is not None:
+        raise ConfigError("text_tuning is for a first stage: the stages below were trained with the encoder as it is")
+    if config.text_tuning.num_steps and not Path(config.clip).is_dir():
+        raise ConfigError(f"text_tuning needs the text encoder, and there is no CLIP folder {config.clip!r}")
+
+
+def _tune_text(config: BaseConfig, out: Path, *, objective: "Objective", on_step: OnStep) -> None:
+    """Fine-tune the text encoder of the finished run (row I2); the bundle then carries the tuned one."""
+    from radt.text_encoder import load_text_encoder
+    from radt.training.pack import Pack
+    from radt.training.text_tuning import tune_bundle
+
+    tune_bundle(
+        out,
+        Pack.load(out / "pack.safetensors"),
+        encoder=load_text_encoder(config.clip, config.text_encoder),
+        objective=objective,
+        data=config.data,
+        tuning=config.text_tuning,
+        on_step=on_step,
+    )
 
 
 def _check_fits(pack: "Pack", config: BaseConfig) -> None:
@@ -208,7 +262,8 @@ def _computed(config: BaseConfig | DistillConfig) -> dict[str, Any]:
     """The fields that may not change half-way, by their dotted names."""
     fixed = {name: getattr(config.loop, name) for name in ("seed", "precision", "ema_decay")}
     values = {**to_dict(config), "loop": fixed}
-    return {name: value for name, value in _dotted(values) if name not in FREE and not name.startswith("sampling.")}
+    free = ("sampling.", "text_tuning.")  # of the bundle, and of what comes after
+    return {name: value for name, value in _dotted(values) if name not in FREE and not name.startswith(free)}
 
 
 def _dotted(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
