@@ -1,0 +1,83 @@
+"""`radt train tiny` with its text embedded ahead, and then with the text encoder tuned: what the bundle has then."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from index.errors import ConfigError
+from radt.bundle import changed_files, load_bundle
+from radt.cli import app
+from radt.pipeline import TextToImage
+from radt.training.run import folder_digest, precompute_text, train
+from tests.conftest import TINY_CLIP
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerator() -> Iterator[None]:
+    """Accelerate keeps its settings for a whole process, and refuses others."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def settings(clip: Path, *more: str) -> list[str]:
+    return [
+        f"clip={clip}",
+        f"unet.text_width={TINY_CLIP['text_cfg']['width']}",
+        f"unet.pooled_width={TINY_CLIP['embed_dim']}",
+        "pack.num_entities=6",
+        "pack.num_scenes=12",
+        "loop.num_steps=2",
+        *more,
+    ]
+
+
+def test_text_is_embedded_ahead_and_the_encoder_tuned_afterwards(tiny_clip: Path, tmp_path: Path) -> None:
+    words = [word for change in settings(tiny_clip) for word in ("--set", change)]
+    result = CliRunner().invoke(app, ["train", "tiny", "--out", str(tmp_path), *words, "--precompute-text", "--json"])
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["captions"] > 12
+    assert report["bytes_in_pack"] < report["bytes_as_encoded"]
+    assert not (tmp_path / "bundle").exists()
+    pack = (tmp_path / "pack.safetensors").read_bytes()
+
+    plain = load_bundle(train("tiny", settings(tiny_clip), tmp_path))
+    assert (tmp_path / "pack.safetensors").read_bytes() == pack
+    tune = settings(tiny_clip, "text_tuning.num_steps=3", "text_tuning.optim.lr=1e-3")
+    stages: list[str] = []
+    tuned = load_bundle(train("tiny", tune, tmp_path, on_stage=stages.append))
+    assert stages == ["training", "tuning the text encoder"]
+    assert (plain.info.text_encoder, tuned.info.text_encoder) == (None, "text")
+    assert plain.info.digest != tuned.info.digest
+    assert changed_files(tuned.folder, tuned.info) == []
+    network = tmp_path / "bundle" / "stage0" / "model.safetensors"
+    assert all(torch.equal(each, plain.unets[0].state_dict()[name]) for name, each in load_file(network).items())
+    asked = ["a wolf on a red background"]
+    assert not torch.equal(plain.text_encoder.encode(asked).tokens, tuned.text_encoder.encode(asked).tokens)
+
+    assert folder_digest(tmp_path / "bundle" / "clip") == folder_digest(tiny_clip)  # so the knowledge base still fits
+    (picture,) = TextToImage.load(tmp_path / "bundle", kb=tmp_path / "kb", device="cpu")(asked[0])
+    assert len(picture.neighbors) == 2
+    again = load_bundle(train("tiny", tune, tmp_path))  # over: the same command leaves the same model
+    assert again.info.digest == tuned.info.digest
+
+
+def test_what_cannot_be_is_one_sentence(tiny_clip: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="text_tuning is for a first stage"):
+        train("tiny", settings(tiny_clip, "text_tuning.num_steps=3", "below=runs/nowhere"), tmp_path)
+    with pytest.raises(ConfigError, match="there is no CLIP folder"):
+        train("tiny", settings(Path("nowhere"), "text_tuning.num_steps=3"), tmp_path)
+    with pytest.raises(ConfigError, match="--precompute-text has no effect"):
+        precompute_text("clip-emoji", [], tmp_path)
+    with pytest.raises(ConfigError, match="unknown preset"):
+        precompute_text("nothing", [], tmp_path)
