@@ -168,14 +168,14 @@ def is_copy(picture: "GeneratedImage", limit: float) -> bool:
     return similarity is not None and similarity > limit
 
 
-def warning(picture: "GeneratedImage", name: str, *, limit: float = WARN_ABOVE) -> str | None:
+def warning(picture: "GeneratedImage", name: str) -> str | None:
     """One sentence about a picture close to a copy; None for any other."""
-    if not is_copy(picture, limit):
+    if not is_copy(picture, WARN_ABOVE):
         return None
     source = nearest(picture.neighbors)
     return (
-        f"{name} is nearly a copy of {_named(source)}: similarity {source.similarity:.2f}, above {limit:g}; "
-        f"--max-copy {limit:g} would draw it again from another seed"
+        f"{name} is nearly a copy of {_named(source)}: similarity {source.similarity:.2f}, above {WARN_ABOVE:g}; "
+        f"--max-copy {WARN_ABOVE:g} would draw it again from another seed"
     )
 
 
