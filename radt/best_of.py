@@ -26,10 +26,15 @@ def seeds_of(position: int, *, seed: int, best_of: int) -> range:
 
 
 def keep_best(pictures: Sequence["GeneratedImage"], agreements: Sequence[float]) -> "GeneratedImage":
-    """The picture with the largest agreement, the first of equals, with all candidates in its record."""
+    """The picture with the largest agreement, the first of equals, with all candidates in its record.
+
+    Its times are those that all candidates took.
+    """
     candidates = tuple(
         Candidate(seed=picture.seed, prompt_agreement=round(agreement, 6))
         for picture, agreement in zip(pictures, agreements, strict=True)
     )
     best = max(range(len(pictures)), key=lambda place: agreements[place])
-    return replace(pictures[best], record=replace(pictures[best].record, candidates=candidates))
+    timings = {name: sum(picture.timings_ms[name] for picture in pictures) for name in pictures[best].timings_ms}
+    record = replace(pictures[best].record, candidates=candidates)
+    return replace(pictures[best], record=record, timings_ms=timings)

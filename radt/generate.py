@@ -26,6 +26,7 @@ from radt.sheet import Picture, Row, Sheet, write_sheet
 
 RETRIEVAL_ONLY = ("by", "fusion", "decompose", "diversity", "dataset", "where", "min_score", "exclude")
 RESULTS = "results.jsonl"
+OF_A_RUN = ("network", "truncated")  # told when a picture is drawn, and not kept in its record
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -404,7 +405,8 @@ def _with_results(drawn: Iterable[Drawn], path: Path) -> Iterator[Drawn]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
         for each in drawn:
-            file.write(json.dumps(each.to_json(), ensure_ascii=False) + "\n")
+            line = {name: value for name, value in each.to_json().items() if name not in OF_A_RUN}
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
             file.flush()
             yield each
 
