@@ -6,7 +6,7 @@
 One prompt a held-out class and one seed a prompt, the same for all, drawn from the neighbours found for it. Two
 measures: the share of pictures whose entity is recognised (`radt evaluate emoji-draw`), and the squared maximum mean
 discrepancy between the pictures and the true scenes in the model's own image embeddings (Binkowski et al. 2018: the
-unbiased estimate, a cubic kernel; unit vectors, times 1000). Writes quality.md, quality.png and quality.json, after
+unbiased estimate with a cubic kernel, times 1000). Writes quality.md, quality.png and quality.json, after
 every point; the same command again goes on from there.
 """
 
@@ -143,16 +143,16 @@ def measure(bench: EmojiDrawBench, way: Way) -> Point:
 
 
 def discrepancy(one: np.ndarray, two: np.ndarray) -> float:
-    """Unbiased squared MMD of two samples of unit vectors, kernel ((1 + x.y) / 2)^3; below 0 by chance alone."""
+    """Unbiased squared MMD of paired samples of unit vectors, kernel ((1 + x.y) / 2)^3; below 0 by chance alone.
 
-    def kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        return ((1 + a.astype(np.float64) @ b.astype(np.float64).T) / 2) ** 3
+    No row meets its own partner (Gretton et al. 2012, equation 4): a picture resembles the very scene it should show.
+    """
 
-    def apart(a: np.ndarray) -> float:
-        similar = kernel(a, a)
-        return float((similar.sum() - similar.trace()) / (len(a) * (len(a) - 1)))
+    def mean_off_diagonal(a: np.ndarray, b: np.ndarray) -> float:
+        kernel = ((1 + a.astype(np.float64) @ b.astype(np.float64).T) / 2) ** 3
+        return float((kernel.sum() - kernel.trace()) / (len(a) * (len(a) - 1)))
 
-    return apart(one) + apart(two) - 2 * float(kernel(one, two).mean())
+    return mean_off_diagonal(one, one) + mean_off_diagonal(two, two) - 2 * mean_off_diagonal(one, two)
 
 
 def read_points(out: Path, facts: dict[str, Any]) -> list[Point]:

@@ -51,7 +51,7 @@ class DistillConfig:
     pack: PackConfig = field(default_factory=PackConfig)
     pack_file: str | None = None  # the pack of another run; None: one is made
     data: DataConfig = field(default_factory=lambda: DataConfig(batch_size=32))
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=2e-4, warmup_steps=50, cooldown_share=1.0))
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-4, warmup_steps=50, cooldown_share=1.0))
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(num_steps=6000))
 
     def __post_init__(self) -> None:
