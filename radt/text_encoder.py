@@ -44,8 +44,8 @@ class Truncation:
         """For people."""
         return (
             f"only the first {self.num_read} of {self.num_tokens} tokens were read of "
-            f"{json.dumps(shorten(self.text), ensure_ascii=False)}: left out was "
-            f"{json.dumps(shorten(self.left_out), ensure_ascii=False)}"
+            f"{json.dumps(shorten(self.text), ensure_ascii=False)}, so say what matters first: left out was "
+            f"{json.dumps(shorten(self.left_out.lstrip(',.;: ')), ensure_ascii=False)}"
         )
 
 
