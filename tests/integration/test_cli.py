@@ -45,7 +45,7 @@ def test_generate_prints_one_document_with_the_promised_keys(radt):
     code, out, err = radt("generate", PROMPT, "two", "--model", "MODEL", "--kb", "KB", "-n", "2", "--json")
     assert (code, err) == (0, "")
     document = json.loads(out)
-    assert set(document) == {"images", "timings_ms"}
+    assert set(document) == {"images", "refused", "timings_ms", "neighbor_store"}
     assert set(document["timings_ms"]) == {"retrieve", "encode_neighbors", "sample"}
     assert [(image["prompt"], image["seed"]) for image in document["images"]] == [
         (prompt, seed) for prompt in (PROMPT, "two") for seed in (0, 1)

@@ -13,7 +13,6 @@ from index.cli import run
 from index.errors import ModelError, UserError
 from radt.bundle import StageInfo, load_bundle, write_bundle
 from radt.cli import app
-from radt.copying import MAX_REDRAWS
 from radt.explain import TIMES, explain_file
 from radt.explain_sheet import make_sheet
 from radt.pipeline import TextToImage
@@ -23,12 +22,14 @@ from radt.unet.unet import UNet
 from tests.integration.conftest import save_tiny_bundle
 
 PROMPT = "a red circle"
+REDRAWS = 2  # fewer than for users, for they take time
 
 
 @pytest.fixture
 def radt(capsys, monkeypatch, tmp_path, tiny_bundle, tiny_kb):
     """Run a command line in an empty folder, by the tiny model: (exit code, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("radt.generate.MAX_REDRAWS", REDRAWS)
 
     def call(*words):
         kb = ["--kb", str(tiny_kb)] if words[0] == "generate" else []
@@ -141,17 +142,16 @@ def similarity_by_seed(radt, *seeds):
 
 
 def test_a_copy_is_drawn_again_from_the_seeds_that_follow(radt):
-    found = similarity_by_seed(radt, *range(1 + MAX_REDRAWS))
-    first = next(seed for seed in range(1, 1 + MAX_REDRAWS) if found[seed] < found[0])
-    limit = (found[0] + found[first]) / 2
-    expected = next(seed for seed, similarity in found.items() if similarity <= limit)
-    code, out, err = radt("generate", PROMPT, "--max-copy", limit, "--json")
+    found = similarity_by_seed(radt, *range(4))
+    start = next(seed for seed in range(3) if found[seed + 1] < found[seed])
+    limit = (found[start] + found[start + 1]) / 2
+    code, out, err = radt("generate", PROMPT, "--seed", start, "--max-copy", limit, "--json")
     document = json.loads(out)
     assert (code, err, document["refused"]) == (0, "", [])
     (image,) = document["images"]
-    assert image["seed"] == expected
-    assert image["copy_similarity"] == found[expected]
-    assert read_png(Path(image["path"]))[1].seed == expected
+    assert image["seed"] == start + 1
+    assert image["copy_similarity"] == found[start + 1]
+    assert read_png(Path(image["path"]))[1].seed == start + 1
     assert [path.name for path in Path("out").iterdir()] == [Path(image["path"]).name]
 
 
@@ -161,7 +161,7 @@ def test_a_picture_that_stays_a_copy_is_not_kept_and_that_is_said(radt):
     document = json.loads(out)
     assert document["images"] == []
     assert [each["prompt"] for each in document["refused"]] == [PROMPT, "two"]
-    assert document["refused"][0]["seeds"] == list(range(1 + MAX_REDRAWS))
+    assert document["refused"][0]["seeds"] == list(range(1 + REDRAWS))
     assert document["refused"][0]["copy_similarity"] > 0
     lines = err.strip().splitlines()
     assert len(lines) == 2
@@ -170,9 +170,9 @@ def test_a_picture_that_stays_a_copy_is_not_kept_and_that_is_said(radt):
 
 
 def test_pictures_of_several_never_share_a_seed_when_they_are_drawn_again(radt):
-    _, out, _ = radt("generate", PROMPT, "-n", 3, "--max-copy", "0", "--json")
+    _, out, _ = radt("generate", PROMPT, "-n", 2, "--max-copy", "0", "--json")
     seeds = [seed for each in json.loads(out)["refused"] for seed in each["seeds"]]
-    assert sorted(seeds) == list(range(3 * (1 + MAX_REDRAWS)))
+    assert sorted(seeds) == list(range(2 * (1 + REDRAWS)))
 
 
 def test_no_neighbour_no_copy_and_a_limit_is_a_fraction(radt):
@@ -192,7 +192,7 @@ def test_a_near_copy_is_warned_of(radt, monkeypatch):
 
 
 def test_a_file_of_prompts_goes_on_where_pictures_were_drawn_again(radt):
-    found = similarity_by_seed(radt, *range(1 + MAX_REDRAWS))
+    found = similarity_by_seed(radt, *range(1 + REDRAWS))
     limit = min(found.values())
     Path("prompts.txt").write_text(f"{PROMPT}\n")
     words = ("generate", "--prompts", "prompts.txt", "--max-copy", limit, "--out", "out", "--json")
