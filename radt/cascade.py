@@ -168,6 +168,8 @@ def sample_stage(
 
     `init` is a picture to start from instead of noise alone.
     """
+    if init is not None and stage.fast is not None and stage.fast.steps is not None:
+        raise ConfigError("a fast twin of few steps starts from noise alone: leave out --fast or the picture")
     device = condition.text.tokens.device
     noise = draw_noise(torch.empty(len(generators), 3, *stage.size, device=device), generators)
     x, t = starting_point(init, noise, strength=settings.strength, schedule=stage.info.schedule)

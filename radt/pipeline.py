@@ -20,7 +20,7 @@ from PIL import Image
 from index.config import from_dict, to_dict
 from index.errors import ConfigError, QueryError
 from radt.bundle import Bundle, load_bundle
-from radt.cascade import Cascade, find_sampler, stages_of
+from radt.cascade import Cascade, Stage, find_sampler, stages_of
 from radt.compiling import prepare
 from radt.conditioning import Condition, take_rows, to_device
 from radt.copying import most_similar, with_similarity
@@ -251,7 +251,8 @@ class TextToImage:
             done += self.cascade.network_steps(settings) * len(batch)
             timings = {name: milliseconds / len(batch) for name, milliseconds in clock.milliseconds.items()}
             for row, (request, picture) in enumerate(zip(batch, drawn, strict=True)):
-                paid = self.with_attention(request.neighbors, take_rows(conditions[0], [row]), picture)
+                stage, condition = self.cascade.of(settings)[0], take_rows(conditions[0], [row])
+                paid = self.with_attention(request.neighbors, condition, picture, stage=stage)
                 neighbors = with_similarity(paid, picture)
                 record = Record(
                     prompt=request.prompt,
@@ -408,12 +409,12 @@ class TextToImage:
 
     @torch.inference_mode()
     def with_attention(
-        self, neighbors: Sequence[Neighbor], condition: Condition, picture: RGB8
+        self, neighbors: Sequence[Neighbor], condition: Condition, picture: RGB8, *, stage: Stage
     ) -> tuple[Neighbor, ...]:
         """The neighbours, each with the share of attention that this picture pays to it (row N1).
 
-        Measured in one more call of the first stage, half-way through the noise, so that drawing is not slowed. The
-        shares sum to at most 1; the rest is attention that no neighbour earned.
+        Measured in one more call of the first stage (or its twin), half-way through the noise, so that drawing is not
+        slowed. The shares sum to at most 1; the rest is attention that no neighbour earned.
         """
         if condition.neighbors is None:
             return tuple(neighbors)
