@@ -139,13 +139,19 @@ def test_guidance_is_an_input_and_pictures_do_not_depend_on_their_batch(finished
 def test_the_command_line_has_the_switch(
     finished: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def generate(model: Path) -> tuple[object, str, str]:
+    init = tmp_path / "init.png"
+    draw(1).save(init)
+
+    def generate(model: Path, *more: str) -> tuple[object, str, str]:
         with pytest.raises(SystemExit) as exit_:
-            run(app, ["generate", "a wolf", "--model", str(model), "--fast", "--out", str(tmp_path), "--json"])
+            run(app, ["generate", "a wolf", "--model", str(model), "--fast", "--out", str(tmp_path), "--json", *more])
         return exit_.value.code, *capsys.readouterr()
 
     code, out, _ = generate(finished / "bundle")
     assert (code, json.loads(out)["images"][0]["settings"]["steps"]) == (0, 2)
+    code, _, error = generate(finished / "bundle", "--init-image", str(init))
+    assert (code, error.count("\n")) == (1, 1)
+    assert "a fast twin of few steps starts from noise alone" in error
     code, _, error = generate(teacher)
     assert code == 1
     assert "no fast twin: leave out --fast" in error
