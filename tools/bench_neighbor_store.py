@@ -1,4 +1,4 @@
-"""What the neighbour store saves: time of encoding prompt and neighbours, as `radt generate` reports it, of the model inside.
+"""What the neighbour store saves: the time of encoding prompt and neighbours with the model inside the package.
 
     python tools/bench_neighbor_store.py KB [--repeats 30] [--json]
 
