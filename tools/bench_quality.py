@@ -231,6 +231,7 @@ def panel(
         x = left + (math.log(calls) - low) / span * width
         if calls % 2 == 0:  # Heun's odd numbers would stand over these
             draw.text((x - 8, bottom + 8), str(calls), fill="#57606a", font=font(12))
+    draw.text((left, bottom + 28), "network calls a picture", fill="#57606a", font=font(12))
     for number, label in enumerate(labels):
         own = [place(each) for each in sorted(points, key=lambda each: each.calls) if each.label == label]
         draw.line(own, fill=color(number), width=3)
