@@ -1,7 +1,11 @@
 import logging
 import os
+import subprocess
+import sys
 import threading
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +21,7 @@ from tests.networks import IMAGE_SIZE, generator, random_text, random_unet
 
 SIZE = (IMAGE_SIZE, IMAGE_SIZE)
 WARNINGS = "radt.neighbor_store"
+ROOT = Path(__file__).parents[2]
 
 
 class Captions:
@@ -278,3 +283,39 @@ def test_pictures_that_a_stage_sees_alike_are_one_to_it():
     large = to_rgb8(Image.new("RGB", (64, 64), "red"), (64, 64))
     seen = Neighbor(id="1", caption="red", pixels=large)
     assert content_key(seen, (8, 8), "s") == content_key(replace(seen, pixels=seen.at((16, 16))), (8, 8), "s")
+
+
+WRITER = """
+import sys, torch
+from pathlib import Path
+from radt.conditioning import EncodedNeighbors
+from radt.neighbor_store import NeighborStore
+
+store = NeighborStore(Path(sys.argv[1]), limit=10**8)
+print("ready", flush=True)
+for number in range(10**6):
+    made = EncodedNeighbors(
+        maps=(torch.full((1, 1, 4, 64, 64), float(number)),),
+        captions=torch.zeros(1, 1, 2, 3),
+        caption_mask=torch.ones(1, 1, 2, dtype=torch.bool),
+    )
+    store.put(str(number % 50), "key", made)
+"""
+
+
+@pytest.mark.slow
+def test_processes_killed_while_they_write_leave_whole_entries(tmp_path):
+    writers = [
+        subprocess.Popen([sys.executable, "-c", WRITER, tmp_path], stdout=subprocess.PIPE, cwd=ROOT) for _ in range(2)
+    ]
+    for writer in writers:
+        assert writer.stdout.readline() == b"ready\n"
+    time.sleep(0.5)
+    for writer in writers:
+        writer.kill()
+        writer.communicate()
+    store = NeighborStore(tmp_path, limit=10**8)
+    found = [store.get(path.name.partition("-")[0], "key") for path in tmp_path.glob("*-key.safetensors")]
+    assert found
+    assert all(each is not None and len(each.maps[0].unique()) == 1 for each in found)
+    assert store.use.damaged == 0
