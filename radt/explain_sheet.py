@@ -14,7 +14,7 @@ from radt.neighbors import Neighbor
 from radt.sheet import INK, NOTE_SIZE, PICTURE, SCALE, SOFT, Picture, Row, Sheet, enlarge, load_font, write_sheet
 
 SIDE = PICTURE * SCALE  # of a heat map, in device pixels: the sheet shows it as it is
-COVER = 0.7  # how much of a picture the colours hide
+COVER = 0.78  # how much of a picture the colours hide
 SCALE_NOTE = ("100% is all attention", "that a place can pay;", "it may receive more")
 HEAT = np.array(  # matplotlib's inferno at nine even steps (CC0): as light as it is hot, for every eye and in print
     [
@@ -95,10 +95,10 @@ def _picture_row(explanation: Explanation) -> Row:
         )
     ]
     for stage in explanation.stages:
-        together, top = stage.picture.sum(dim=0), _top(stage)
-        line = f"all neighbours {float(together.mean()):.0%}"
-        cells.append((Picture(image=heat_map(explanation.image, together, top), lines=(line,)),))
-        cells.append((Picture(image=color_scale(top), lines=("one scale for the stage",)),))
+        together = stage.picture.sum(dim=0)
+        said = (f"all neighbours {float(together.mean()):.0%}", "its own scale: 0 to 100%")
+        cells.append((Picture(image=heat_map(explanation.image, together, 1.0), lines=said),))
+        cells.append((Picture(image=color_scale(_top(stage)), lines=("the scale of all maps below",)),))
     note = (
         f"{asked.sampler} at {asked.steps} steps, text {asked.text_guidance:g}, neighbours "
         f"{asked.neighbor_guidance:g}, text share {asked.text_share:g}"
@@ -118,8 +118,8 @@ def _neighbor_row(explanation: Explanation, j: int) -> Row:
 
 
 def _top(stage: StageAttention) -> float:
-    """The hottest of a stage: one scale for all its maps, so that they can be compared."""
-    return float(torch.maximum(stage.picture.sum(dim=0).max(), stage.neighbor.max()))
+    """The hottest place of a stage: one scale for all neighbours, so that they can be compared."""
+    return float(torch.maximum(stage.picture.max(), stage.neighbor.max()))
 
 
 def _facts(neighbor: Neighbor, match: Match) -> tuple[str, ...]:
