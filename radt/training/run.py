@@ -4,9 +4,11 @@ A base run's folder holds
 
     config.json                               the resolved configuration
     corpus/  kb/  pack.safetensors            training entities, their knowledge base, what is trained on
+    captions.json                             the captions that the pack holds embedded
     state.safetensors  metrics.jsonl          where training is
     samples/                                  sheets drawn while training
     bundle/                                   the averaged weights as a model, after every save
+    text_tuning.safetensors, text_tuning.jsonl    where fine-tuning the text encoder is, if that was asked for
 """
 
 import json
@@ -229,6 +231,18 @@ def _check_same_clip(pack: Path, clip: Path) -> None:
         raise ConfigError(f"{pack} was made with another CLIP than {clip}: delete the pack, or choose another --out")
 
 
+def _check_same_encoder(config: BaseConfig) -> None:
+    """Refuse to join stages that read prompts by different encoders."""
+    from radt.bundle import CLIP_FOLDER
+
+    if config.below is None or folder_digest(Path(config.below) / CLIP_FOLDER) == folder_digest(Path(config.clip)):
+        return
+    raise ConfigError(
+        f"the stages in {config.below!r} were trained with another CLIP than {config.clip!r}, so they cannot be one "
+        "model: name a bundle of the same CLIP with --set below=..."
+    )
+
+
 def folder_digest(folder: Path) -> str:
     """A hash of the names and contents of a folder's files, which needs none of the packages that read them."""
     state = blake2b(digest_size=16)
@@ -289,6 +303,7 @@ def _after_save(run: "Run", config: BaseConfig, out: Path, name: str) -> None:
     below = None if config.below is None else Path(config.below)
     is_complete = below is None or (below / "bundle.json").is_file()  # the stages below may be in training, too
     if Path(config.clip).is_dir() and is_complete:
+        _check_same_encoder(config)
         number = 0 if below is None else len(read_info(below).stages)
         stage = StageInfo(name=f"stage{number}", prediction=config.prediction, schedule=config.schedule)
         write_bundle(

@@ -91,7 +91,7 @@ def assert_same_weights(one: Path, two: Path) -> None:
 
 
 def test_a_run_leaves_what_it_promises(finished: Path) -> None:
-    promised = ["bundle", "config.json", "corpus", "kb", "metrics.jsonl", "pack.safetensors", "samples"]
+    promised = ["bundle", "captions.json", "config.json", "corpus", "kb", "metrics.jsonl", "pack.safetensors", "samples"]
     assert sorted(path.name for path in finished.iterdir()) == [*promised, "state.safetensors"]
     assert [path.name for path in sorted((finished / "samples").iterdir())] == ["0000003.png", "0000006.png"]
     lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
