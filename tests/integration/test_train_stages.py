@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from index.errors import ConfigError
 from radt.bundle import read_info
 from radt.pipeline import TextToImage
 from radt.training.run import train
@@ -86,3 +87,13 @@ def test_a_stage_whose_stages_below_are_not_there_yet_trains_and_says_so(tiny_cl
     assert not bundle.exists()
     assert told[-1] == f"trained, and no bundle yet: run this again when the stages below lie in {tmp_path / 'not-yet'}"
     assert json.loads((tmp_path / "sr" / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 2
+
+
+@pytest.mark.slow
+def test_stages_of_another_text_encoder_are_not_joined(
+    tiny_clip: Path, other_clip: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    overrides = settings(other_clip, "unet.image_size=16", "unet.low_res_size=8", f"below={tiny_bundle}")
+    with pytest.raises(ConfigError, match="trained with another CLIP"):
+        train("tiny", overrides, tmp_path / "sr")
+    assert not (tmp_path / "sr" / "bundle").exists()
