@@ -91,8 +91,8 @@ def assert_same_weights(one: Path, two: Path) -> None:
 
 
 def test_a_run_leaves_what_it_promises(finished: Path) -> None:
-    promised = ["bundle", "captions.json", "config.json", "corpus", "kb", "metrics.jsonl", "pack.safetensors", "samples"]
-    assert sorted(path.name for path in finished.iterdir()) == [*promised, "state.safetensors"]
+    promised = ["bundle", "captions.json", "config.json", "corpus", "kb", "metrics.jsonl", "pack.safetensors"]
+    assert sorted(path.name for path in finished.iterdir()) == [*promised, "samples", "state.safetensors"]
     assert [path.name for path in sorted((finished / "samples").iterdir())] == ["0000003.png", "0000006.png"]
     lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
