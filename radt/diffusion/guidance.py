@@ -347,8 +347,12 @@ def check_scale(name: str, scale: float) -> None:
 
 def check_effect(settings: GenerateSettings) -> None:
     """Refuse what would be ignored. A ConfigError says what to do instead."""
-    weighs_text = max(settings.text_guidance, settings.sr_text_guidance) > 1
-    if settings.negative_prompt is not None and not weighs_text:
-        raise ConfigError("negative_prompt has no effect while text_guidance is 1: raise that above 1, as to 3")
+    strengthens_text = max(settings.text_guidance, settings.sr_text_guidance) > 1 and not settings.unconditional
+    has_text_steps = settings.guidance == "joint" or settings.text_share > 0
+    if settings.negative_prompt is not None and not (strengthens_text and has_text_steps):
+        raise ConfigError(
+            "negative_prompt has no effect where the prompt is not strengthened: "
+            "give a prompt, a text_guidance above 1 and a text_share above 0"
+        )
     if settings.gamma > 0 and settings.sampler != "ancestral":
         raise ConfigError(f"gamma is of the ancestral sampler and {settings.sampler!r} was asked for: drop one of them")

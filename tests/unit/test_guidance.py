@@ -347,11 +347,13 @@ def test_impossible_settings_are_refused(changes, name):
 
 
 def test_settings_without_effect_are_refused():
-    with pytest.raises(ConfigError, match="negative_prompt has no effect"):
-        check_effect(GenerateSettings(negative_prompt="blurry", text_guidance=1.0))
+    for idle in ({"text_guidance": 1.0}, {"text_share": 0.0}, {"unconditional": True}):
+        with pytest.raises(ConfigError, match="negative_prompt has no effect"):
+            check_effect(GenerateSettings(negative_prompt="blurry", **idle))
     with pytest.raises(ConfigError, match="ancestral"):
         check_effect(GenerateSettings(gamma=0.5, sampler="heun"))
     check_effect(GenerateSettings(gamma=0.5, sampler="ancestral", negative_prompt="blurry"))
+    check_effect(GenerateSettings(negative_prompt="blurry", text_share=0.0, guidance="joint"))
 
 
 def sharing_unet(**changes):
