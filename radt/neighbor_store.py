@@ -284,14 +284,14 @@ class ApartEncoder:
         self._bundle, self._device = bundle, device
         self._weights: dict[str, str] = {}  # digest of a stage's weights, by its folder
 
-    def encode(self, rows: Sequence[Sequence[Neighbor]], stages: Sequence[Stage]) -> list[NeighborKV] | None:
+    def encode(self, rows: Sequence[Sequence[Neighbor]], stages: Sequence[Stage]) -> list[NeighborKV | None]:
         """Keys and values for each stage; a row of neighbours an example, shorter ones padded and masked.
 
-        None when nobody has a neighbour.
+        None for each when nobody has a neighbour.
         """
         k = max((len(row) for row in rows), default=0)
         if k == 0:
-            return None
+            return [None] * len(stages)
         before = self.store.use if self.store else StoreUse()
         encoded = [[self._encode_one(neighbor, stages) for neighbor in row] for row in rows]
         if self.store is not None:

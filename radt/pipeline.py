@@ -349,7 +349,7 @@ class TextToImage:
             text = text.drop(torch.ones(len(prompts), dtype=torch.bool, device=text.mask.device))
         if settings.encode_apart:
             text, apart = to_device(text, self.device), self._apart.encode(neighbors, stages)
-            conditions = tuple(Condition(text=text, neighbors=each) for each in apart or [None] * len(stages))
+            conditions = tuple(Condition(text=text, neighbors=each) for each in apart)
         else:
             batches = make_batches(neighbors, encoder, [stage.size for stage in stages])
             conditions = self.cascade.condition(text, batches, settings)
