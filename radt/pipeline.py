@@ -213,9 +213,7 @@ class TextToImage:
             for number in range(seed, seed + n):
                 yield DrawRequest(prompt=prompt, neighbors=neighbors, seed=number)
 
-        yield from self.pictures(
-            requests(), settings=asked, init=init, on_step=lambda done: on_step(done, total)
-        )
+        yield from self.pictures(requests(), settings=asked, init=init, on_step=lambda done: on_step(done, total))
 
     def pictures(
         self,
