@@ -135,11 +135,15 @@ def load_bundle(folder: str | Path | None = None, *, device: str = "cpu") -> Bun
     info = read_info(path)
     unets = tuple(load_unet(path / stage.name).to(device) for stage in info.stages)
     twins = tuple(load_unet(path / stage.fast.name).to(device) if stage.fast else None for stage in info.stages)
-    own = path / TEXT_FOLDER if info.text_encoder == TEXT_FOLDER else info.text_encoder
-    encoder = load_text_encoder(path / CLIP_FOLDER, own, device=device)
+    encoder = load_text_encoder(path / CLIP_FOLDER, text_encoder_of(path, info), device=device)
     for stage, unet in zip(info.stages, unets, strict=True):
         _check_widths(stage.name, unet, encoder, path)
     return Bundle(folder=path, info=info, unets=unets, twins=twins, text_encoder=encoder)
+
+
+def text_encoder_of(folder: Path, info: BundleInfo) -> str | None:
+    """Which text encoder reads the prompts: a folder or a name for transformers, or None, the text tower in `clip/`."""
+    return str(folder / TEXT_FOLDER) if info.text_encoder == TEXT_FOLDER else info.text_encoder
 
 
 def load_unet(folder: Path) -> "UNet":
@@ -198,8 +202,8 @@ def write_bundle(
         if text_encoder is not None and Path(text_encoder).is_dir():
             shutil.copytree(text_encoder, folder / TEXT_FOLDER)
             text_encoder = TEXT_FOLDER
-        for stage in first:
-            shutil.copytree(Path(below or "") / stage.name, folder / stage.name)
+        for part in (part for stage in first for part in (stage, stage.fast) if part is not None):
+            shutil.copytree(Path(below or "") / part.name, folder / part.name)
         for unet, stage in zip(unets, stages, strict=True):
             _write_unet(folder / stage.name, unet, half=half)
         info = BundleInfo(

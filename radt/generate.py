@@ -16,7 +16,7 @@ from index.errors import ConfigError, QueryError
 from radt.best_of import keep_best, seeds_of
 from radt.copying import MAX_REDRAWS, Refused, check_limit, first_below, warning
 from radt.image_to_image import InitImage, read_init_image
-from radt.neighbors import Neighbor, Reference
+from radt.neighbors import Neighbor, Reference, neighbors_of
 from radt.pipeline import DrawRequest, GeneratedImage, OnStep, TextToImage, check_seeds, file_name, ignore
 from radt.prompts_file import Prompt, read_prompts
 from radt.provenance import Record, read_png
@@ -335,6 +335,11 @@ def _find_drawn(
     pipeline: TextToImage, request: Request, runs: Iterable[Sequence[Task]], out: Path
 ) -> Iterator[tuple[int, tuple[Path, GeneratedImage]]]:
     """What an earlier run left, by number. A QueryError when it was asked for something else."""
+    everywhere = {
+        "model": pipeline.digest,
+        "knowledge base": pipeline.origin().knowledge_base,
+        "references": _shown(neighbors_of([], request.references, pipeline.size)),
+    }
     for run in runs:
         init = _read_init(pipeline, request, run[0].settings)
         for task in run:
@@ -345,7 +350,7 @@ def _find_drawn(
             image, record = read_png(path)
             if request.max_copy is not None and (record.copy_similarity or 0.0) > request.max_copy:
                 raise QueryError(f"{str(path)!r} is there and is above --max-copy {request.max_copy:g}: take it away")
-            asked = _facts(attempt, init, request, model=pipeline.digest)
+            asked = everywhere | _facts(attempt, init, request)
             other = [name for name, value in _facts_of(record).items() if value != asked[name]]
             if other:
                 raise QueryError(
@@ -354,34 +359,41 @@ def _find_drawn(
             yield task.number, (path, GeneratedImage(image=image, record=record, timings_ms={}))
 
 
-def _facts(task: Task, init: InitImage | None, request: Request, *, model: str) -> dict[str, Any]:
-    """What decides a task's picture, as far as that is known before it is drawn."""
+def _facts(task: Task, init: InitImage | None, request: Request) -> dict[str, Any]:
+    """What decides a task's picture beside what all of a run share, as far as that is known before it is drawn."""
     return {
         **_deciding(task.settings),
-        "model": model,
         "prompt": task.prompt,
-        "references": [f"reference:{reference.name}" for reference in request.references],
         "init_image": None if init is None else init.pixels.tolist(),
         "candidates": list(task.seeds) if request.best_of > 1 else [],
     }
 
 
 def _facts_of(record: Record) -> dict[str, Any]:
-    """The same of a picture that is there."""
-    ids = [neighbor.id for neighbor in record.neighbors]
+    """The same of a picture that is there, and what all of its run share."""
     return {
         **_deciding(record.settings),
         "model": record.origin.model_digest,
+        "knowledge base": record.origin.knowledge_base,
+        "references": _shown([each for each in record.neighbors if each.id.startswith("reference:")]),
         "prompt": record.prompt,
-        "references": [each for each in ids if each.startswith("reference:")],
         "init_image": None if record.init is None else record.init.pixels.tolist(),
         "candidates": [candidate.seed for candidate in record.candidates],
     }
 
 
+def _shown(neighbors: Sequence[Neighbor]) -> list[Any]:
+    """What a network is shown of references."""
+    return [(each.id, each.caption, each.pixels.tolist()) for each in neighbors]
+
+
 def _deciding(settings: GenerateSettings) -> dict[str, Any]:
-    """All settings but the batch size, which moves the last bits only: a run may go on with another."""
-    return {name: value for name, value in to_dict(settings).items() if name != "batch_size"}
+    """All settings by their options, but the batch size, which moves the last bits only: a run may go on with another.
+
+    What no option sets is named by the option that decides it.
+    """
+    named = {"encode_apart": "neighbor_store"}
+    return {named.get(name, name): value for name, value in to_dict(settings).items() if name != "batch_size"}
 
 
 def _path(task: Task, seed: int, out: Path) -> Path:
@@ -401,10 +413,15 @@ def _measure(pipeline: TextToImage, picture: GeneratedImage) -> Quality:
 
 
 def _with_results(drawn: Iterable[Drawn], path: Path) -> Iterator[Drawn]:
-    """The same pictures; each leaves a line in the file at once, those of an earlier run first."""
+    """The same pictures; each leaves a line in the file at once, those of an earlier run first.
+
+    The first is asked for before the file is begun anew: a run that refuses to go on does so then.
+    """
+    drawn = iter(drawn)
+    first = list(islice(drawn, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
-        for each in drawn:
+        for each in chain(first, drawn):
             line = {name: value for name, value in each.to_json().items() if name not in OF_A_RUN}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
             file.flush()

@@ -305,16 +305,18 @@ class ApartEncoder:
     def stage_key(self, stage: Stage) -> str:
         """A digest of all that decides what the encoder of a stage makes of a neighbour, but the neighbour.
 
-        The weights count by their digests in bundle.json; by themselves where it lists none. Threads and instruction
-        set are in it, because they decide the last bits.
+        The weights count by their digests in bundle.json; by themselves where it lists none. Threads, instruction set
+        and the layout of the weights are in it, because they decide the last bits.
         """
         folder = stage.fast.name if stage.fast else stage.info.name
         if folder not in self._weights:
             self._weights[folder] = _weights_digest(self._bundle, folder, stage)
         on_gpu = self._device.startswith("cuda")
         machine = torch.cuda.get_device_name(self._device) if on_gpu else torch.backends.cpu.get_cpu_capability()
-        facts = (FORMAT, torch.__version__, machine, torch.get_num_threads(), folder, self._weights[folder])
-        return "/".join(map(str, (*facts, self._bundle.text_encoder.fingerprint)))
+        kernel = stage.unet.conv_out.weight  # one of all, which share their layout in memory
+        here = (torch.__version__, machine, torch.get_num_threads(), kernel.stride())
+        what = (folder, self._weights[folder], self._bundle.text_encoder.fingerprint)
+        return "/".join(map(str, (FORMAT, *here, *what)))
 
     def _encode_one(self, neighbor: Neighbor, stages: Sequence[Stage]) -> list[EncodedNeighbors]:
         """One neighbour for every stage; its caption is read once, and only if some stage's store lacks it."""

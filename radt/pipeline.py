@@ -416,7 +416,6 @@ class TextToImage:
         """
         if condition.neighbors is None:
             return tuple(neighbors)
-        stage = self.cascade.stages[0]
         x0 = resize(to_pixels(picture)[None].to(self.device), stage.size)
         noise = draw_noise(x0, [torch.Generator().manual_seed(0)])
         t = torch.full((1,), 0.5, device=self.device)

@@ -66,7 +66,7 @@ def train_base(
     from radt.training.loop import Objective, Run
     from radt.unet.unet import UNet
 
-    _check_tunable(config)
+    _check_tunable(config, out)
     if config.data.candidates > config.pack.candidates:
         raise ConfigError(
             f"data.candidates {config.data.candidates} must be at most pack.candidates {config.pack.candidates}"
@@ -109,7 +109,7 @@ def train_twin(
     """Distil one stage of a bundle. The twin may be halved further when a run resumes."""
     from dataclasses import replace
 
-    from radt.bundle import CLIP_FOLDER, load_unet, read_info
+    from radt.bundle import CLIP_FOLDER, load_unet, read_info, text_encoder_of
     from radt.training.distill_run import distill, find_stage
     from radt.training.pack import Pack
 
@@ -118,7 +118,7 @@ def train_twin(
     base = replace(
         emoji_demo(),
         clip=str(bundle / CLIP_FOLDER),
-        text_encoder=read_info(bundle).text_encoder,
+        text_encoder=text_encoder_of(bundle, read_info(bundle)),
         unet=teacher.config,
         pack=config.pack,
     )
@@ -188,7 +188,14 @@ def precompute_text(
     return report_text(pack, Captions.load(out, pack), encoder, data=config.data, num_steps=config.loop.num_steps)
 
 
-def _check_tunable(config: BaseConfig) -> None:
+def _check_tunable(config: BaseConfig, out: Path) -> None:
+    from radt.training.text_tuning import STATE_FILE
+
+    if not config.text_tuning.num_steps and (out / STATE_FILE).exists():
+        raise ConfigError(
+            f"the text encoder of the run in {str(out)!r} was tuned, and its bundle would lose that: name "
+            f"text_tuning.num_steps again, or delete {STATE_FILE}"
+        )
     if config.text_tuning.num_steps and config.below is not None:
         raise ConfigError("text_tuning is for a first stage: the stages below were trained with the encoder as it is")
     if config.text_tuning.num_steps and not Path(config.clip).is_dir():
@@ -233,14 +240,26 @@ def _check_same_clip(pack: Path, clip: Path) -> None:
 
 def _check_same_encoder(config: BaseConfig) -> None:
     """Refuse to join stages that read prompts by different encoders."""
-    from radt.bundle import CLIP_FOLDER
+    from radt.bundle import CLIP_FOLDER, read_info, text_encoder_of
 
-    if config.below is None or folder_digest(Path(config.below) / CLIP_FOLDER) == folder_digest(Path(config.clip)):
+    if config.below is None:
         return
-    raise ConfigError(
-        f"the stages in {config.below!r} were trained with another CLIP than {config.clip!r}, so they cannot be one "
-        "model: name a bundle of the same CLIP with --set below=..."
-    )
+    below = Path(config.below)
+    theirs = text_encoder_of(below, read_info(below))
+    for what, one, other in (
+        ("CLIP", str(below / CLIP_FOLDER), config.clip),
+        ("text encoder", theirs, config.text_encoder),
+    ):
+        if _named_or_digest(one) != _named_or_digest(other):
+            raise ConfigError(
+                f"the stages in {config.below!r} were trained with another {what} than {other!r}, so they cannot be "
+                f"one model: name a bundle of the same {what} with --set below=..."
+            )
+
+
+def _named_or_digest(encoder: str | None) -> str | None:
+    """An encoder by its content where it is a folder, else by its name."""
+    return folder_digest(Path(encoder)) if encoder is not None and Path(encoder).is_dir() else encoder
 
 
 def folder_digest(folder: Path) -> str:

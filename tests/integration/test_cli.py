@@ -88,7 +88,9 @@ def test_what_is_typed_overrides_the_models_own(radt, typed, used):
 
 
 def test_every_setting_of_a_picture_is_an_option_and_only_what_is_typed_is_asked_for(radt, monkeypatch):
-    assert SETTINGS.keys() | FILTERS.keys() == {field.name for field in dataclasses.fields(GenerateSettings)}
+    decided_by_others = {"encode_apart"}  # --neighbor-store
+    fields = {field.name for field in dataclasses.fields(GenerateSettings)}
+    assert SETTINGS.keys() | FILTERS.keys() == fields - decided_by_others
     asked = []
     monkeypatch.setattr(library, "generate_files", lambda request, **_: asked.append(request.settings) or [])
     radt("generate", PROMPT)

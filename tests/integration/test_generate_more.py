@@ -331,6 +331,27 @@ def test_a_folder_of_another_request_is_refused(pipeline, tmp_path, changes, sai
         list(draw(pipeline, replace(request, **changes), tmp_path / "out"))
 
 
+def test_other_references_of_the_same_name_and_another_memory_are_refused(pipeline, tiny_bundle, tmp_path):
+    one, other = (Reference(image=draw_shape(number), caption="x", name="x.png") for number in (1, 2))
+    request = Request(prompts=(PROMPT,), resume=True, references=(one,))
+    list(draw(pipeline, request, tmp_path / "out"))
+    assert len(list(draw(pipeline, request, tmp_path / "out"))) == 1
+    for changed in (other, replace(one, caption="y")):
+        with pytest.raises(QueryError, match="another references"):
+            list(draw(pipeline, replace(request, references=(changed,)), tmp_path / "out"))
+    with pytest.raises(QueryError, match="another knowledge base"):
+        list(draw(TextToImage.load(tiny_bundle, device="cpu"), request, tmp_path / "out"))
+
+
+def test_a_run_that_is_refused_leaves_the_results_of_the_one_before(radt, tmp_path):
+    prompts = write_prompts(tmp_path)
+    assert radt("generate", "--prompts", str(prompts), "--out", "many")[0] == 0
+    before = contents(tmp_path / "many")
+    status, _, said = radt("generate", "--prompts", str(prompts), "--out", "many", "--steps", "2")
+    assert (status, "another steps" in said) == (1, True)
+    assert contents(tmp_path / "many") == before
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path

@@ -252,7 +252,7 @@ def test_mistakes_are_one_sentence(finished: Path, prepared: Path, tiny_clip: Pa
     with pytest.raises(ConfigError, match=r"data.candidates 5 must be at most pack.candidates 4"):
         train("tiny", settings(tiny_clip, "data.candidates=5"), prepared)
     (prepared / "config.json").write_text("{")
-    with pytest.raises(ConfigError, match="is not the configuration of a base run"):
+    with pytest.raises(ConfigError, match="is not the configuration of such a run"):
         train("tiny", settings(tiny_clip), prepared)
 
 

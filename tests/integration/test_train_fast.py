@@ -129,6 +129,39 @@ def test_generate_fast_takes_few_steps_of_one_row_and_can_be_replayed(finished: 
     )
 
 
+def test_the_attention_in_the_record_is_the_twins_own(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = TextToImage.load(finished / "bundle", device="cpu")
+    asked: list[int] = []
+    for number, unet in enumerate((model.bundle.unets[0], model.bundle.twins[0])):
+        assert unet is not None
+        mass = unet.attention_mass
+        monkeypatch.setattr(
+            unet, "attention_mass", lambda *a, mass=mass, number=number, **k: asked.append(number) or mass(*a, **k)
+        )
+    model("a wolf", fast=True, references=[REFERENCE])
+    model("a wolf", references=[REFERENCE])
+    assert asked == [1, 0]
+
+
+def test_a_stage_above_a_stage_with_a_twin_leaves_a_whole_bundle(finished: Path, tmp_path: Path) -> None:
+    below = load_bundle(finished / "bundle")
+    config = below.unets[0].config
+    above = replace(config, image_size=2 * config.image_size, low_res_size=config.image_size)
+    out = tmp_path / "joined"
+    write_bundle(
+        out,
+        name="joined",
+        clip=finished / "bundle" / "clip",
+        unets=[UNet(above)],
+        stages=[StageInfo(name="stage1")],
+        below=finished / "bundle",
+    )
+    joined = load_bundle(out)
+    assert not changed_files(out, joined.info)
+    assert [stage.name for stage in joined.info.stages] == ["stage0", "stage1"]
+    assert joined.twins[0] is not None
+
+
 def test_guidance_is_an_input_and_pictures_do_not_depend_on_their_batch(finished: Path) -> None:
     model = TextToImage.load(finished / "bundle", device="cpu")
     alone, second = (model("a wolf", fast=True, seed=seed)[0] for seed in (3, 4))

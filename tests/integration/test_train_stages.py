@@ -16,6 +16,7 @@ from radt.bundle import read_info
 from radt.pipeline import TextToImage
 from radt.training.run import train
 from tests.conftest import TINY_CLIP
+from tests.integration.conftest import copy_bundle
 
 ROOT = Path(__file__).parents[2]
 
@@ -97,3 +98,16 @@ def test_stages_of_another_text_encoder_are_not_joined(
     with pytest.raises(ConfigError, match="trained with another CLIP"):
         train("tiny", overrides, tmp_path / "sr")
     assert not (tmp_path / "sr" / "bundle").exists()
+
+
+def test_stages_below_that_read_prompts_by_a_text_encoder_of_their_own_are_not_joined(
+    tiny_clip: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    below = copy_bundle(tiny_bundle, tmp_path / "below")
+    info = json.loads((below / "bundle.json").read_text())
+    (below / "bundle.json").write_text(json.dumps({**info, "text_encoder": "text"}))
+    (below / "text").mkdir()
+    (below / "text" / "config.json").write_text("{}")
+    overrides = settings(tiny_clip, "unet.image_size=16", "unet.low_res_size=8", f"below={below}")
+    with pytest.raises(ConfigError, match="trained with another text encoder"):
+        train("tiny", overrides, tmp_path / "sr")
