@@ -282,7 +282,9 @@ class TextToImage:
             raise QueryError(f"unconditional draws from no prompt, and {prompt!r} was given: leave one of them out")
         if prompt.strip():
             return settings
-        return replace(settings, unconditional=True, text_guidance=1.0, sr_text_guidance=1.0)
+        asked = replace(settings, unconditional=True, text_guidance=1.0, sr_text_guidance=1.0)
+        check_effect(asked)
+        return asked
 
     def init_image(self, image: Image.Image, *, settings: GenerateSettings, name: str = "image") -> InitImage:
         """A picture as the stages of a request start from it."""

@@ -15,7 +15,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from index.cli import run
-from index.errors import QueryError
+from index.errors import ConfigError, QueryError
 from radt import provenance
 from radt.cli import app
 from radt.generate import OF_A_RUN, RESULTS, Request, all_prompts, draw, generate_files
@@ -79,6 +79,11 @@ def test_an_empty_prompt_sees_neither_text_nor_knowledge_base(pipeline):
     drawn = pipeline.cascade.sample(conditions, replace(settings, text_guidance=1.0), [4])
     assert np.array_equal(pixels(picture), ((drawn[0].clamp(-1, 1) + 1) * 127.5).round().permute(1, 2, 0).int().numpy())
     assert not np.array_equal(pixels(picture), pixels(pipeline(".", k=0, seed=4)[0]))
+
+
+def test_what_an_empty_prompt_makes_idle_is_refused(pipeline):
+    with pytest.raises(ConfigError, match="negative_prompt"):
+        pipeline("", negative_prompt="red")
 
 
 def test_the_option_is_the_empty_prompt_and_replays(radt, tmp_path):
