@@ -2,11 +2,13 @@
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.conftest import TINY_CLIP
 from tests.fakes import caption_of, draw
 from tests.shell import Shell
 
@@ -50,6 +52,28 @@ def save_tiny_bundle(folder: Path, clip: Path, *, seed: int = 0, image_size: int
     sampling = GenerateSettings(steps=3)
     write_bundle(folder, name="tiny", clip=clip, unets=[unet], stages=[StageInfo(name="stage0")], sampling=sampling)
     return folder
+
+
+def tiny_run(clip: Path, *, entities: int = 6, scenes: int = 12, steps: int = 2) -> list[str]:
+    """What `--set` takes to train the preset `tiny` on the CLIP of the tests, and on little."""
+    return [
+        f"clip={clip}",
+        f"unet.text_width={TINY_CLIP['text_cfg']['width']}",
+        f"unet.pooled_width={TINY_CLIP['embed_dim']}",
+        f"pack.num_entities={entities}",
+        f"pack.num_scenes={scenes}",
+        f"loop.num_steps={steps}",
+    ]
+
+
+@pytest.fixture
+def fresh_accelerator() -> Iterator[None]:
+    """Accelerate keeps its settings for a whole process, and refuses others."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def copy_bundle(bundle: Path, folder: Path, **sampling: Any) -> Path:

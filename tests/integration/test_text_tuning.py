@@ -1,7 +1,6 @@
 """`radt train tiny` with its text embedded ahead, and then with the text encoder tuned: what the bundle has then."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,31 +13,13 @@ from radt.bundle import changed_files, load_bundle
 from radt.cli import app
 from radt.pipeline import TextToImage
 from radt.training.run import folder_digest, precompute_text, train
-from tests.conftest import TINY_CLIP
+from tests.integration.conftest import tiny_run
 
-pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerator() -> Iterator[None]:
-    """Accelerate keeps its settings for a whole process, and refuses others."""
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_accelerator")]
 
 
 def settings(clip: Path, *more: str) -> list[str]:
-    return [
-        f"clip={clip}",
-        f"unet.text_width={TINY_CLIP['text_cfg']['width']}",
-        f"unet.pooled_width={TINY_CLIP['embed_dim']}",
-        "pack.num_entities=6",
-        "pack.num_scenes=12",
-        "loop.num_steps=2",
-        *more,
-    ]
+    return [*tiny_run(clip), *more]
 
 
 def test_text_is_embedded_ahead_and_the_encoder_tuned_afterwards(tiny_clip: Path, tmp_path: Path) -> None:

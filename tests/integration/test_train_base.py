@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,30 +28,18 @@ from radt.training.emoji_pack import check_no_leak
 from radt.training.pack import Pack
 from radt.training.run import train
 from tests.conftest import TINY_CLIP
+from tests.integration.conftest import tiny_run
 from tests.text_models import save_t5
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 NUM_ENTITIES, STEPS = 6, 6
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(autouse=True)
-def _fresh_accelerator() -> Iterator[None]:
-    """Accelerate keeps its settings for a whole process, and refuses others."""
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 def settings(clip: Path, *more: str) -> list[str]:
     return [
-        f"clip={clip}",
-        f"unet.text_width={TINY_CLIP['text_cfg']['width']}",
-        f"unet.pooled_width={TINY_CLIP['embed_dim']}",
-        f"pack.num_entities={NUM_ENTITIES}",
-        "pack.num_scenes=12",
-        f"loop.num_steps={STEPS}",
+        *tiny_run(clip, entities=NUM_ENTITIES, steps=STEPS),
         "loop.save_every=3",
         "sampling.decompose=phrases",
         *more,

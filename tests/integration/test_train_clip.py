@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +18,8 @@ from radt.training.clip import ClipTrainConfig, to_pixels, train_clip
 from radt.training.optim import OptimConfig
 from radt.training.tokenizer import encode, load_tokenizer
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
+
 CONFIG = ClipTrainConfig(
     width=32,
     layers=1,
@@ -33,16 +34,6 @@ CONFIG = ClipTrainConfig(
     log_every=1,
     save_every=2,
 )
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerator() -> Iterator[None]:
-    """Accelerate keeps its settings for a whole process, and refuses others."""
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,18 +25,10 @@ from tests.integration.conftest import save_tiny_bundle
 from tests.networks import IMAGE_SIZE, randomize
 from tests.packs import NUM_PICTURES, NUM_SCENES, small_pack
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
+
 PRESET = "emoji-demo-fast"
 REFERENCE = Reference(image=draw(0), caption="a red circle")
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerator() -> Iterator[None]:
-    """Accelerate keeps its settings for a whole process, and refuses others."""
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def save_pack(path: Path, clip: Path, *, times: int = 1) -> Path:

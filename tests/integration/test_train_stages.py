@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,32 +14,15 @@ from index.errors import ConfigError
 from radt.bundle import read_info
 from radt.pipeline import TextToImage
 from radt.training.run import train
-from tests.conftest import TINY_CLIP
-from tests.integration.conftest import copy_bundle
+from tests.integration.conftest import copy_bundle, tiny_run
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(autouse=True)
-def _fresh_accelerator() -> Iterator[None]:
-    """Accelerate keeps its settings for a whole process, and refuses others."""
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 def settings(clip: Path, *more: str) -> list[str]:
-    return [
-        f"clip={clip}",
-        f"unet.text_width={TINY_CLIP['text_cfg']['width']}",
-        f"unet.pooled_width={TINY_CLIP['embed_dim']}",
-        "pack.num_entities=4",
-        "pack.num_scenes=8",
-        "loop.num_steps=2",
-        *more,
-    ]
+    return [*tiny_run(clip, entities=4, scenes=8), *more]
 
 
 def start(out: Path, overrides: list[str]) -> subprocess.Popen[str]:
