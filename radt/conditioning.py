@@ -169,11 +169,6 @@ def to_device(record: T, device: torch.device | str) -> T:
     return map_tensors(lambda tensor: tensor.to(device), record)
 
 
-def repeat(record: T, times: int) -> T:
-    """Each row `times` over, side by side: n images of one prompt share one encoding."""
-    return map_tensors(lambda tensor: tensor.repeat_interleave(times, dim=0), record)
-
-
 def take_rows(record: T, places: Sequence[int]) -> T:
     """The rows of a batch at these places, in this order; a place may come again."""
     return map_tensors(lambda tensor: tensor[list(places)], record)

@@ -14,7 +14,7 @@ from torch import Tensor
 from radt.bundle import StageInfo
 from radt.cascade import Cascade, Stage
 from radt.compiling import prepare
-from radt.conditioning import Condition, repeat
+from radt.conditioning import Condition, take_rows
 from radt.diffusion.samplers import SAMPLERS
 from radt.settings import GenerateSettings
 from tests.networks import random_neighbors, random_text, random_unet
@@ -30,7 +30,7 @@ def cascade_on(device: str) -> Cascade:
 
 def conditions(cascade: Cascade, rows: int = 1) -> list[Condition]:
     asked = cascade.condition(random_text(1), [random_neighbors(1, 2)], SETTINGS)
-    return [repeat(one, rows) for one in asked]
+    return [take_rows(one, [0] * rows) for one in asked]
 
 
 @pytest.fixture(scope="module")

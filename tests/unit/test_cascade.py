@@ -11,7 +11,7 @@ from torch import Tensor
 from index.errors import ConfigError
 from radt.bundle import StageInfo
 from radt.cascade import Cascade, Stage, augment, of_stage, stage_generator
-from radt.conditioning import NeighborBatch, repeat
+from radt.conditioning import NeighborBatch, take_rows
 from radt.diffusion.schedule import NoiseSchedule
 from radt.resizing import resize
 from radt.settings import GenerateSettings
@@ -47,7 +47,7 @@ def draw(cascade: Cascade, seeds: Sequence[int], *, settings: GenerateSettings =
     text, batch = random_text(1), random_neighbors(1, max(k, 1))
     sizes = [each.size for each in cascade.of(settings)]
     batches = [neighbors_at(size, batch) for size in sizes] if k else None
-    conditions = [repeat(one, len(seeds)) for one in cascade.condition(text, batches, settings)]
+    conditions = [take_rows(one, [0] * len(seeds)) for one in cascade.condition(text, batches, settings)]
     return cascade.sample(conditions, settings, seeds)
 
 
@@ -130,7 +130,7 @@ def test_three_stages_of_other_ratios_and_a_rectangle() -> None:
 
 def test_progress_counts_every_stage() -> None:
     told: list[int] = []
-    conditions = [repeat(one, 2) for one in TWO.condition(random_text(1), None, SETTINGS)]
+    conditions = [take_rows(one, [0, 0]) for one in TWO.condition(random_text(1), None, SETTINGS)]
     TWO.sample(conditions, SETTINGS, [0, 1], told.append)
     assert told == [2, 4, 6, 8, 10]
     assert TWO.network_steps(SETTINGS) == 5

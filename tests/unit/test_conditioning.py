@@ -1,4 +1,4 @@
-"""Conditions as data: dropping, stacking, repeating and moving follow simple laws and change nothing in place."""
+"""Conditions as data: dropping, stacking, taking rows and moving follow simple laws and change nothing in place."""
 
 import dataclasses
 from typing import Any
@@ -13,7 +13,7 @@ from radt.conditioning import (
     TextCondition,
     concatenate,
     map_tensors,
-    repeat,
+    take_rows,
     to_device,
 )
 from tests.networks import random_neighbors, random_text
@@ -64,12 +64,12 @@ def test_stacking_keeps_every_row(record: Any) -> None:
 
 
 @pytest.mark.parametrize("record", RECORDS, ids=lambda record: type(record).__name__)
-def test_repeating_puts_copies_side_by_side(record: Any) -> None:
-    thrice = repeat(record, 3)
+def test_a_row_that_is_taken_again_is_a_copy_beside_it(record: Any) -> None:
+    thrice = take_rows(record, [i for i in range(B) for _ in range(3)])
     for i in range(B):
         for copy in range(3):
             assert_same(rows(thrice, 3 * i + copy, 3 * i + copy + 1), rows(record, i, i + 1))
-    assert_same(repeat(record, 1), record)
+    assert_same(take_rows(record, range(B)), record)
 
 
 @pytest.mark.parametrize("record", RECORDS, ids=lambda record: type(record).__name__)
