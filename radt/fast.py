@@ -29,7 +29,10 @@ def settle(settings: GenerateSettings, stages: Sequence[Stage], *, named: Collec
     for number, stage in twins:
         _check_guidance(of_stage(settings, number), stage)
     halved = {number: stage.fast.steps for number, stage in twins if stage.fast and stage.fast.steps is not None}
+    others_above = any(number not in halved for number in range(1, len(stages)))  # which take sr_steps as ever
     for number, steps in halved.items():
+        if number and others_above:
+            continue  # `Stage.settings` gives this twin its own
         name = "sr_steps" if number else "steps"
         _check_free(settings, name, steps, named)
         settings = replace(settings, sr_steps=steps) if number else replace(settings, steps=steps)

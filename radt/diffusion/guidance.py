@@ -157,21 +157,6 @@ def guided(
     return denoise
 
 
-def interleaved(
-    denoiser: Denoiser,
-    condition: Condition,
-    *,
-    text_guidance: float,
-    neighbor_guidance: float,
-    branches: Sequence[Sequence[Branch]],
-    threshold: Threshold = static_threshold,
-) -> Denoise:
-    """Guidance by row R10 with branches at hand: w_p is `text_guidance`, w_n `neighbor_guidance`."""
-    weights = {"text_guidance": text_guidance, "neighbor_guidance": neighbor_guidance}
-    plans = [tuple(mix(branch, **weights) for branch in one) for one in branches]
-    return guided(denoiser, condition, plans, threshold=threshold)
-
-
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class _Call:
     """One step's network call. The rows come in rounds: every image's first prediction, then the seconds, and so on."""

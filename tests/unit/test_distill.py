@@ -381,6 +381,12 @@ def test_a_twin_of_few_steps_fixes_steps_and_sampler() -> None:
     assert (mixed.steps, mixed.sr_steps, mixed.sampler) == (8, GenerateSettings().sr_steps, GenerateSettings().sampler)
 
 
+def test_a_twin_beside_an_ordinary_stage_above_leaves_it_its_steps() -> None:
+    three = stages_with(None, replace(EIGHT, steps=4), None)
+    settled = settle(GenerateSettings(fast=True, sr_steps=12), three, named=["sr_steps"])
+    assert [stage.settings(settled, number).steps for number, stage in enumerate(three)] == [settled.steps, 4, 12]
+
+
 def test_a_twin_that_was_not_halved_leaves_them_free() -> None:
     asked = GenerateSettings(fast=True, steps=12, sampler="heun")
     assert settle(asked, stages_with(replace(EIGHT, steps=None)), named=["steps", "sampler"]) == asked

@@ -8,10 +8,10 @@ from torch import nn
 from index.errors import ConfigError
 from radt.conditioning import Condition, NeighborBatch, NeighborKV, TextCondition, concatenate, map_tensors
 from radt.diffusion.denoiser import Denoiser, eps_from_x0
-from radt.diffusion.guidance import Mix, check_effect, guided, interleaved, mix, oscillate, plan_branches, plan_guidance
+from radt.diffusion.guidance import Mix, check_effect, guided, mix, oscillate, plan_branches, plan_guidance
 from radt.diffusion.samplers import SAMPLERS, same_branch
 from radt.diffusion.schedule import NoiseSchedule
-from radt.diffusion.thresholding import no_threshold
+from radt.diffusion.thresholding import no_threshold, static_threshold
 from radt.settings import GenerateSettings
 from radt.unet.unet import UNet, UNetConfig
 from tests.networks import random_neighbors, random_pixels, random_text, random_unet
@@ -65,6 +65,12 @@ def x():
 
 def plans(*branches):
     return [tuple(branches)] * BATCH
+
+
+def interleaved(denoiser, condition, *, branches, threshold=static_threshold, **weights):
+    """Guidance by row R10 with branches at hand."""
+    mixes = [tuple(mix(branch, **weights) for branch in one) for one in branches]
+    return guided(denoiser, condition, mixes, threshold=threshold)
 
 
 def by_branches(network, condition, branches, **changes):
