@@ -27,6 +27,7 @@ from radt.copying import most_similar, with_similarity
 from radt.diffusion.guidance import NetworkUse, OnCall, check_effect, network_use
 from radt.diffusion.samplers import draw_noise
 from radt.fast import settle
+from radt.idle import check_idle
 from radt.image_to_image import InitImage, make_init_image
 from radt.neighbor_store import ApartEncoder, NeighborStore, open_neighbor_store
 from radt.neighbors import (
@@ -307,7 +308,9 @@ class TextToImage:
         given = from_dict(GenerateSettings, {**to_dict(self.bundle.info.sampling), **stored, **changes})
         find_sampler(given)
         check_effect(given)
-        return settle(given, self.cascade.of(given), named=changes)
+        stages = self.cascade.of(given)
+        check_idle(given, named=changes, num_stages=len(stages))
+        return settle(given, stages, named=changes)
 
     def retrieve(
         self, prompt: str, *, settings: GenerateSettings, references: Sequence[Reference] = ()
