@@ -49,6 +49,13 @@ make_environment() {
   "$python" -m venv --clear .venv
 }
 
+# need_disk GIB WHERE: stop before a long download that would not fit.
+need_disk() {
+  local free
+  free=$(df --output=avail -BG "$2" | tail -n 1 | tr -dc '0-9')
+  if [ "$free" -lt "$1" ]; then stop "the packages need $1 GB of free disk, and $2 has $free: make room and try again."; fi
+}
+
 # install_radt EXTRAS: pip install, unless this very pyproject.toml is already installed here with at least that much.
 install_radt() {
   local digest marker
@@ -56,8 +63,9 @@ install_radt() {
   for marker in ".venv/.radt$1-$digest" ".venv/.radt[dev]-$digest"; do
     if [ -e "$marker" ]; then return; fi
   done
-  say "installing radt$1 and its packages (about 6 GB the first time; several minutes)"
-  .venv/bin/python -m pip install --quiet --editable ".$1" || stop "pip could not install the packages; is there a network?"
+  if [ -z "$(compgen -G '.venv/.radt*')" ]; then need_disk 11 .; fi  # 7.3 stay, pip's downloads take 3 more for a while
+  say "installing radt$1 and its packages (about 7 GB the first time; several minutes)"
+  .venv/bin/python -m pip install --quiet --editable ".$1" || stop "pip could not install the packages: its reason is above."
   touch ".venv/.radt$1-$digest"
 }
 
