@@ -4,7 +4,7 @@ The candidates of picture i are the pictures that `-n` would draw with the seeds
 own seed, so the one that is kept can be drawn again alone.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -35,6 +35,10 @@ def keep_best(pictures: Sequence["GeneratedImage"], agreements: Sequence[float])
         for picture, agreement in zip(pictures, agreements, strict=True)
     )
     best = max(range(len(pictures)), key=lambda place: agreements[place])
-    timings = {name: sum(picture.timings_ms[name] for picture in pictures) for name in pictures[best].timings_ms}
     record = replace(pictures[best].record, candidates=candidates)
-    return replace(pictures[best], record=record, timings_ms=timings)
+    return replace(pictures[best], record=record, timings_ms=added([picture.timings_ms for picture in pictures]))
+
+
+def added(timings: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """What several pictures took together, part by part."""
+    return {name: sum(each[name] for each in timings) for name in timings[0]}

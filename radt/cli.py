@@ -137,6 +137,8 @@ SETTINGS: dict[str, Any] = {
         int | None, typer.Option("--batch-size", help="Pictures a network call; 1 keeps each bitwise the same.")
     ],
 }
+OF_A_REQUEST = ("unconditional", "strength")  # which a benchmark leaves nothing to do
+MEASURED = {name: option for name, option in SETTINGS.items() if name not in OF_A_REQUEST}
 FILTERS: dict[str, Any] = {
     "dataset": Annotated[str | None, typer.Option("--dataset", help="Look in this dataset only.")],
     "where": Annotated[str | None, typer.Option("--where", help="SQL filter on pairs.")],
@@ -389,7 +391,7 @@ def explain(
 
 
 @evaluate.command("emoji-draw")
-@takes(SETTINGS)
+@takes(MEASURED)
 def evaluate_emoji_draw(
     kb: Kb = None,
     model: Model = None,

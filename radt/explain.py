@@ -112,7 +112,7 @@ def lines(explanation: Explanation) -> Iterator[str]:
         paid = ", ".join(f"{stage.shares[j]:.0%} at {stage.size[0]}x{stage.size[1]}" for stage in explanation.stages)
         likeness = f"similarity {match.similarity:.2f} at {match.scale:.2f} of its size"
         yield f"  {neighbor.id:>20}  attention {paid}  {likeness}  {neighbor.caption}"
-        yield f"  {'':>20}  licence {neighbor.license or 'unknown'}  source {neighbor.url or 'unknown'}"
+        yield f"  {'':>20}  {neighbor.terms}"
 
 
 def explain_file(path: Path, model: str | Path | None = None) -> Explanation:

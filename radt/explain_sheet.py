@@ -113,8 +113,7 @@ def _neighbor_row(explanation: Explanation, j: int) -> Row:
         top, line = _top(stage), f"attention {stage.shares[j]:.0%}"
         cells.append((Picture(image=heat_map(explanation.image, stage.picture[j], top), lines=(line,)),))
         cells.append((Picture(image=heat_map(neighbor.image, stage.neighbor[j], top), lines=(line,)),))
-    note = f"licence {neighbor.license or 'unknown'}; source {neighbor.url or 'unknown'}"
-    return Row(prompt=neighbor.caption, note=note, cells=tuple(cells))
+    return Row(prompt=neighbor.caption, note=neighbor.terms, cells=tuple(cells))
 
 
 def _top(stage: StageAttention) -> float:

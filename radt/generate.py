@@ -13,7 +13,7 @@ from typing import Any
 
 from index.config import to_dict
 from index.errors import ConfigError, QueryError
-from radt.best_of import keep_best, seeds_of
+from radt.best_of import added, keep_best, seeds_of
 from radt.copying import MAX_REDRAWS, Refused, check_limit, first_below, warning
 from radt.image_to_image import InitImage, read_init_image
 from radt.neighbors import Neighbor, Reference, neighbors_of
@@ -101,7 +101,7 @@ def generate_files(
     kb = kb or None
     check_effect(request, has_kb=kb is not None)
     pipeline = TextToImage.load(model, kb=kb, device=device, neighbor_store=neighbor_store, compile=compile)
-    if kb is None and not request.references:
+    if kb is None and not (request.references or request.settings.get("unconditional")):
         say("no knowledge base (--kb) and no --reference: drawing from the text alone")
     pictures = draw(pipeline, request, out, on_step=on_step, on_refused=on_refused)
     if sheet is None:
@@ -181,18 +181,23 @@ def draw(
 
 def check_effect(request: Request, *, has_kb: bool) -> None:
     """Refuse what would be ignored: neighbours asked for where there are none to be had, a strength of nothing."""
-    asked = {name: value for given in _all_settings(request) for name, value in given.items() if value is not None}
-    if "strength" in asked and request.init_image is None:
-        raise QueryError("strength would have no effect without a picture to start from: name one with --init-image")
+    for source, given in _all_settings(request):
+        if given.get("strength") is not None and request.init_image is None:
+            raise QueryError(
+                f"{source}strength would have no effect without a picture to start from: name one with --init-image"
+            )
     if request.max_copy is not None:
         check_limit(request.max_copy)
-    if has_kb:
-        return
-    idle = [name for name in RETRIEVAL_ONLY if name in asked]
-    if asked.get("k") and not request.references:
-        idle.insert(0, "k")
-    if idle:
-        raise QueryError(f"{', '.join(idle)} would have no effect without a knowledge base: name one with --kb")
+    for source, given in _all_settings(request):
+        idle = [] if has_kb else [name for name in RETRIEVAL_ONLY if given.get(name) is not None]
+        if given.get("k") and not has_kb and not request.references:
+            idle.insert(0, "k")
+        if idle:
+            raise QueryError(
+                f"{source}{', '.join(idle)} would have no effect without a knowledge base: name one with --kb"
+            )
+    if has_kb and request.settings.get("unconditional"):
+        raise QueryError("unconditional draws from no knowledge base: leave out --kb")
 
 
 def to_json(drawn: Sequence[Drawn], refused: Sequence[Refused] = ()) -> dict[str, Any]:
@@ -204,7 +209,7 @@ def to_json(drawn: Sequence[Drawn], refused: Sequence[Refused] = ()) -> dict[str
         "images": images,
         "refused": [each.to_json() for each in refused],
         "timings_ms": {name: round(value, 3) for name, value in timings.items()},
-        "neighbor_store": drawn[-1].picture.neighbor_store if drawn else None,
+        "neighbor_store": next(filter(None, (each.picture.neighbor_store for each in reversed(drawn))), None),
     }
 
 
@@ -220,7 +225,7 @@ def explain(drawn: Sequence[Drawn]) -> Iterator[str]:
         yield f"{prompt}: {'drawn from the text alone' if not group[0].picture.neighbors else 'drawn from'}"
         for neighbor in group[0].picture.neighbors:
             yield f"  {neighbor.id:>20}  {'  '.join(_scores(neighbor))}  {neighbor.caption}"
-            yield f"  {'':>20}  licence {neighbor.license or 'unknown'}  source {neighbor.url or 'unknown'}"
+            yield f"  {'':>20}  {neighbor.terms}"
         if group[0].picture.network is not None:
             yield f"  {group[0].picture.network.sentence}"
 
@@ -307,7 +312,18 @@ def _below_limit(
     if request.max_copy is None:
         return picture
     anew = (_draw_run(pipeline, request, [attempt], on_step=lambda done: None) for attempt in task.attempts[1:])
-    return first_below(request.max_copy, picture, chain.from_iterable(anew))
+    tried = list[GeneratedImage]()
+    kept = first_below(request.max_copy, picture, _noted(chain.from_iterable(anew), tried))
+    if isinstance(kept, Refused):
+        return kept
+    return replace(kept, timings_ms=added([each.timings_ms for each in (picture, *tried)]))
+
+
+def _noted(pictures: Iterable[GeneratedImage], seen: list[GeneratedImage]) -> Iterator[GeneratedImage]:
+    """The same pictures, each in `seen` once it was asked for."""
+    for each in pictures:
+        seen.append(each)
+        yield each
 
 
 def _requests(pipeline: TextToImage, request: Request, tasks: Sequence[Task]) -> Iterator[DrawRequest]:
@@ -435,8 +451,12 @@ def _without_originals(drawn: Drawn) -> Drawn:
     return replace(drawn, picture=replace(drawn.picture, record=replace(record, neighbors=neighbors)))
 
 
-def _all_settings(request: Request) -> list[Mapping[str, Any]]:
-    return [request.settings, *(prompt.settings for prompt in request.prompts if isinstance(prompt, Prompt))]
+def _all_settings(request: Request) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The settings of the request and those of single prompts, each after the words that say where they stand."""
+    yield "", request.settings
+    for prompt in request.prompts:
+        if isinstance(prompt, Prompt):
+            yield f"{prompt.source}: " if prompt.source else "", prompt.settings
 
 
 def _shifted(on_step: OnStep, before: int, total: int) -> Callable[[int], None]:

@@ -81,6 +81,11 @@ class Neighbor:
         """Its pixels as a stage of another size sees them."""
         return self.pixels if self.pixels.shape[:2] == size else to_rgb8(self.image, size)
 
+    @property
+    def terms(self) -> str:
+        """Its licence and its source, for people."""
+        return f"licence {self.license or 'unknown'}; source {self.url or 'unknown'}"
+
     def to_json(self) -> dict[str, Any]:
         """Everything but the pixels."""
         kept = ("id", "caption", "score", "clip", "bm25", "part", "dataset", "license", "url", "uri")

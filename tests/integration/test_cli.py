@@ -124,6 +124,8 @@ def test_generate_takes_references_without_a_knowledge_base(radt, tmp_path):
         (["--model", "MODEL", "-k", "4"], "k would have no effect without a knowledge base"),
         (["--model", "MODEL", "--by", "clip", "--min-score", "1"], "by, min_score would have no effect"),
         (["--model", "MODEL", "--kb", "KB", "-k", "-3"], "k is the number of neighbours"),
+        (["--model", "MODEL", "--kb", "KB", "--unconditional"], "unconditional draws from no knowledge base"),
+        (["--model", "MODEL", "--prompts", "p.jsonl"], "line 2 of 'p.jsonl': k, by would have no effect without"),
         (["--model", "MODEL", "--reference", "no.png=x"], "no image file at 'no.png'"),
         (["--model", "MODEL", "--reference", "broken.png=x"], "broken.png cannot be read as an image"),
         (["--model", "MODEL", "--text-share", "2"], "text_share must lie"),
@@ -132,6 +134,7 @@ def test_generate_takes_references_without_a_knowledge_base(radt, tmp_path):
 )
 def test_a_mistake_is_one_sentence_and_exit_1(radt, tmp_path, words, said):
     (tmp_path / "broken.png").write_bytes(encode(draw(1))[:50])
+    (tmp_path / "p.jsonl").write_text('{"prompt": "x"}\n{"prompt": "x", "k": 1, "by": "clip"}')
     code, out, err = radt("generate", PROMPT, *words, "--json")
     assert code == 1
     assert out == ""

@@ -141,16 +141,29 @@ def similarity_by_seed(radt, *seeds):
     return {image["seed"]: image["copy_similarity"] for image in json.loads(out)["images"]}
 
 
-def test_a_copy_is_drawn_again_from_the_seeds_that_follow(radt):
+def each_takes(milliseconds, monkeypatch):
+    pictures = TextToImage.pictures
+
+    def timed(*args, **more):
+        names = ("retrieve", "encode_neighbors", "sample")
+        for each in pictures(*args, **more):
+            yield replace(each, timings_ms=dict.fromkeys(names, milliseconds))
+
+    monkeypatch.setattr(TextToImage, "pictures", timed)
+
+
+def test_a_copy_is_drawn_again_from_the_seeds_that_follow(radt, monkeypatch):
     found = similarity_by_seed(radt, *range(4))
     start = next(seed for seed in range(3) if found[seed + 1] < found[seed])
     limit = (found[start] + found[start + 1]) / 2
+    each_takes(1.5, monkeypatch)
     code, out, err = radt("generate", PROMPT, "--seed", start, "--max-copy", limit, "--json")
     document = json.loads(out)
     assert (code, err, document["refused"]) == (0, "", [])
     (image,) = document["images"]
     assert image["seed"] == start + 1
     assert image["copy_similarity"] == found[start + 1]
+    assert set(document["timings_ms"].values()) == {2 * 1.5}  # what was thrown away took its time, too
     assert read_png(Path(image["path"]))[1].seed == start + 1
     assert [path.name for path in Path("out").iterdir()] == [Path(image["path"]).name]
 
