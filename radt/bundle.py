@@ -21,7 +21,7 @@ from radt.settings import GenerateSettings
 
 if TYPE_CHECKING:
     from radt.text_encoder import TextEncoder
-    from radt.unet.unet import UNet
+    from radt.unet.unet import UNet, UNetConfig
 
 T = TypeVar("T")
 FORMAT = 1
@@ -194,9 +194,9 @@ def write_bundle(
     """Write a whole bundle to a temporary folder beside `out` and rename it; `half` stores weights in float16.
 
     A `text_encoder` that is a folder comes into the bundle; a name stays a name. The stages of the bundle `below`, if
-    there is one, come first as they are.
+    there is one, come first as they are, up to the one that the new ones draw over.
     """
-    first = () if below is None else read_info(below).stages
+    first = () if below is None else stages_below(below, unets[0].config)
     with new_folder(out) as folder:
         shutil.copytree(clip, folder / CLIP_FOLDER)
         if text_encoder is not None and Path(text_encoder).is_dir():
@@ -215,6 +215,20 @@ def write_bundle(
         )
         _write_json(folder / "bundle.json", to_dict(info))
     return info
+
+
+def stages_below(folder: Path, upper: "UNetConfig") -> tuple[StageInfo, ...]:
+    """The stages of a bundle that lead up to what a stage draws over; a ConfigError when there are none."""
+    from radt.unet.unet import UNetConfig
+
+    stages = read_info(folder).stages
+    sizes = [_parse(UNetConfig, _read_json(folder / stage.name / "config.json"), folder).size for stage in stages]
+    if upper.low_res not in sizes:
+        raise ConfigError(
+            f"the stages in {str(folder)!r} draw heights and widths {sizes}, and none what is drawn over here, "
+            f"{upper.low_res}"
+        )
+    return stages[: sizes.index(upper.low_res) + 1]
 
 
 def add_twin(out: Path, *, bundle: Path, stage: int, unet: "UNet", twin: FastTwin) -> BundleInfo:

@@ -58,7 +58,7 @@ def emoji_demo() -> BaseConfig:
 
 
 def emoji_demo_sr() -> BaseConfig:
-    """A stage from 32x32 to 128x128 above the model that ships with radt, trained apart from it; not inside yet."""
+    """The stage from 32x32 to 128x128 that ships with radt, trained apart from the one below."""
     below = default_bundle()
     base = emoji_demo()
     return replace(

@@ -309,7 +309,7 @@ def _dotted(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 def _after_save(run: "Run", config: BaseConfig, out: Path, name: str) -> None:
     """Leave the averaged weights as a bundle, and a sheet of what they draw."""
-    from radt.bundle import StageInfo, read_info, write_bundle
+    from radt.bundle import StageInfo, stages_below, write_bundle
     from radt.training.samples import draw_samples
     from radt.unet.unet import UNet
 
@@ -323,7 +323,7 @@ def _after_save(run: "Run", config: BaseConfig, out: Path, name: str) -> None:
     is_complete = below is None or (below / "bundle.json").is_file()  # the stages below may be in training, too
     if Path(config.clip).is_dir() and is_complete:
         _check_same_encoder(config)
-        number = 0 if below is None else len(read_info(below).stages)
+        number = 0 if below is None else len(stages_below(below, config.unet))
         stage = StageInfo(name=f"stage{number}", prediction=config.prediction, schedule=config.schedule)
         write_bundle(
             out / "bundle",

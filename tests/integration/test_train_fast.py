@@ -153,6 +153,24 @@ def test_a_stage_above_a_stage_with_a_twin_leaves_a_whole_bundle(finished: Path,
     assert joined.twins[0] is not None
 
 
+def test_of_the_stages_below_come_those_up_to_the_one_drawn_over(finished: Path, tmp_path: Path) -> None:
+    side = load_bundle(finished / "bundle").unets[0].config.image_size
+
+    def leave(name: str, below: Path, low_res_size: int) -> tuple[str, ...]:
+        first = load_bundle(finished / "bundle").unets[0].config
+        above = replace(first, image_size=2 * low_res_size, low_res_size=low_res_size)
+        stages = [StageInfo(name=name)]
+        clip = finished / "bundle" / "clip"
+        info = write_bundle(tmp_path / name, name=name, clip=clip, unets=[UNet(above)], stages=stages, below=below)
+        return tuple(stage.name for stage in info.stages)
+
+    assert leave("two", finished / "bundle", side) == ("stage0", "two")
+    assert leave("three", tmp_path / "two", 2 * side) == ("stage0", "two", "three")
+    assert leave("other", tmp_path / "three", side) == ("stage0", "other")
+    with pytest.raises(ConfigError, match="none what is drawn over here"):
+        leave("none", tmp_path / "three", side // 2)
+
+
 def test_guidance_is_an_input_and_pictures_do_not_depend_on_their_batch(finished: Path) -> None:
     model = TextToImage.load(finished / "bundle", device="cpu")
     alone, second = (model("a wolf", fast=True, seed=seed)[0] for seed in (3, 4))
