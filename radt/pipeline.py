@@ -133,8 +133,10 @@ class TextToImage:
         kb: "KnowledgeBase | JoinedKnowledgeBase | None" = None,
         device: str = "cpu",
         neighbor_store: NeighborStore | None = None,
+        compiled: bool = False,
     ) -> None:
         self.bundle, self.kb, self.device, self.neighbor_store = bundle, kb, device, neighbor_store
+        self.compiled = compiled
         self._apart = ApartEncoder(bundle, device=device, store=neighbor_store)
         self.cascade = Cascade(stages_of(bundle), device=device)
 
@@ -161,7 +163,7 @@ class TextToImage:
         if isinstance(kb, str | Path | Sequence):
             kb = _open_knowledge_base(kb, models=[str(bundle.folder)])
         store = None if neighbor_store is None or kb is None else open_neighbor_store(neighbor_store, kb)
-        return cls(bundle, kb=kb, device=device, neighbor_store=store)
+        return cls(bundle, kb=kb, device=device, neighbor_store=store, compiled=compile)
 
     @property
     def name(self) -> str:
@@ -435,6 +437,7 @@ class TextToImage:
             model=self.name,
             model_digest=self.digest,
             device=self.device,
+            compiled=self.compiled,
             knowledge_base=None if self.kb is None else self.kb.manifest.fingerprint,
             snapshot=None if self.kb is None else str(self.kb.store.version),
         )

@@ -45,6 +45,7 @@ class Origin:
     threads: int
     knowledge_base: str | None = None  # its fingerprint: the model that its vectors were made with
     snapshot: str | None = None
+    compiled: bool = False  # by `--compile`, which rounds otherwise
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,7 +88,9 @@ class Replay:
         return {"identical": self.identical, "max_difference": self.max_difference, "note": self.note}
 
 
-def current_origin(*, model: str, model_digest: str, device: str, **knowledge_base: str | None) -> Origin:
+def current_origin(
+    *, model: str, model_digest: str, device: str, compiled: bool = False, **knowledge_base: str | None
+) -> Origin:
     """What is drawing here and now."""
     import platform
 
@@ -104,6 +107,7 @@ def current_origin(*, model: str, model_digest: str, device: str, **knowledge_ba
         torch=torch.__version__,
         processor=torch.cuda.get_device_name(device) if on_gpu else torch.backends.cpu.get_cpu_capability(),
         threads=torch.get_num_threads(),
+        compiled=compiled,
         **knowledge_base,
     )
 
@@ -179,6 +183,8 @@ def _changes(record: Record, now: Origin) -> str | None:
         for name in names
         if getattr(record.origin, name) != getattr(now, name)
     ]
+    if record.origin.compiled and not now.compiled:
+        parts.append("its networks were compiled")
     if record.settings.batch_size > 1:
         parts.append(f"it was made in batches of {record.settings.batch_size}")
     return "; ".join(parts) or None

@@ -230,6 +230,15 @@ def test_replay_tells_a_changed_picture(pipeline, tiny_bundle, tmp_path):
     assert result.max_difference == pytest.approx(128 / 255)
 
 
+def test_replay_says_what_was_otherwise_when_it_was_drawn(pipeline, tiny_bundle, tmp_path):
+    (picture,) = pipeline(PROMPT, batch_size=2)
+    then = dataclasses.replace(picture.record.origin, torch="1.0", compiled=True)
+    changed = dataclasses.replace(picture, record=dataclasses.replace(picture.record, origin=then))
+    note = replay(changed.save(tmp_path / "x.png"), tiny_bundle).note
+    expected = f"torch was 1.0 and is {torch.__version__}; its networks were compiled; it was made in batches of 2"
+    assert note == expected
+
+
 def test_replay_by_another_model_is_refused_with_both_names(pipeline, tiny_clip, tmp_path):
     path = pipeline(PROMPT)[0].save(tmp_path / "x.png")
     other = save_tiny_bundle(tmp_path / "other", tiny_clip, seed=1)

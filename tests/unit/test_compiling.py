@@ -126,10 +126,12 @@ def test_loading_prepares_every_network_as_asked(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(
         "radt.pipeline.prepare", lambda unet, *, device, compiled: asked.append((device, compiled)) or unet
     )
-    bundle = TextToImage.load(device="cpu", compile=True).bundle
+    compiled = TextToImage.load(device="cpu", compile=True)
+    assert compiled.origin().compiled
+    bundle = compiled.bundle
     networks = len([unet for unet in (*bundle.unets, *bundle.twins) if unet])
     assert asked == [("cpu", True)] * networks
-    TextToImage.load(device="cpu")
+    assert not TextToImage.load(device="cpu").origin().compiled
     assert asked[networks:] == [("cpu", False)] * networks
 
 
