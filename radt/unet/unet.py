@@ -223,6 +223,8 @@ class UNet(nn.Module):
                 zero_(module.project_out)
             if isinstance(module, NeighborAttention):
                 zero_(module.to_offset)
+                if self.config.low_res is not None:
+                    module.start_by_content()
         zero_(self.conv_out)
         if self.config.guidance_input:  # so that a twin starts as its teacher, whatever guidance it is told
             zero_(cast(nn.Linear, self.embedding.guidance[-1]))

@@ -240,3 +240,27 @@ def test_padding_of_a_caption_never_agrees(agree: CaptionAgreement) -> None:
     padded = captions_of(agree, TextCondition(tokens=tokens, mask=mask, pooled=captions.pooled))
     short = TextCondition(tokens=captions.tokens[:, :, :2], mask=mask[:, :, :2], pooled=captions.pooled)
     torch.testing.assert_close(agree(TEXT, padded), agree(TEXT, captions_of(agree, short)), atol=1e-6, rtol=0)
+
+
+def test_a_start_by_content_finds_each_position_where_it_was_moved_to() -> None:
+    """Beside a start by place, which looks where it was."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layer = NeighborAttention(64, TEXT_WIDTH, heads=HEADS, key_width=28, value_width=8)
+    picture = torch.randn(1, 64, 4, 4, generator=generator(1))
+    moved = torch.randperm(16, generator=generator(2))
+    neighbor = picture.flatten(2)[:, :, moved].view(1, 1, 64, 4, 4)
+    text = random_text(1, seed=5)
+    agreement = torch.zeros(1, text.mask.shape[1], 1)
+
+    def looked_at() -> Tensor:
+        keys, _ = layer.project(neighbor)
+        queries = layer.queries(picture, torch.ones(1, 1, dtype=torch.bool), text, agreement)
+        return (queries @ keys.mT)[..., :-1].argmax(dim=-1)  # but for the sink
+
+    with torch.no_grad():
+        layer.to_offset.weight.zero_()
+        layer.to_offset.bias.zero_()
+        assert (looked_at() == torch.arange(16)).float().mean() > 0.9
+        layer.start_by_content()
+        assert (looked_at() == moved.argsort()).float().mean() > 0.9
