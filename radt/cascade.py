@@ -174,7 +174,10 @@ def sample_stage(
     noise = draw_noise(torch.empty(len(generators), 3, *stage.size, device=device), generators)
     x, t = starting_point(init, noise, strength=settings.strength, schedule=stage.info.schedule)
     times = stage.info.schedule.time_steps(settings.steps, t_max=t)
-    plans = [plan_guidance(settings, times, generator=generator) for generator in generators]
+    has_neighbors = condition.neighbors is not None
+    plans = [
+        plan_guidance(settings, times, generator=generator, has_neighbors=has_neighbors) for generator in generators
+    ]
     if stage.fast:
         denoise = stage.one_row(condition, settings, on_call=on_call)
     else:
@@ -213,16 +216,11 @@ def stages_of(bundle: Bundle) -> list[Stage]:
 
 
 def of_stage(settings: GenerateSettings, number: int) -> GenerateSettings:
-    """The settings as one stage reads them: above the first, those that begin with `sr_` stand for the others.
-
-    Where those weights are 1 no branches alternate, and a multistep sampler keeps its order.
-    """
+    """The settings as one stage reads them: above the first, those that begin with `sr_` stand for the others."""
     if number == 0:
         return settings
-    is_plain = settings.sr_text_guidance == settings.sr_neighbor_guidance == 1
     return replace(
         settings,
-        guidance="joint" if is_plain else settings.guidance,
         steps=settings.sr_steps,
         text_guidance=settings.sr_text_guidance,
         neighbor_guidance=settings.sr_neighbor_guidance,

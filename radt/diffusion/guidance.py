@@ -45,7 +45,6 @@ class Mix(NamedTuple):
     A sampler compares the mixes of two steps: where they differ, the steps follow two different fields.
     """
 
-    branch: Branch = "joint"
     given: float = 1.0
     without_text: float = 0.0
     without_neighbors: float = 0.0
@@ -54,7 +53,7 @@ class Mix(NamedTuple):
     def hide_neighbors(self) -> "Mix":
         """The same with c_n null everywhere."""
         text, null = self.given + self.without_neighbors, self.without_text + self.without_both
-        return Mix(self.branch, given=0.0, without_neighbors=text, without_both=null)
+        return Mix(given=0.0, without_neighbors=text, without_both=null)
 
     @property
     def weights(self) -> tuple[float, ...]:
@@ -78,13 +77,15 @@ def mix(branch: Branch, *, text_guidance: float, neighbor_guidance: float) -> Mi
     check_scale("neighbor_guidance", neighbor_guidance)
     w_p, w_n = torch.tensor([text_guidance, neighbor_guidance], dtype=torch.float32).tolist()  # where 1 - w is exact
     if branch == "text":
-        return Mix(branch, given=w_p, without_text=1 - w_p)
+        return Mix(given=w_p, without_text=1 - w_p)
     if branch == "neighbor":
-        return Mix(branch, given=w_n, without_neighbors=1 - w_n)
-    return Mix(branch, given=w_p, without_text=w_n - w_p, without_both=1 - w_n)
+        return Mix(given=w_n, without_neighbors=1 - w_n)
+    return Mix(given=w_p, without_text=w_n - w_p, without_both=1 - w_n)
 
 
-def plan_guidance(settings: GenerateSettings, times: Sequence[float], *, generator: torch.Generator) -> Plan:
+def plan_guidance(
+    settings: GenerateSettings, times: Sequence[float], *, generator: torch.Generator, has_neighbors: bool = True
+) -> Plan:
     """One image's mix at every step of a sampler's `times`; the coin is thrown with the image's own generator.
 
     A step that begins outside `guidance_interval` is not guided (Kynkaanniemi et al. 2024, equation 5, with times of
@@ -106,7 +107,8 @@ def plan_guidance(settings: GenerateSettings, times: Sequence[float], *, generat
                 text_guidance=min(settings.text_guidance, ceiling),
                 neighbor_guidance=min(settings.neighbor_guidance, ceiling),
             )
-        plan.append(now if within(t, settings.neighbor_interval) else now.hide_neighbors())
+        is_seen = has_neighbors and within(t, settings.neighbor_interval)
+        plan.append(now if is_seen else now.hide_neighbors())
     return tuple(plan)
 
 
@@ -145,8 +147,6 @@ def guided(
     in every call. Everything that does not depend on x is made here, once.
     """
     assert len(plans) == condition.batch_size, f"{len(plans)} plans for {condition.batch_size} images"
-    if condition.neighbors is None:
-        plans = [tuple(now.hide_neighbors() for now in plan) for plan in plans]
     rows = _Rows(condition, shares_encoder=denoiser.shares_encoder)
     calls = [rows.call(mixes) for mixes in zip(*plans, strict=True)]
 

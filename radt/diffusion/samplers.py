@@ -205,7 +205,7 @@ def step_by_x0(x: Pixels, x0: Pixels, t: float, t_next: float, *, schedule: Nois
 
 
 def same_branch(branches: Fields | None, step: int, x: Pixels) -> Tensor:
-    """Per image, 1 where this step strengthens what the step before did, else 0."""
+    """Per image, 1 where this step mixes what the step before did, else 0."""
     if branches is None or step == 0:
         return x.new_ones(len(x))
     return torch.tensor([plan[step] == plan[step - 1] for plan in branches], dtype=x.dtype, device=x.device)

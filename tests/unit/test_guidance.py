@@ -181,7 +181,8 @@ def test_the_prediction_kind_does_not_matter(condition, x):
 
 def test_without_neighbors_a_neighbor_step_is_one_plain_call(condition, x):
     network = ToyNetwork()
-    by_branches(network, condition.without_neighbors(), plans("neighbor"))(x, 0.6, 0)
+    alone = mix("neighbor", text_guidance=2.0, neighbor_guidance=3.0).hide_neighbors()
+    by_plan(network, condition.without_neighbors(), alone)(x, 0.6, 0)
     assert network.batches == [BATCH]
 
 
@@ -228,10 +229,19 @@ def test_joint_guidance_with_equal_weights_is_classifier_free_guidance(condition
 
 def test_joint_guidance_without_neighbors_weighs_the_text_alone(condition, x):
     alone, network = condition.without_neighbors(), ToyNetwork()
-    x0 = by_plan(network, alone, joint(3.0, 2.0))(x, 0.6, 0)
+    x0 = by_plan(network, alone, joint(3.0, 2.0).hide_neighbors())(x, 0.6, 0)
     assert network.batches == [2 * BATCH]
     expected = slow_twin(ToyNetwork(), alone, x, "text", 3.0, 2.0)
     torch.testing.assert_close(eps_of(x0, x), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("guidance", ["interleaved", "joint"])
+@pytest.mark.parametrize(("w_p", "has_neighbors"), [(1.0, True), (1.0, False), (3.0, False)])
+def test_where_branches_mix_alike_there_is_one_field(guidance, w_p, has_neighbors):
+    """So that a multistep sampler keeps its order: without guidance, and in the joint form without neighbours."""
+    settings = GenerateSettings(text_guidance=w_p, neighbor_guidance=1.0, guidance=guidance)
+    plan = plan_guidance(settings, SCHEDULE.time_steps(6), generator=torch.Generator(), has_neighbors=has_neighbors)
+    assert (len(set(plan)) == 1) == (w_p == 1 or guidance == "joint")
 
 
 @pytest.mark.parametrize("branch", ["text", "neighbor", "joint"])
