@@ -1,13 +1,13 @@
 """Quality against network calls: every sampler on the shipped model, and fast twins, on held-out emoji (row I8, I10).
 
     radt corpus emoji emoji && radt index build emoji --kb kb
-    python tools/bench_quality.py --kb kb --out runs/quality -n 100 [--fast runs/fast/bundle]...
+    python tools/bench_quality.py --kb kb --out runs/quality -n 100 [--fast runs/other/bundle]...
 
 One prompt a held-out class and one seed a prompt, the same for all, drawn from the neighbours found for it. Two
 measures: the share of pictures whose entity is recognised (`radt evaluate emoji-draw`), and the squared maximum mean
 discrepancy between the pictures and the true scenes in the model's own image embeddings (Binkowski et al. 2018: the
-unbiased estimate with a cubic kernel, times 1000). Writes quality.md, quality.png and quality.json, after
-every point; the same command again goes on from there.
+unbiased estimate with a cubic kernel, times 1000). The model's own twin is measured, and those of other models with
+`--fast`. Writes quality.md, quality.png and quality.json, after every point; the same command again goes on from there.
 """
 
 import argparse
@@ -69,10 +69,15 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=20)
     given = parser.parse_args()
     model = TextToImage.load(given.model, kb=given.kb)
-    ways = [*plain_ways(model, given), *(way for folder in given.fast for way in fast_ways(folder, given))]
+    own = [str(model.bundle.folder)] if any(model.bundle.twins) else []
+    fast = [TextToImage.load(folder, kb=given.kb) for folder in (*own, *given.fast)]
+    ways = [
+        *plain_ways(model, given),
+        *(way for number, each in enumerate(fast) for way in fast_ways(each, number, given)),
+    ]
     size, _ = model.picture_size(ways[0].settings)
     bench = EmojiDrawBench.prepare(n=given.n, seed=given.seed, size=size)
-    facts = {"n": given.n, "seed": given.seed, "model": model.digest, "fast": sorted(given.fast)}
+    facts = {"n": given.n, "seed": given.seed, "model": model.digest, "fast": [each.digest for each in fast]}
     points = read_points(given.out, facts)
     for way in ways:
         if (way.label, way.calls) not in {(point.label, point.calls) for point in points}:
@@ -92,19 +97,19 @@ def plain_ways(model: TextToImage, given: argparse.Namespace) -> Iterator[Way]:
             yield Way(label=sampler, model=model, settings=asked, calls=calls_of(sampler, steps))
 
 
-def fast_ways(folder: str, given: argparse.Namespace) -> Iterator[Way]:
+def fast_ways(model: TextToImage, number: int, given: argparse.Namespace) -> Iterator[Way]:
     """A twin at the steps it was distilled to; one that was not halved, at every number of calls."""
-    model = TextToImage.load(folder, kb=given.kb)
     twin = model.bundle.info.stages[0].fast
     if twin is None:
-        raise SystemExit(f"{folder} has no fast twin of its first stage")
+        raise SystemExit(f"{model.bundle.folder} has no fast twin of its first stage")
+    name = "twin" if number == 0 else f"twin {number + 1}"
     own = {"fast": True, "stages": 1, "batch_size": given.batch_size}
     if twin.steps is not None:
-        yield Way(label=f"twin of {twin.steps}", model=model, settings=model.settings(**own), calls=twin.steps)
+        yield Way(label=f"{name} of {twin.steps}", model=model, settings=model.settings(**own), calls=twin.steps)
         return
     for calls in sorted(given.calls):
         asked = model.settings(**own, steps=calls, sampler="dpmpp_2m")
-        yield Way(label="twin, guided, dpmpp_2m", model=model, settings=asked, calls=calls)
+        yield Way(label=f"{name}, guided, dpmpp_2m", model=model, settings=asked, calls=calls)
 
 
 def steps_of(sampler: str, calls: int) -> int:
@@ -156,12 +161,14 @@ def discrepancy(one: np.ndarray, two: np.ndarray) -> float:
 
 
 def read_points(out: Path, facts: dict[str, Any]) -> list[Point]:
-    """What was measured before under the same facts."""
+    """What was measured before; it stops where that was of something else, which would be lost."""
     path = out / "quality.json"
     if not path.exists():
         return []
     kept = json.loads(path.read_text())
-    return [Point(**each) for each in kept["points"]] if kept["facts"] == facts else []
+    if kept["facts"] != facts:
+        raise SystemExit(f"{path} is of {kept['facts']} and this would be of {facts}: choose another --out")
+    return [Point(**each) for each in kept["points"]]
 
 
 def write(out: Path, points: Sequence[Point], facts: dict[str, Any]) -> None:
