@@ -83,6 +83,7 @@ def emoji_demo_sr() -> BaseConfig:
         weighting="x0",
         pack=PackConfig(num_scenes=3000),
         data=DataConfig(batch_size=16),
+        loop=LoopConfig(num_steps=5000),
         sampling=read_info(below).sampling,
     )
 
@@ -157,7 +158,12 @@ def imagen_stage(unet: UNetConfig, *, below: str | None = None, num_scenes: int 
 
 def emoji_demo_fast() -> DistillConfig:
     """The twin of the shipped base stage: one row a step, guidance as an input, and 8 steps."""
-    return DistillConfig(bundle=str(default_bundle()))
+    return DistillConfig(
+        bundle=str(default_bundle()),
+        optim=OptimConfig(lr=2e-4, warmup_steps=50, cooldown_share=1.0),
+        loop=LoopConfig(num_steps=1600),
+        halving_updates=1000,
+    )
 
 
 def tiny() -> BaseConfig:
