@@ -1,5 +1,6 @@
 """The optimiser of a stage and its learning-rate schedule. Every stage has its own (row I12)."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -26,8 +27,12 @@ class OptimConfig:
     max_grad_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        if len(self.betas) != 2:
-            raise ConfigError(f"betas are two numbers, got {self.betas}")
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise ConfigError(f"lr must be above 0, got {self.lr}")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"betas are two numbers of 0 or more and below 1, got {self.betas}")
+        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
+            raise ConfigError(f"weight_decay must be 0 or more, got {self.weight_decay}")
         if self.warmup_steps < 0 or not 0 <= self.cooldown_share <= 1:
             raise ConfigError(
                 f"warmup_steps must be 0 or more and cooldown_share a share of 1, "
@@ -51,7 +56,10 @@ def make_optimizer(network: nn.Module, config: OptimConfig) -> torch.optim.Optim
 
 
 def learning_rate(step: int, num_steps: int, config: OptimConfig) -> float:
-    """The rate of a step. The cool-down is placed from the end, so a longer run only lengthens the constant stretch."""
+    """The rate of a step. The cool-down is a share of the whole, so a longer run has a longer one, which starts later.
+
+    A run that is extended goes back to the full rate, however far it had cooled down.
+    """
     warmup = min(1.0, (step + 1) / max(1, config.warmup_steps))
     cooldown_steps = max(1.0, config.cooldown_share * num_steps)
     return config.lr * warmup * max(0.0, min(1.0, (num_steps - step) / cooldown_steps))

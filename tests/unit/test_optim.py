@@ -40,18 +40,33 @@ def test_no_warm_up_and_no_cool_down() -> None:
     assert [learning_rate(step, 3, config) for step in range(4)] == [2.0, 2.0, 2.0, 0.0]
 
 
-def test_a_longer_run_only_lengthens_the_constant_stretch() -> None:
+def test_a_longer_run_cools_down_longer_and_later() -> None:
     """Before the cool-down of the shorter run both have the same rates, so it may be resumed as the longer one."""
     short, long = ([learning_rate(step, n, CONFIG) for step in range(n)] for n in (40, 100))
     assert short[:30] == long[:30]
     assert all(rate == 1.0 for rate in long[30:75])
     assert long[75] == 1.0
     assert long[76] < 1.0
+    assert (sum(rate < 1 for rate in short[4:]), sum(rate < 1 for rate in long[4:])) == (9, 24)
 
 
-@pytest.mark.parametrize("changes", [{"betas": (0.9,)}, {"warmup_steps": -1}, {"cooldown_share": 1.5}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"betas": (0.9,)},
+        {"betas": (0.9, 1.0)},
+        {"betas": (-0.1, 0.9)},
+        {"lr": 0.0},
+        {"lr": -1.0},
+        {"lr": float("inf")},
+        {"lr": float("nan")},
+        {"weight_decay": -0.1},
+        {"warmup_steps": -1},
+        {"cooldown_share": 1.5},
+    ],
+)
 def test_impossible_settings_are_refused(changes: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError):
+    with pytest.raises(ConfigError, match=next(iter(changes))):
         OptimConfig(**changes)
 
 
