@@ -20,6 +20,7 @@ from torch import Tensor
 
 from index.errors import CorpusError
 from radt.conditioning import TextCondition, to_device
+from radt.resizing import Size
 from radt.training.checkpoint import write_tensors
 
 FORMAT = 2
@@ -81,9 +82,9 @@ class Pack:
         return len(self.scene_layer)
 
     @property
-    def image_size(self) -> int:
-        """Pixels along a side."""
-        return self.layers.shape[1]
+    def size(self) -> Size:
+        """Height and width of its pictures."""
+        return self.layers.shape[1], self.layers.shape[2]
 
     def to(self, device: torch.device | str) -> "Pack":
         """The whole pack on a device."""

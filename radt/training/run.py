@@ -23,11 +23,14 @@ from index.errors import ConfigError, ModelError
 from radt.presets import PRESETS, BaseConfig, emoji_demo
 from radt.training.clip import ClipTrainConfig, train_clip
 from radt.training.distill_run import DistillConfig
+from radt.training.text_tuning import STATE_FILE
 
 if TYPE_CHECKING:
+    from radt.resizing import Size
     from radt.training.loop import Objective, Run
     from radt.training.pack import Pack
     from radt.training.precompute import TextReport
+    from radt.unet.unet import UNetConfig
 
 OnStep = Callable[[dict[str, float]], None]
 OnStage = Callable[[str], None]
@@ -35,6 +38,8 @@ Config = TypeVar("Config", bound=BaseConfig | DistillConfig)
 
 # What may change when a run resumes, as may how long it is.
 FREE = ("clip", "below", "bundle", "pack_file", "steps", "halving_updates")
+# And of tuning the text encoder once that has begun; before, all of it may.
+FREE_TUNING = ("text_tuning.num_steps", "text_tuning.save_every", "text_tuning.log_every")
 
 
 def train(
@@ -71,12 +76,14 @@ def train_base(
         raise ConfigError(
             f"data.candidates {config.data.candidates} must be at most pack.candidates {config.pack.candidates}"
         )
+    _check_pack_can_be_made(config, out)
+    _check_below(config)
     with PartialState(cpu=not torch.cuda.is_available()).main_process_first():  # of several, one prepares
         out.mkdir(parents=True, exist_ok=True)
         _keep_config(config, out)
         pack = _prepared_pack(config, out, on_stage)
     _check_fits(pack, config)
-    _check_same_clip(out / "pack.safetensors", Path(config.clip))
+    _check_made_with(out / "pack.safetensors", config)
     torch.manual_seed(config.loop.seed)
     objective = Objective(
         schedule=config.schedule,
@@ -97,7 +104,7 @@ def train_base(
     run.train(on_step=on_step, on_save=lambda run: _after_save(run, config, out, name))
     if config.text_tuning.num_steps and run.accelerator.is_main_process:
         on_stage("tuning the text encoder")
-        _tune_text(config, out, objective=objective, on_step=on_step)
+        _tune_text(config, out, objective=objective, on_step=on_step, on_stage=on_stage)
     if config.below is not None and not (Path(config.below) / "bundle.json").is_file():
         on_stage(f"trained, and no bundle yet: run this again when the stages below lie in {config.below}")
     return out / "bundle"
@@ -122,11 +129,16 @@ def train_twin(
         unet=teacher.config,
         pack=config.pack,
     )
+    if config.pack_file is None:
+        _check_pack_can_be_made(base, out)
     out.mkdir(parents=True, exist_ok=True)
     _keep_config(config, out)
     pack = _prepared_pack(base, out, on_stage) if config.pack_file is None else Pack.load(Path(config.pack_file))
     _check_fits(pack, base)
-    _check_same_clip(Path(config.pack_file or out / "pack.safetensors"), Path(base.clip))
+    if config.pack_file is None:
+        _check_made_with(out / "pack.safetensors", base)
+    else:
+        _check_made_with(Path(config.pack_file), base, remedy="leave out pack_file, and one is made")
     return distill(config, teacher, pack, out=out, on_step=on_step, on_stage=on_stage)
 
 
@@ -163,7 +175,11 @@ def _prepared_pack(config: BaseConfig, out: Path, on_stage: OnStage) -> "Pack":
             on_stage=on_stage,
         )
         recorder.captions(len(pack)).save(out)
-        pack.save(path, {"config": json.dumps(to_dict(config.pack)), "clip": folder_digest(Path(config.clip))})
+        encoders = {
+            "clip": folder_digest(Path(config.clip)),
+            "text_encoder": _named_or_digest(config.text_encoder) or "",
+        }
+        pack.save(path, {"config": json.dumps(to_dict(config.pack)), **encoders})
     return Pack.load(path)
 
 
@@ -179,18 +195,18 @@ def precompute_text(
     config = override(PRESETS[preset](), *overrides)
     if not isinstance(config, BaseConfig):
         raise ConfigError(f"preset {preset!r} does not train on embedded captions; --precompute-text has no effect")
+    _check_pack_can_be_made(config, out)
+    _check_below(config)
     out.mkdir(parents=True, exist_ok=True)
     _keep_config(config, out)
     pack = _prepared_pack(config, out, on_stage)
     _check_fits(pack, config)
-    _check_same_clip(out / "pack.safetensors", Path(config.clip))
+    _check_made_with(out / "pack.safetensors", config)
     encoder = load_text_encoder(config.clip, config.text_encoder)
     return report_text(pack, Captions.load(out, pack), encoder, data=config.data, num_steps=config.loop.num_steps)
 
 
 def _check_tunable(config: BaseConfig, out: Path) -> None:
-    from radt.training.text_tuning import STATE_FILE
-
     if not config.text_tuning.num_steps and (out / STATE_FILE).exists():
         raise ConfigError(
             f"the text encoder of the run in {str(out)!r} was tuned, and its bundle would lose that: name "
@@ -202,7 +218,7 @@ def _check_tunable(config: BaseConfig, out: Path) -> None:
         raise ConfigError(f"text_tuning needs the text encoder, and there is no CLIP folder {config.clip!r}")
 
 
-def _tune_text(config: BaseConfig, out: Path, *, objective: "Objective", on_step: OnStep) -> None:
+def _tune_text(config: BaseConfig, out: Path, *, objective: "Objective", on_step: OnStep, on_stage: OnStage) -> None:
     """Fine-tune the text encoder of the finished run (row I2); the bundle then carries the tuned one."""
     from radt.text_encoder import load_text_encoder
     from radt.training.pack import Pack
@@ -216,13 +232,29 @@ def _tune_text(config: BaseConfig, out: Path, *, objective: "Objective", on_step
         data=config.data,
         tuning=config.text_tuning,
         on_step=on_step,
+        on_stage=on_stage,
     )
+
+
+def _check_pack_can_be_made(config: BaseConfig, out: Path) -> None:
+    """Refuse a rectangular network before its pack of squares is made."""
+    if not (out / "pack.safetensors").exists():
+        _check_size((config.unet.image_size, config.unet.image_size), config.unet)
+
+
+def _check_size(found: "Size", network: "UNetConfig") -> None:
+    if found != network.size:
+        height, width = network.size
+        own = "" if height == width else ", or bring a pack.safetensors of your own, since those made here hold squares"
+        raise ConfigError(
+            f"the pack's pictures are {found[0]}x{found[1]} and the network draws {height}x{width}: change unet{own}"
+        )
 
 
 def _check_fits(pack: "Pack", config: BaseConfig) -> None:
     network = config.unet
+    _check_size(pack.size, network)
     for what, found, taken in (
-        ("pictures", pack.image_size, network.image_size),
         ("text tokens", pack.scene_text.tokens.shape[1], network.text_width),
         ("pooled text", pack.scene_text.pooled.shape[1], network.pooled_width),
     ):
@@ -230,12 +262,34 @@ def _check_fits(pack: "Pack", config: BaseConfig) -> None:
             raise ConfigError(f"the pack holds {what} of width {found} and the network takes {taken}: change unet")
 
 
-def _check_same_clip(pack: Path, clip: Path) -> None:
-    """Refuse to train on one encoder's embeddings and ship another. No CLIP folder, no bundle, nothing to check."""
+def _check_made_with(
+    pack: Path, config: BaseConfig, *, remedy: str = "delete the pack, or choose another --out"
+) -> None:
+    """Refuse to train on one encoder's embeddings and ship another. No CLIP folder, no bundle, nothing to check.
+
+    A pack that says nothing of its text encoder is of an older version, and taken at its word about its CLIP alone.
+    """
     from radt.training.pack import read_facts
 
-    if clip.is_dir() and read_facts(pack).get("clip") != folder_digest(clip):
-        raise ConfigError(f"{pack} was made with another CLIP than {clip}: delete the pack, or choose another --out")
+    if not Path(config.clip).is_dir():
+        return
+    facts = read_facts(pack)
+    if facts.get("clip") != folder_digest(Path(config.clip)):
+        raise ConfigError(f"{pack} was made with another CLIP than {config.clip}: {remedy}")
+    own = _named_or_digest(config.text_encoder) or ""
+    if facts.get("text_encoder", own) != own:
+        name = config.text_encoder or f"the one in {config.clip}"
+        raise ConfigError(f"{pack} was made with another text encoder than {name}: {remedy}")
+
+
+def _check_below(config: BaseConfig) -> None:
+    """Refuse, before any work, to train above stages that this one cannot be joined to; they may not be there yet."""
+    from radt.bundle import stages_below
+
+    if config.below is not None and (Path(config.below) / "bundle.json").is_file():
+        if Path(config.clip).is_dir():
+            _check_same_encoder(config)
+        stages_below(Path(config.below), config.unet)
 
 
 def _check_same_encoder(config: BaseConfig) -> None:
@@ -246,14 +300,15 @@ def _check_same_encoder(config: BaseConfig) -> None:
         return
     below = Path(config.below)
     theirs = text_encoder_of(below, read_info(below))
-    for what, one, other in (
-        ("CLIP", str(below / CLIP_FOLDER), config.clip),
-        ("text encoder", theirs, config.text_encoder),
+    for what, field, one, other in (
+        ("CLIP", "clip", str(below / CLIP_FOLDER), config.clip),
+        ("text encoder", "text_encoder", theirs, config.text_encoder),
     ):
         if _named_or_digest(one) != _named_or_digest(other):
             raise ConfigError(
                 f"the stages in {config.below!r} were trained with another {what} than {other!r}, so they cannot be "
-                f"one model: name a bundle of the same {what} with --set below=..."
+                f"one model: take theirs with --set {field}={one or 'null'}, or name a bundle of the same {what} with "
+                "--set below=..."
             )
 
 
@@ -274,10 +329,13 @@ def _keep_config(config: BaseConfig | DistillConfig, out: Path) -> None:
     """Write the configuration on the first start; refuse to resume under one that would change what is computed."""
     path = out / "config.json"
     if path.exists():
-        old = _computed(_read_config(path, type(config)))
-        changed = [key for key, value in _computed(config).items() if value != old[key]]
+        free = FREE_TUNING if (out / STATE_FILE).exists() else ("text_tuning.",)
+        old = _computed(_read_config(path, type(config)), free)
+        changed = [key for key, value in _computed(config, free).items() if value != old[key]]
         if changed:
-            raise ConfigError(f"{str(out)!r} was started with another {', '.join(changed)}; choose another --out")
+            tuning = all(key.startswith("text_tuning.") for key in changed)
+            remedy = f"delete {STATE_FILE} in it to tune anew" if tuning else "choose another --out"
+            raise ConfigError(f"{str(out)!r} was started with another {', '.join(changed)}; {remedy}")
     write_bytes(path, (json.dumps(to_dict(config), indent=1) + "\n").encode())
 
 
@@ -291,11 +349,11 @@ def _read_config(path: Path, kind: type[Config]) -> Config:
         ) from error
 
 
-def _computed(config: BaseConfig | DistillConfig) -> dict[str, Any]:
-    """The fields that may not change half-way, by their dotted names."""
+def _computed(config: BaseConfig | DistillConfig, free: tuple[str, ...]) -> dict[str, Any]:
+    """The fields that may not change half-way, by their dotted names; `free` are beginnings of some that may."""
     fixed = {name: getattr(config.loop, name) for name in ("seed", "precision", "ema_decay")}
     values = {**to_dict(config), "loop": fixed}
-    free = ("sampling.", "text_tuning.")  # of the bundle, and of what comes after
+    free = ("sampling.", *free)  # settings of the bundle
     return {name: value for name, value in _dotted(values) if name not in FREE and not name.startswith(free)}
 
 
@@ -311,6 +369,7 @@ def _after_save(run: "Run", config: BaseConfig, out: Path, name: str) -> None:
     """Leave the averaged weights as a bundle, and a sheet of what they draw."""
     from radt.bundle import StageInfo, stages_below, write_bundle
     from radt.training.samples import draw_samples
+    from radt.training.text_tuning import find_tuned
     from radt.unet.unet import UNet
 
     if not run.accelerator.is_main_process:
@@ -332,6 +391,6 @@ def _after_save(run: "Run", config: BaseConfig, out: Path, name: str) -> None:
             unets=[averaged],
             stages=[stage],
             sampling=config.sampling,
-            text_encoder=config.text_encoder,
+            text_encoder=find_tuned(out, averaged) or config.text_encoder,
             below=below,
         )

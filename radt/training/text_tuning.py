@@ -15,9 +15,9 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from index.errors import ConfigError
-from radt.bundle import CLIP_FOLDER, load_unet, read_info, write_bundle
+from radt.bundle import CLIP_FOLDER, TEXT_FOLDER, load_unet, read_info, write_bundle
 from radt.conditioning import TextCondition, map_tensors
-from radt.text_encoder import ClipTextEncoder, TrainableTextEncoder, TransformersTextEncoder
+from radt.text_encoder import ClipTextEncoder, TrainableTextEncoder, TransformersTextEncoder, fingerprint
 from radt.training.checkpoint import (
     load_optimizer,
     load_state,
@@ -39,6 +39,7 @@ STATE_FILE = "text_tuning.safetensors"
 METRICS_FILE = "text_tuning.jsonl"
 
 OnStep = Callable[[dict[str, float]], None]
+OnStage = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,9 +109,12 @@ class TextTuner:
         )
         self.step = 0
 
-    def train(self, folder: Path, *, on_step: OnStep = lambda _: None) -> None:
-        """Train to the last step, resuming from what lies in `folder`. At Ctrl-C the step in hand is saved first."""
-        self._resume(folder / STATE_FILE)
+    def train(self, folder: Path, *, on_step: OnStep = lambda _: None, on_stage: OnStage = lambda _: None) -> None:
+        """Train to the last step, resuming from what lies in `folder`. At Ctrl-C the step in hand is saved first.
+
+        What was tuned for another network is started anew.
+        """
+        self._resume(folder / STATE_FILE, on_stage)
         forget_after(folder / METRICS_FILE, self.step)
         with StopOnInterrupt() as interrupt:
             for metrics in self._steps():
@@ -144,17 +148,34 @@ class TextTuner:
     def _save(self, path: Path) -> None:
         tensors = with_prefix("encoder", {name: each.detach() for name, each in self.weights.items()})
         tensors |= with_prefix("optimizer", optimizer_tensors(self.optimizer))
-        save_state(path, tensors, {"step": self.step})
+        save_state(path, tensors, {"step": self.step, "network": network_digest(self.network)})
 
-    def _resume(self, path: Path) -> None:
+    def _resume(self, path: Path, on_stage: OnStage) -> None:
         if not path.exists():
             return
         tensors, facts = load_state(path)
+        own = network_digest(self.network)
+        if facts.get("network", own) != own:  # an older version did not note it
+            on_stage("the network was trained further: tuning starts anew")
+            return
         with torch.no_grad():
             for name, value in without_prefix("encoder", tensors).items():
                 self.weights[name].copy_(value)
         load_optimizer(self.optimizer, without_prefix("optimizer", tensors))
         self.step = int(facts["step"])
+
+
+def network_digest(network: UNet) -> str:
+    """Names the weights that a text encoder was tuned for."""
+    return fingerprint("unet", network.state_dict(), b"", {})
+
+
+def find_tuned(out: Path, network: UNet) -> str | None:
+    """The text encoder in the bundle in `out`, where this very network is what it was, or is being, tuned for."""
+    folder, state = out / "bundle" / TEXT_FOLDER, out / STATE_FILE
+    if folder.is_dir() and state.exists() and load_state(state)[1].get("network") == network_digest(network):
+        return str(folder)
+    return None
 
 
 def tune_bundle(
@@ -166,6 +187,7 @@ def tune_bundle(
     data: DataConfig,
     tuning: TextTuning,
     on_step: OnStep = lambda _: None,
+    on_stage: OnStage = lambda _: None,
 ) -> None:
     """Tune the text encoder of a finished run in `out`, and write its bundle again with the tuned one in `text/`."""
     bundle = out / "bundle"
@@ -174,7 +196,7 @@ def tune_bundle(
     network = load_unet(bundle / stage.name)
     captions = Captions.load(out, pack)
     tuner = TextTuner(encoder, network, pack, captions, objective=objective, data=data, tuning=tuning)
-    tuner.train(out, on_step=on_step)
+    tuner.train(out, on_step=on_step, on_stage=on_stage)
     with TemporaryDirectory(dir=out) as temporary:
         text = Path(temporary) / "text"
         encoder.save(text)

@@ -236,6 +236,11 @@ def test_mistakes_are_one_sentence(finished: Path, prepared: Path, tiny_clip: Pa
         train("tiny", ["clip=nowhere"], prepared / "new")
     with pytest.raises(ConfigError, match="the pack holds text tokens of width 16 and the network takes 24"):
         train("tiny", settings(tiny_clip, "unet.text_width=24"), prepared)
+    with pytest.raises(
+        ConfigError, match="pictures are 32x32 and the network draws 32x64: change unet, or bring a pack"
+    ):
+        train("tiny", settings(tiny_clip, "unet.image_width=64"), prepared / "new")
+    assert list((prepared / "new").iterdir()) == [prepared / "new" / "config.json"]  # of the one above
     with pytest.raises(ConfigError, match=r"data.candidates 5 must be at most pack.candidates 4"):
         train("tiny", settings(tiny_clip, "data.candidates=5"), prepared)
     (prepared / "config.json").write_text("{")

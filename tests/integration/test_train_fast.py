@@ -21,7 +21,7 @@ from radt.training.pack import Pack, TextTable
 from radt.training.run import folder_digest, train
 from radt.unet.unet import UNet
 from tests.fakes import draw
-from tests.integration.conftest import save_tiny_bundle
+from tests.integration.conftest import copy_bundle, save_tiny_bundle
 from tests.networks import IMAGE_SIZE, randomize
 from tests.packs import NUM_PICTURES, NUM_SCENES, small_pack
 
@@ -31,8 +31,8 @@ PRESET = "emoji-demo-fast"
 REFERENCE = Reference(image=draw(0), caption="a red circle")
 
 
-def save_pack(path: Path, clip: Path, *, times: int = 1) -> Path:
-    """A pack of noise with this CLIP's embeddings, its pictures `times` as large."""
+def save_pack(path: Path, clip: Path, *, times: int = 1, wider: int = 1, **facts: str) -> Path:
+    """A pack of noise with this CLIP's embeddings, its pictures `times` as large and `wider` still."""
     encoder, pack = load_text_encoder(clip, None), small_pack()
 
     def embed(what: str, count: int) -> TextTable:
@@ -40,12 +40,12 @@ def save_pack(path: Path, clip: Path, *, times: int = 1) -> Path:
 
     pack = replace(
         pack,
-        layers=pack.layers.repeat_interleave(times, 1).repeat_interleave(times, 2),
-        pictures=pack.pictures.repeat_interleave(times, 1).repeat_interleave(times, 2),
+        layers=pack.layers.repeat_interleave(times, 1).repeat_interleave(times * wider, 2),
+        pictures=pack.pictures.repeat_interleave(times, 1).repeat_interleave(times * wider, 2),
         scene_text=embed("scene", NUM_SCENES),
         picture_text=embed("picture", NUM_PICTURES),
     )
-    pack.save(path, {"clip": folder_digest(clip)})
+    pack.save(path, {"clip": folder_digest(clip), **facts})
     return path
 
 
@@ -265,6 +265,22 @@ def test_mistakes_are_one_sentence(finished: Path, teacher: Path, pack: Path, tm
     with pytest.raises(ModelError, match=r"bundle\.json"):
         train(PRESET, settings(tmp_path / "nothing", pack), tmp_path)
     other = save_pack(tmp_path / "other.safetensors", teacher / CLIP_FOLDER, times=2)
-    with pytest.raises(ConfigError, match="holds pictures of width 32 and the network takes 16"):
+    with pytest.raises(ConfigError, match=r"pictures are 32x32 and the network draws 16x16: change unet$"):
         train(PRESET, settings(teacher, other), tmp_path / "fast")
+    wide = save_pack(tmp_path / "wide.safetensors", teacher / CLIP_FOLDER, wider=2)
+    with pytest.raises(ConfigError, match="pictures are 16x32 and the network draws 16x16"):
+        train(PRESET, settings(teacher, wide), tmp_path / "fast")
     assert isinstance(Pack.load(pack), Pack)
+
+
+def test_a_pack_of_another_text_encoder_is_refused_where_it_says_so(teacher: Path, pack: Path, tmp_path: Path) -> None:
+    tuned = copy_bundle(teacher, tmp_path / "tuned")
+    info = json.loads((tuned / "bundle.json").read_text())
+    (tuned / "bundle.json").write_text(json.dumps({**info, "text_encoder": "text"}))
+    shutil.copytree(tuned / CLIP_FOLDER, tuned / "text")
+    untuned = save_pack(tmp_path / "pack.safetensors", teacher / CLIP_FOLDER, text_encoder="")
+    with pytest.raises(ConfigError, match=r"was made with another text encoder than .*text: leave out pack_file"):
+        train(PRESET, settings(tuned, untuned), tmp_path / "fast")
+    short = ("steps=null", "loop.num_steps=1")
+    train(PRESET, settings(teacher, untuned, *short), tmp_path / "same")
+    train(PRESET, settings(tuned, pack, *short), tmp_path / "old")  # a pack of an older version does not say

@@ -72,14 +72,20 @@ def test_a_stage_whose_stages_below_are_not_there_yet_trains_and_says_so(tiny_cl
     assert json.loads((tmp_path / "sr" / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 2
 
 
-@pytest.mark.slow
 def test_stages_of_another_text_encoder_are_not_joined(
     tiny_clip: Path, other_clip: Path, tiny_bundle: Path, tmp_path: Path
 ) -> None:
     overrides = settings(other_clip, "unet.image_size=16", "unet.low_res_size=8", f"below={tiny_bundle}")
-    with pytest.raises(ConfigError, match="trained with another CLIP"):
+    with pytest.raises(ConfigError, match=f"trained with another CLIP .*--set clip={tiny_bundle / 'clip'}, or"):
         train("tiny", overrides, tmp_path / "sr")
-    assert not (tmp_path / "sr" / "bundle").exists()
+    assert not (tmp_path / "sr").exists()  # nothing was begun
+
+
+def test_stages_of_another_size_are_not_drawn_over(tiny_clip: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    overrides = settings(tiny_clip, "unet.image_size=16", "unet.low_res_size=4", f"below={tiny_bundle}")
+    with pytest.raises(ConfigError, match="none what is drawn over here"):
+        train("tiny", overrides, tmp_path / "sr")
+    assert not (tmp_path / "sr").exists()
 
 
 def test_stages_below_that_read_prompts_by_a_text_encoder_of_their_own_are_not_joined(
@@ -91,5 +97,7 @@ def test_stages_below_that_read_prompts_by_a_text_encoder_of_their_own_are_not_j
     (below / "text").mkdir()
     (below / "text" / "config.json").write_text("{}")
     overrides = settings(tiny_clip, "unet.image_size=16", "unet.low_res_size=8", f"below={below}")
-    with pytest.raises(ConfigError, match="trained with another text encoder"):
+    with pytest.raises(
+        ConfigError, match=f"trained with another text encoder .*--set text_encoder={below / 'text'}, or"
+    ):
         train("tiny", overrides, tmp_path / "sr")

@@ -36,7 +36,7 @@ def test_round_trip(tmp_path: Path) -> None:
     with safe_open(tmp_path / "pack.safetensors", framework="pt") as file:
         assert file.metadata()["config"] == "{}"
     assert [path.name for path in tmp_path.iterdir()] == ["pack.safetensors"]
-    assert (len(again), again.image_size) == (NUM_SCENES, IMAGE_SIZE)
+    assert (len(again), again.size) == (NUM_SCENES, (IMAGE_SIZE, IMAGE_SIZE))
 
 
 def test_a_pack_is_compressed(tmp_path: Path) -> None:

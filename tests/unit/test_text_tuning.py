@@ -6,6 +6,7 @@ import torch
 from index.errors import ConfigError, CorpusError
 from radt.diffusion.schedule import NoiseSchedule
 from radt.text_encoder import ClipTextEncoder, TransformersTextEncoder, load_text_encoder
+from radt.training.checkpoint import load_state, save_state
 from radt.training.data import DataConfig
 from radt.training.loop import Objective
 from radt.training.optim import OptimConfig
@@ -28,11 +29,11 @@ def encoder(request, tmp_path):
     return TransformersTextEncoder.load(save_t5(tmp_path / "t5"), max_length=CONTEXT)
 
 
-def make_tuner(encoder, **changes):
+def make_tuner(encoder, *, seed=1, **changes):
     optim = OptimConfig(lr=5e-3, warmup_steps=0, weight_decay=0.0)
     return TextTuner(
         encoder,
-        random_unet(1, text_width=encoder.width, pooled_width=encoder.pooled_width).requires_grad_(False),
+        random_unet(seed, text_width=encoder.width, pooled_width=encoder.pooled_width).requires_grad_(False),
         small_pack(),
         CAPTIONS,
         objective=Objective(schedule=NoiseSchedule(curve="cosine")),
@@ -110,6 +111,23 @@ def test_a_run_that_was_killed_resumes_to_the_same_bits(encoder, tmp_path):
     assert (tmp_path / "cut" / STATE_FILE).exists()
     lines = [(tmp_path / name / "text_tuning.jsonl").read_text() for name in ("whole", "cut")]
     assert lines[0] == lines[1]
+
+
+def test_what_was_tuned_for_another_network_is_tuned_anew(encoder, tmp_path):
+    make_tuner(encoder).train(tmp_path)
+    told, steps = [], []
+    for seed in (1, 2, 2):
+        make_tuner(encoder, seed=seed).train(tmp_path, on_step=steps.append, on_stage=told.append)
+    assert told == ["the network was trained further: tuning starts anew"]
+    assert [metrics["step"] for metrics in steps] == [1, 2, 3, 4]
+    assert len((tmp_path / "text_tuning.jsonl").read_text().splitlines()) == 4
+
+
+def test_a_state_that_does_not_name_its_network_is_resumed(encoder, tmp_path):
+    make_tuner(encoder).train(tmp_path)
+    tensors, facts = load_state(tmp_path / STATE_FILE)
+    save_state(tmp_path / STATE_FILE, tensors, {"step": facts["step"]})
+    make_tuner(encoder, seed=2).train(tmp_path, on_step=pytest.fail)
 
 
 def test_a_tuned_encoder_is_saved_and_loads_as_it_was(encoder, tmp_path):
