@@ -379,11 +379,13 @@ def explain(
     as_json: Json = False,
 ) -> None:
     """Show where a picture comes from: heat maps of what it looked at in each neighbour, licence, source, likeness."""
-    from radt.explain import explain_file, lines
+    from radt.explain import check_sheet, explain_file, lines
     from radt.explain_sheet import write_explanation
 
+    sheet = out or file.with_suffix(".explain.png")
+    check_sheet(file, sheet)
     explanation = explain_file(file, model)
-    png, page = write_explanation(explanation, out or file.with_suffix(".explain.png"))
+    png, page = write_explanation(explanation, sheet)
     if as_json:
         return _print_json({**explanation.to_json(), "sheet": str(png), "page": str(page)})
     for line in (*lines(explanation), f"{png}", f"{page}"):

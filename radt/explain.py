@@ -25,6 +25,7 @@ from radt.neighbors import to_pixels, to_rgb8
 from radt.provenance import Record, load_drawer, read_png
 from radt.resizing import Size, resize
 from radt.shapes import Pixels
+from radt.sheet import sheet_paths
 
 if TYPE_CHECKING:
     from radt.pipeline import TextToImage
@@ -113,6 +114,13 @@ def lines(explanation: Explanation) -> Iterator[str]:
         likeness = f"similarity {match.similarity:.2f} at {match.scale:.2f} of its size"
         yield f"  {neighbor.id:>20}  attention {paid}  {likeness}  {neighbor.caption}"
         yield f"  {'':>20}  {neighbor.terms}"
+
+
+def check_sheet(path: Path, out: Path) -> None:
+    """Refuse to write a sheet over the picture that it explains."""
+    for written in sheet_paths(out):
+        if written.resolve() == path.resolve():
+            raise UserError(f"the sheet would be written over {str(path)!r} itself: give --out another name")
 
 
 def explain_file(path: Path, model: str | Path | None = None) -> Explanation:

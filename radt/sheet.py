@@ -60,13 +60,19 @@ class Sheet:
 
 
 def write_sheet(sheet: Sheet, path: Path) -> tuple[Path, Path]:
-    """Write the PNG and the HTML beside each other, whatever of the two `path` ends in. Returns (png, html)."""
-    png, page = path.with_suffix(".png"), path.with_suffix(".html")
+    """Write the PNG and the HTML beside each other, where `sheet_paths` says. Returns (png, html)."""
+    png, page = sheet_paths(path)
     buffer = io.BytesIO()
     draw_sheet(sheet).save(buffer, "PNG", optimize=True)
     write_bytes(png, buffer.getvalue())
     write_bytes(page, render_html(sheet).encode())
     return png, page
+
+
+def sheet_paths(path: Path) -> tuple[Path, Path]:
+    """Where the PNG and the HTML of a sheet go, whatever of the two `path` ends in; any other dot is of its name."""
+    name = path.stem if path.suffix.lower() in (".png", ".html") else path.name
+    return path.with_name(f"{name}.png"), path.with_name(f"{name}.html")
 
 
 def enlarge(image: Image.Image, side: int) -> Image.Image:

@@ -136,6 +136,22 @@ def test_what_cannot_be_explained_is_one_sentence(tiny_bundle, tiny_clip, tiny_k
         explain_file(tmp_path / "foreign.png", tiny_bundle)
 
 
+@pytest.mark.parametrize("out", ["wolf.png", "wolf.html", "wolf", "../wolf.v2/link.png"])
+def test_a_sheet_never_replaces_the_picture_it_explains(tmp_path, capsys, monkeypatch, out):
+    folder = tmp_path / "wolf.v2"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    Image.new("RGB", (8, 8)).save("wolf.png")
+    Path("link.png").symlink_to("wolf.png")
+    before = Path("wolf.png").read_bytes()
+    with pytest.raises(SystemExit):
+        run(app, ["explain", "wolf.png", "--out", out])
+    assert capsys.readouterr().err == (
+        "error: the sheet would be written over 'wolf.png' itself: give --out another name\n"
+    )
+    assert Path("wolf.png").read_bytes() == before
+
+
 def similarity_by_seed(radt, *seeds):
     _, out, _ = radt("generate", PROMPT, "--seed", seeds[0], "-n", len(seeds), "--out", "all", "--json")
     return {image["seed"]: image["copy_similarity"] for image in json.loads(out)["images"]}

@@ -11,6 +11,7 @@ from radt.sheet import (
     draw_sheet,
     enlarge,
     render_html,
+    sheet_paths,
     shorten,
     text_width,
     wrap,
@@ -98,6 +99,13 @@ def test_both_files_are_written_whatever_the_suffix(tmp_path):
         assert image.size == draw_sheet(sheet()).size
     assert page.read_text().startswith("<!doctype html>")
     assert sorted(path.name for path in png.parent.iterdir()) == ["sheet.html", "sheet.png"]
+
+
+@pytest.mark.parametrize(
+    ("out", "name"), [("report.v2", "report.v2"), ("x.PNG", "x"), ("x.explain.html", "x.explain"), ("x", "x")]
+)
+def test_only_an_ending_of_the_two_is_taken_off_a_name(tmp_path, out, name):
+    assert sheet_paths(tmp_path / out) == (tmp_path / f"{name}.png", tmp_path / f"{name}.html")
 
 
 def test_a_long_first_line_takes_two_lines_and_both_are_drawn():
