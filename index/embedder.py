@@ -388,7 +388,16 @@ def decode_scaled(
         size = (image.width, image.height)
         if side is not None:
             image.draft("RGB", (DRAFT_MARGIN * side, DRAFT_MARGIN * side))
-        return image.convert("RGB"), size
+        return to_8_bits(image).convert("RGB"), size
+
+
+def to_8_bits(image: "PIL.Image.Image") -> "PIL.Image.Image":
+    """Grey of 16 bits in 8, which Pillow's own conversion would cut off at 255; any other image as it is."""
+    if image.mode not in ("I;16", "I"):
+        return image
+    grey = image.point(lambda level: level / 257 + 0.5).convert("L")
+    grey.info.pop("transparency", None)  # a level of 16 bits
+    return grey
 
 
 def image_size(encoded: bytes) -> tuple[int, int]:

@@ -4,6 +4,7 @@ Next on the main path: `radt/unet/unet.py`, whose `project_neighbors` turns the 
 """
 
 import io
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ from jaxtyping import Float, Real, UInt8
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from index.embedder import IMAGE_FORMATS, MAX_PIXELS
+from index.embedder import IMAGE_FORMATS, MAX_PIXELS, to_8_bits
 from index.errors import CorpusError, QueryError
 from index.images import read_images
 from radt.attribution import license_of, url_of
@@ -25,6 +26,8 @@ from radt.shapes import NeighborPixels
 
 if TYPE_CHECKING:
     from index.records import Hit
+
+CANVAS_PIXELS = 4096 * 4096  # a picture whose bars would make more, and more than twice its own, is first made smaller
 
 RGB8 = UInt8[Tensor, "h w 3"]
 
@@ -144,7 +147,7 @@ def decode_image(encoded: bytes, name: str) -> Image.Image:
             if image.width * image.height > MAX_PIXELS:
                 raise CorpusError(f"{name} is {image.width}x{image.height}: more than {MAX_PIXELS} pixels are refused")
             image.load()
-            return ImageOps.exif_transpose(image)
+            return to_8_bits(ImageOps.exif_transpose(image))
     except CorpusError:
         raise
     except Exception as error:  # a decoder on a hostile file may raise anything, and it is always the file's fault
@@ -155,13 +158,22 @@ def to_rgb8(image: Image.Image, size: Size) -> RGB8:
     """Fit an image into a height and width: transparency over white, white bars where its shape is another, Lanczos."""
     height, width = size
     rgba = image.convert("RGBA")
-    scale = max(rgba.height / height, rgba.width / width)
-    canvas = Image.new(
-        "RGBA", (max(rgba.width, round(width * scale)), max(rgba.height, round(height * scale))), "white"
-    )
+    canvas_width, canvas_height = _canvas_size(rgba, size)
+    shrink = math.sqrt(max(CANVAS_PIXELS, 2 * rgba.width * rgba.height) / (canvas_width * canvas_height))
+    if shrink < 1:
+        smaller = max(1, round(rgba.width * shrink)), max(1, round(rgba.height * shrink))
+        rgba = rgba.resize(smaller, Image.Resampling.LANCZOS)
+    canvas = Image.new("RGBA", _canvas_size(rgba, size), "white")
     canvas.alpha_composite(rgba, ((canvas.width - rgba.width) // 2, (canvas.height - rgba.height) // 2))
     small = canvas.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
     return rearrange(torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8), "(h w c) -> h w c", h=height, c=3)
+
+
+def _canvas_size(image: Image.Image, size: Size) -> tuple[int, int]:
+    """Width and height of the smallest canvas of the proportions of `size` that holds an image."""
+    height, width = size
+    scale = max(image.height / height, image.width / width)
+    return max(image.width, round(width * scale)), max(image.height, round(height * scale))
 
 
 def to_pixels(rgb: Real[Tensor, "*b h w 3"]) -> Float[Tensor, "*b 3 h w"]:

@@ -353,6 +353,16 @@ def test_images_decode_to_rgb(kind: str) -> None:
     assert (image.mode, image.size) == ("RGB", (32, 32))
 
 
+def test_grey_of_16_bits_keeps_its_level() -> None:
+    grey = PIL.Image.fromarray(np.array([[0, 20000, 65535]], dtype=np.uint16))
+    buffer = io.BytesIO()
+    grey.save(buffer, "PNG", transparency=20000)  # a level of 16 bits, which those of 8 must not be compared with
+    for content in (encode(grey), buffer.getvalue()):
+        image = decode_image(content)
+        assert np.asarray(image)[0].tolist() == [[level] * 3 for level in (0, 78, 255)]
+        assert image.info.get("transparency") is None
+
+
 def _bad_files() -> Sequence[tuple[str, bytes]]:
     whole = encode(draw(1, size=64), "JPEG")
     return [

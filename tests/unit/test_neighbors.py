@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -61,6 +62,32 @@ def test_resizing_averages_rather_than_picks():
     for x in range(0, 64, 2):
         image.paste((0, 0, 0), (x, 0, x + 1, 64))
     assert abs(int(to_rgb8(image, (8, 8))[4, 4, 0]) - 127) <= 2
+
+
+@pytest.mark.parametrize("shape", [(10000, 300), (300, 10000), (20000, 1)])
+def test_a_long_picture_takes_no_canvas_of_its_length_squared(shape, monkeypatch):
+    sizes, new = [], Image.new
+    monkeypatch.setattr(Image, "new", lambda mode, size, *rest: sizes.append(size) or new(mode, size, *rest))
+    fitted = to_rgb8(new("RGB", shape, "red"), (64, 64))
+    ((width, height),) = sizes
+    assert width == height <= 4096
+    red = (255 - fitted[..., 1].float()).sum().item() / 255 / 64  # rows or columns
+    assert red == pytest.approx(64 * min(shape) / max(shape), abs=0.1)
+
+
+def test_a_picture_of_an_ordinary_size_is_made_smaller_once():
+    image = Image.linear_gradient("L").resize((4000, 2500)).convert("RGB")
+    canvas = Image.new("RGB", (4000, 4000), "white")
+    canvas.paste(image, (0, 750))
+    once = canvas.resize((32, 32), Image.Resampling.LANCZOS)
+    assert to_rgb8(image, (32, 32)).numpy().tobytes() == once.tobytes()
+
+
+def test_grey_of_16_bits_keeps_its_level():
+    content = encode(Image.fromarray(np.full((6, 4), 20000, dtype=np.uint16)))
+    image = decode_image(content, "grey.png")
+    assert image.size == (4, 6)
+    assert to_rgb8(image, (6, 4)).unique().tolist() == [78]  # 20000 / 257
 
 
 def test_shorter_rows_are_masked_and_their_text_is_null():
