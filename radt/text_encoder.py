@@ -5,6 +5,7 @@ transformers, `StoredTextEncoder` a file of embeddings computed earlier. Next on
 """
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,8 @@ from radt.conditioning import TextCondition, concatenate, map_tensors
 BATCH_SIZE = 64
 PENULTIMATE = -2
 FORMAT = 1
+# With what follows an apostrophe; scripts from U+2E80 on have no spaces to tell their words by.
+WORD = re.compile(r"[^\W\u2e80-\U0010ffff]+(?:['\u2019][^\W\u2e80-\U0010ffff]+)*")
 EMBEDDINGS_FILE, TEXTS_FILE = "embeddings.safetensors", "texts.json"
 CLIP_CONFIG, CLIP_WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"  # open_clip's own names
 
@@ -37,7 +40,7 @@ class Truncation:
     text: str
     num_tokens: int
     num_read: int
-    left_out: str  # the words that were not read
+    left_out: str  # the words that were not read, or not to their end
 
     @property
     def sentence(self) -> str:
@@ -145,7 +148,10 @@ class ClipTextEncoder:
         for text in dict.fromkeys(texts):
             ids = self._tokenizer.encode(text)
             if len(ids) > room:
-                left_out = self._tokenizer.decode(ids[room:]).strip()
+                start = room
+                while start and not self._tokenizer.decode(ids[start - 1 : start]).endswith(" "):  # within a word
+                    start -= 1
+                left_out = self._tokenizer.decode(ids[start:]).strip()
                 found.append(Truncation(text=text, num_tokens=len(ids), num_read=room, left_out=left_out))
         return found
 
@@ -375,9 +381,17 @@ def cut_by(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[Trunca
         encoded = tokenizer(text, **options)
         ids = encoded.input_ids
         if len(ids) > room:
-            left_out = text[encoded.offset_mapping[room][0] :] if tokenizer.is_fast else tokenizer.decode(ids[room:])
+            if tokenizer.is_fast:
+                left_out = text[_word_start(text, encoded.offset_mapping[room][0]) :]
+            else:
+                left_out = tokenizer.decode(ids[room:])
             found.append(Truncation(text=text, num_tokens=len(ids), num_read=room, left_out=left_out.strip()))
     return found
+
+
+def _word_start(text: str, place: int) -> int:
+    """Where the word begins that a place is in the middle of; else the place itself."""
+    return next((word.start() for word in WORD.finditer(text) if word.start() < place < word.end()), place)
 
 
 def shorten(text: str, length: int = 60) -> str:

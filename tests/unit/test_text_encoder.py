@@ -2,6 +2,7 @@ import open_clip
 import pytest
 import torch
 import transformers
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from index.errors import ConfigError, ModelError
 from radt.conditioning import TextCondition
@@ -9,6 +10,7 @@ from radt.text_encoder import (
     ClipTextEncoder,
     StoredTextEncoder,
     TransformersTextEncoder,
+    cut_by,
     load_embeddings,
     masked_mean,
     save_embeddings,
@@ -276,6 +278,31 @@ def test_a_stored_encoder_is_a_text_encoder():
         tokens=torch.ones(1, 2, 3), mask=torch.ones(1, 2, dtype=torch.bool), pooled=torch.ones(1, 4)
     )
     assert StoredTextEncoder(["a"], condition, fingerprint="f").encode(["a", "a"]).tokens.shape == (2, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "left_out"),
+    [
+        ("a red un|believable wolf", "unbelievable wolf"),
+        ("a wolf, don|'t", "don't"),
+        ("a wolf on|, red", ", red"),
+        ("a wolf on| red", "red"),
+        ("a \u4e8c\u533a|\u72d0", "\u72d0"),  # no spaces to go back to
+    ],
+)
+def test_what_is_left_out_begins_with_a_whole_word(text, left_out):
+    """Cut at the bar, by a tokenizer of one token a character."""
+    tokenizer = Tokenizer(models.WordLevel({"?": 0}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?")
+    (cut,) = cut_by(tokenizer, [text.replace("|", "")], text.index("|"))
+    assert (cut.num_read, cut.left_out) == (text.index("|"), left_out)
+
+
+def test_open_clips_own_tokenizer_leaves_out_whole_words(tmp_path):
+    encoder = ClipTextEncoder.load(save_clip(tmp_path / "clip", own_tokenizer=True))
+    (cut,) = encoder.truncations(["a red wolf on a qwzxvkjqpzw"])
+    assert cut.left_out == "qwzxvkjqpzw"
 
 
 def test_open_clips_own_tokenizer_tells_what_is_cut(tmp_path):
