@@ -85,14 +85,15 @@ class NeighborStore:
     A file is named by its pair and by a key of all that its content follows from, so it is right or it is not found.
     It comes into the folder whole, by a rename. The least recently used go first; one that is damaged counts as
     missing; where the disk refuses, nothing is kept and the request goes on. Between two measurements of the folder
-    each process writes at most a sixteenth of the limit, which is how far several may go above it.
+    each process writes at most a sixteenth of the limit, or one entry that is larger, which is how far several may go
+    above it.
     """
 
     def __init__(self, folder: Path, *, limit: int) -> None:
         self.folder, self.limit = folder, limit
         self.use = StoreUse()  # of this process
         self._unmeasured = limit  # bytes written since the folder was measured; at first nobody knows
-        self._is_refused = False
+        self._said = set[str]()
         self._followed: str | None = None  # the snapshot that `follow` last saw
 
     def get(self, pair: str, key: str) -> EncodedNeighbors | None:
@@ -115,17 +116,22 @@ class NeighborStore:
         return encoded
 
     def put(self, pair: str, key: str, encoded: EncodedNeighbors) -> None:
-        """Keep what was made of a pair. What is larger than the whole store may be is not kept."""
+        """Keep what was made of a pair. What is larger than an emptied store has room for is not kept."""
         content = _to_bytes(encoded)
-        if len(content) > self.limit // SWEEP_SHARE:
-            return
+        if len(content) > self._room:
+            return self._say_once(
+                "an encoded neighbour of %d bytes is not kept in %s, which may hold %d: it is encoded each time",
+                len(content),
+                self.folder,
+                self.limit,
+            )
         try:
+            if self._unmeasured + len(content) > self.limit // SWEEP_SHARE:
+                self._make_room(len(content))
             self._write(self._path(pair, key), content)
             self._unmeasured += len(content)
-            if self._unmeasured > self.limit // SWEEP_SHARE:
-                self._make_room()
         except OSError as error:
-            self._say_refused(error)
+            self._say_once("cannot keep encoded neighbours in %s (%s): they are encoded each time", self.folder, error)
 
     def size(self) -> tuple[int, int]:
         """How many entries there are, and their bytes."""
@@ -190,6 +196,11 @@ class NeighborStore:
         """The same of this process alone, without measuring the folder."""
         return {"folder": str(self.folder), "limit": self.limit, **asdict(self.use), "hit_rate": self.use.hit_rate}
 
+    @property
+    def _room(self) -> int:
+        """Bytes that `_make_room` leaves: a sixteenth of the limit stays free for what comes next."""
+        return self.limit - self.limit // SWEEP_SHARE
+
     def _path(self, pair: str, key: str) -> Path:
         return self.folder / f"{pair}-{key}{ENDING}"
 
@@ -197,7 +208,7 @@ class NeighborStore:
         with suppress(OSError), os.scandir(self.folder) as files:
             for file in files:
                 with suppress(FileNotFoundError):  # another process was faster
-                    if file.name.endswith(ENDING) and not file.name.startswith("."):
+                    if file.name.endswith(ENDING) and _is_id(_pair_of(Path(file.name))):
                         facts = file.stat()
                         yield _Entry(self.folder / file.name, facts.st_size, facts.st_mtime)
 
@@ -211,10 +222,10 @@ class NeighborStore:
         finally:
             partial.unlink(missing_ok=True)
 
-    def _make_room(self) -> None:
-        """Take out the least recently used until a sixteenth of the limit is free, and what dead processes left."""
+    def _make_room(self, coming: int) -> None:
+        """Take out the least recently used until `coming` bytes fit into the room, and what dead processes left."""
         entries = sorted(self._entries(), key=lambda entry: entry.used)
-        excess = sum(entry.size for entry in entries) - (self.limit - self.limit // SWEEP_SHARE)
+        excess = sum(entry.size for entry in entries) + coming - self._room
         for entry in entries:
             if excess <= 0:
                 break
@@ -226,10 +237,10 @@ class NeighborStore:
                     path.unlink()
         self._unmeasured = 0
 
-    def _say_refused(self, error: OSError) -> None:
-        if not self._is_refused:
-            log.warning("cannot keep encoded neighbours in %s (%s): they are encoded each time", self.folder, error)
-        self._is_refused = True
+    def _say_once(self, sentence: str, *facts: object) -> None:
+        if sentence not in self._said:
+            log.warning(sentence, *facts)
+        self._said.add(sentence)
 
 
 def open_neighbor_store(size: str | int, kb: "KnowledgeBase | JoinedKnowledgeBase") -> NeighborStore:
@@ -263,14 +274,17 @@ def sentence(report: dict[str, Any]) -> str:
 def store_folder(kb: "KnowledgeBase | JoinedKnowledgeBase") -> Path:
     """Inside the knowledge base; for one that is remote or cannot be written, and for several as one, in the cache.
 
-    The cache is `RADT_CACHE`, or ~/.cache/radt, as for remote knowledge bases.
+    The cache is `RADT_CACHE`, or ~/.cache/radt, as for remote knowledge bases; a folder in it belongs to a URL or to
+    where a knowledge base lies, however that was typed.
     """
     directory = getattr(kb, "directory", None)
     is_remote = getattr(kb, "remote", None) is not None
     if directory is not None and not is_remote and os.access(directory, os.W_OK):
         return Path(directory) / FOLDER
     cache = Path(os.environ.get("RADT_CACHE") or Path.home() / ".cache" / "radt")
-    return cache / FOLDER / blake2b(kb.name.encode(), digest_size=8).hexdigest()
+    parts = getattr(kb, "parts", [kb])
+    places = [part.remote.url if part.remote else str(Path(part.directory).resolve()) for part in parts]
+    return cache / FOLDER / blake2b("\n".join(places).encode(), digest_size=8).hexdigest()
 
 
 class ApartEncoder:
@@ -320,7 +334,7 @@ class ApartEncoder:
 
     def _encode_one(self, neighbor: Neighbor, stages: Sequence[Stage]) -> list[EncodedNeighbors]:
         """One neighbour for every stage; its caption is read once, and only if some stage's store lacks it."""
-        store = self.store if neighbor.id.isdigit() else None
+        store = self.store if _is_id(neighbor.id) else None
         keys = [] if store is None else [content_key(neighbor, stage.size, self.stage_key(stage)) for stage in stages]
         found = [None] * len(stages) if store is None else [store.get(neighbor.id, key) for key in keys]
         if all(each is not None for each in found):
@@ -362,6 +376,11 @@ def _stack(rows: Sequence[Sequence[EncodedNeighbors]], k: int) -> EncodedNeighbo
 
 def _line(use: StoreUse) -> bytes:
     return f"{use.hits} {use.misses} {use.damaged}\n".encode("ascii")
+
+
+def _is_id(pair: str) -> bool:
+    """Whether it is a pair of the knowledge base: neither a reference of the user nor another file of the folder."""
+    return pair.isascii() and pair.isdigit()
 
 
 def _pair_of(path: Path) -> str:

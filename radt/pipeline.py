@@ -71,7 +71,7 @@ class GeneratedImage:
     timings_ms: Mapping[str, float]
     neighbor_store: Mapping[str, Any] | None = None  # where it is, and what it served so far; None: there is none
     network: NetworkUse | None = None  # what it cost
-    truncations: tuple[Truncation, ...] = ()  # of the prompt and the neighbours' captions, those that were cut
+    truncations: tuple[Truncation, ...] = ()  # of the prompts and the neighbours' captions, those that were cut
 
     @property
     def prompt(self) -> str:
@@ -271,13 +271,14 @@ class TextToImage:
                     timings_ms=timings,
                     neighbor_store=store,
                     network=network_use(calls, row),
-                    truncations=self.truncations(request),
+                    truncations=self.truncations(request, settings),
                 )
 
-    def truncations(self, request: DrawRequest) -> tuple[Truncation, ...]:
+    def truncations(self, request: DrawRequest, settings: GenerateSettings) -> tuple[Truncation, ...]:
         """Which of the texts of a request are longer than the text encoder reads, and what it leaves out."""
+        negative = [] if settings.negative_prompt is None else [settings.negative_prompt]
         captions = [neighbor.caption for neighbor in request.neighbors]
-        return tuple(self.bundle.text_encoder.truncations([request.prompt, *captions]))
+        return tuple(self.bundle.text_encoder.truncations([request.prompt, *negative, *captions]))
 
     def settings_for(self, prompt: str, settings: GenerateSettings) -> GenerateSettings:
         """The settings as a prompt has them: an empty one asks for no text (row I15), and then none is strengthened."""

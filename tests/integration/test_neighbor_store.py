@@ -121,6 +121,11 @@ def test_where_it_is_kept(tiny_bundle, tiny_kb, kb, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     assert store_folder(opened).parent == tmp_path / "cache" / "neighbors"
     assert store_folder(opened) != several.neighbor_store.folder
+    monkeypatch.chdir(kb.parent)
+    assert store_folder(KnowledgeBase.open("kb", models=models)) == store_folder(opened)
+    shutil.copytree(kb, tmp_path / "elsewhere" / "kb")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert store_folder(KnowledgeBase.open("kb", models=models)) != store_folder(opened)
 
 
 def test_the_commands_show_what_it_holds_and_serves(tiny_bundle, kb, tmp_path):
@@ -156,8 +161,10 @@ def test_a_long_prompt_and_a_long_caption_are_told(tiny_bundle, kb, tmp_path):
     assert prompt["left_out"]
     assert LONG.strip().endswith(prompt["left_out"])
     assert caption["left_out"].endswith("purple star")
-    short = TextToImage.load(tiny_bundle, kb=kb, device="cpu")(caption_of(1))
-    assert short[0].truncations == ()
+    pipeline = TextToImage.load(tiny_bundle, kb=kb, device="cpu")
+    assert pipeline(caption_of(1))[0].truncations == ()
+    (negative,) = pipeline(caption_of(1), negative_prompt=LONG)[0].truncations
+    assert negative.text == LONG
 
 
 def _saved(folder):

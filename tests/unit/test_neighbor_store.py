@@ -6,6 +6,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -198,10 +199,41 @@ def test_the_least_recently_used_go_first_and_the_bound_holds(tmp_path):
     assert not there & {str(number) for number in range(1, 20)}
 
 
-def test_what_is_large_beside_the_store_is_not_kept(tmp_path):
+def test_what_is_larger_than_the_store_is_not_kept_and_that_is_said_once(tmp_path, caplog):
     store = NeighborStore(tmp_path, limit=1000)
-    store.put("1", "key", encoded(1))
+    with caplog.at_level(logging.WARNING, WARNINGS):
+        for number in range(3):
+            store.put(str(number), "key", encoded(number))
     assert store.size() == (0, 0)
+    assert caplog.text.count("is encoded each time") == 1
+
+
+@pytest.mark.parametrize("room", [1, 3])
+def test_a_store_of_few_entries_keeps_as_many_as_it_may(store, tmp_path, room):
+    store.put("0", "key", encoded(0))
+    few = NeighborStore(tmp_path / "few", limit=room * store.size()[1] * 16 // 15 + 1)
+    for number in range(5):
+        few.put(str(number), "key", encoded(number))
+        os.utime(few.folder / f"{number}-key.safetensors", (1000 + number, 1000 + number))
+        assert few.size()[1] <= few.limit
+    assert {path.name[0] for path in few.folder.iterdir()} == {str(number) for number in range(5 - room, 5)}
+
+
+def test_files_of_others_in_its_folder_are_left_alone(store):
+    store.put("1", "key", encoded(1))
+    store.put("2", "key", encoded(2))
+    for name in ("model.safetensors", "model-1.safetensors", "\u00b2-key.safetensors"):
+        (store.folder / name).write_bytes(b"not ours")
+    asked = []
+
+    def matching_ids(condition):
+        asked.append(condition)
+        return torch.tensor([2])
+
+    store.follow(SimpleNamespace(store=SimpleNamespace(version=1, matching_ids=matching_ids)))
+    assert asked == ["id IN (1, 2)"]
+    assert store.size()[0] == store.clear() == 1
+    assert len(list(store.folder.glob("*.safetensors"))) == 3
 
 
 def test_a_disk_that_refuses_is_said_once_and_the_request_goes_on(bundle, stages, tmp_path, caplog):
