@@ -126,7 +126,7 @@ def test_frames_are_laid_as_open_clip_lays_them(mode: Any, size: tuple[int, int]
 
 
 def files() -> Sequence[tuple[str, bytes]]:
-    """Images of every mode that a file may have, and one that a camera held upright."""
+    """Images of every mode of 8 bits or fewer that a file may have, and one that a camera held upright."""
 
     def encoded(image: PIL.Image.Image, kind: str, **options: Any) -> bytes:
         buffer = io.BytesIO()
@@ -139,7 +139,7 @@ def files() -> Sequence[tuple[str, bytes]]:
     rotated = PIL.Image.Exif()
     rotated[0x0112] = 6
     return [
-        *((mode, encoded(image.convert(mode), "PNG")) for mode in ("RGB", "L", "P", "1", "I;16", "LA")),
+        *((mode, encoded(image.convert(mode), "PNG")) for mode in ("RGB", "L", "P", "1", "LA")),
         ("RGBA", encoded(see_through, "PNG")),
         ("CMYK", encoded(image.convert("CMYK"), "JPEG", quality=92)),
         ("L of a JPEG", encoded(image.convert("L"), "JPEG", quality=92)),
@@ -153,7 +153,10 @@ def files() -> Sequence[tuple[str, bytes]]:
 def test_every_mode_looks_to_the_network_as_open_clips_loader_shows_it(
     name: str, content: bytes, tiny_clip: Path
 ) -> None:
-    """Which turns any image into RGB before it resizes it, and does not heed EXIF."""
+    """Which turns any image into RGB before it resizes it, and does not heed EXIF.
+
+    Grey of 16 bits it shows white, and we do not (`to_8_bits`).
+    """
     pixels, preprocess = device_pixels(tiny_clip, "cpu")
     with PIL.Image.open(io.BytesIO(content)) as image:
         twin = preprocess(image.convert("RGB"))[None]
