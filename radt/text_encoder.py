@@ -1,7 +1,8 @@
 """Frozen text encoders: prompts to contextual token embeddings and a pooled vector (rows I1, I2).
 
 `ClipTextEncoder` is the text tower of any open_clip model, `TransformersTextEncoder` T5 or another text model of
-transformers, `StoredTextEncoder` a file of embeddings computed earlier. Next on the main path: `radt/unet/unet.py`.
+transformers. Training reads neither: its captions are embedded once (`radt/training/precompute.py`). Next on the main
+path: `radt/unet/unet.py`.
 """
 
 import json
@@ -19,17 +20,14 @@ from einops import reduce
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from index.atomic import new_folder
 from index.embedder import open_model, tokenizer_identity, weight_bytes
 from index.errors import ConfigError, ModelError
 from radt.conditioning import TextCondition, concatenate, map_tensors
 
 BATCH_SIZE = 64
 PENULTIMATE = -2
-FORMAT = 1
 # With what follows an apostrophe; scripts from U+2E80 on have no spaces to tell their words by.
 WORD = re.compile(r"[^\W\u2e80-\U0010ffff]+(?:['\u2019][^\W\u2e80-\U0010ffff]+)*")
-EMBEDDINGS_FILE, TEXTS_FILE = "embeddings.safetensors", "texts.json"
 CLIP_CONFIG, CLIP_WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"  # open_clip's own names
 
 
@@ -281,65 +279,6 @@ class TransformersTextEncoder:
         tokens = self._model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state.float()
         mask = batch.attention_mask.bool()
         return TextCondition(tokens=tokens, mask=mask, pooled=masked_mean(tokens, mask))
-
-
-class StoredTextEncoder:
-    """Embeddings computed earlier (row I2): answers for the texts in its file, and knows no others."""
-
-    def __init__(self, texts: Sequence[str], condition: TextCondition, *, fingerprint: str) -> None:
-        self.texts, self.condition, self.fingerprint = tuple(texts), condition, fingerprint
-        self.width, self.pooled_width = condition.tokens.shape[2], condition.pooled.shape[1]
-        self._rows = {text: row for row, text in enumerate(self.texts)}
-
-    def encode(self, texts: Sequence[str]) -> TextCondition:
-        """Look texts up. ModelError naming the first that is not there."""
-        for text in texts:
-            if text not in self._rows:
-                raise ModelError(f"no stored embedding of {text!r}; embed it too, or load the text encoder itself")
-        rows = torch.tensor([self._rows[text] for text in texts], dtype=torch.long)
-        return map_tensors(lambda tensor: tensor[rows], self.condition)
-
-    def truncations(self, texts: Sequence[str]) -> list[Truncation]:
-        """None that is known here: the encoder that made the embeddings has told."""
-        return []
-
-
-def save_embeddings(folder: Path, texts: Sequence[str], encoder: TextEncoder) -> None:
-    """Embed texts, each once, into `folder`: safetensors and JSON, complete or not there at all."""
-    from safetensors.torch import save_file
-
-    unique = list(dict.fromkeys(texts))
-    condition = encoder.encode(unique)
-    tensors = {"tokens": condition.tokens, "mask": condition.mask, "pooled": condition.pooled}
-    description = {"format": FORMAT, "fingerprint": encoder.fingerprint, "texts": unique}
-    with new_folder(folder) as temporary:
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary / EMBEDDINGS_FILE)
-        (temporary / TEXTS_FILE).write_text(json.dumps(description), encoding="utf-8")
-
-
-def load_embeddings(folder: Path, *, fingerprint: str | None = None) -> StoredTextEncoder:
-    """Read what `save_embeddings` wrote. ModelError if it is not whole, or of another encoder than `fingerprint`'s."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        description = json.loads((folder / TEXTS_FILE).read_text(encoding="utf-8"))
-        tensors = load_file(folder / EMBEDDINGS_FILE)
-        texts, found = description["texts"], description["fingerprint"]
-        condition = TextCondition(tokens=tensors["tokens"], mask=tensors["mask"], pooled=tensors["pooled"])
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise ModelError(
-            f"{str(folder)!r} does not hold stored text embeddings ({error}); embed the texts again"
-        ) from error
-    if description.get("format") != FORMAT:
-        raise ModelError(f"{str(folder)!r} has format {description.get('format')!r} and this radt reads {FORMAT}")
-    if not len(texts) == len(condition.tokens) == len(condition.mask) == len(condition.pooled):
-        raise ModelError(f"{str(folder)!r} has {len(texts)} texts and {len(condition.tokens)} embeddings; embed again")
-    if fingerprint not in (None, found):
-        raise ModelError(
-            f"{str(folder)!r} was embedded by another text encoder ({found}, not {fingerprint}); embed the texts again"
-        )
-    return StoredTextEncoder(texts, condition, fingerprint=found)
 
 
 def freeze(model: Any, device: str) -> Any:

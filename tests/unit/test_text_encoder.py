@@ -5,15 +5,11 @@ import transformers
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from index.errors import ConfigError, ModelError
-from radt.conditioning import TextCondition
 from radt.text_encoder import (
     ClipTextEncoder,
-    StoredTextEncoder,
     TransformersTextEncoder,
     cut_by,
-    load_embeddings,
     masked_mean,
-    save_embeddings,
 )
 from tests.text_models import CONTEXT, WORDS, save_clip, save_t5, save_tokenizer
 
@@ -216,43 +212,6 @@ class TestBoth:
             other = TransformersTextEncoder.load(save_t5(tmp_path / "other", seed=1), max_length=CONTEXT)
         assert encoder.fingerprint == again.fingerprint != other.fingerprint
 
-    def test_stored_embeddings_answer_as_the_encoder_did(self, encoder, tmp_path):
-        save_embeddings(tmp_path / "texts", [*TEXTS, TEXTS[0]], encoder)
-        stored = load_embeddings(tmp_path / "texts", fingerprint=encoder.fingerprint)
-        assert stored.texts == tuple(TEXTS)
-        assert (stored.width, stored.pooled_width) == (encoder.width, encoder.pooled_width)
-        asked = [TEXTS[2], TEXTS[0], TEXTS[2]]
-        ours, theirs = stored.encode(asked), encoder.encode(TEXTS)
-        for name in ("tokens", "mask", "pooled"):
-            assert torch.equal(getattr(ours, name), getattr(theirs, name)[[2, 0, 2]])
-        with pytest.raises(ModelError, match="green cow"):
-            stored.encode(["green cow"])
-
-
-def test_stored_embeddings_of_another_encoder_are_refused(clip, tmp_path):
-    save_embeddings(tmp_path / "texts", TEXTS, ClipTextEncoder.load(clip))
-    with pytest.raises(ModelError, match="another text encoder"):
-        load_embeddings(tmp_path / "texts", fingerprint="0" * 32)
-
-
-def test_broken_stored_embeddings_are_one_sentence(clip, tmp_path):
-    with pytest.raises(ModelError, match="does not hold"):
-        load_embeddings(tmp_path)
-    save_embeddings(tmp_path / "texts", TEXTS, ClipTextEncoder.load(clip))
-    file = tmp_path / "texts" / "embeddings.safetensors"
-    file.write_bytes(file.read_bytes()[:50])
-    with pytest.raises(ModelError, match="does not hold"):
-        load_embeddings(tmp_path / "texts")
-
-
-def test_failing_to_embed_leaves_the_old_file(clip, tmp_path):
-    encoder = ClipTextEncoder.load(clip)
-    save_embeddings(tmp_path / "texts", TEXTS, encoder)
-    with pytest.raises(ModelError):
-        save_embeddings(tmp_path / "texts", ["green cow"], load_embeddings(tmp_path / "texts"))
-    assert load_embeddings(tmp_path / "texts").texts == tuple(TEXTS)
-    assert [path.name for path in tmp_path.iterdir()] == ["texts"]
-
 
 @pytest.mark.parametrize("load", [ClipTextEncoder.load, TransformersTextEncoder.load], ids=["clip", "transformers"])
 def test_a_folder_without_a_model_is_one_sentence(load, tmp_path):
@@ -271,13 +230,6 @@ def test_masked_mean_by_hand():
     tokens = torch.tensor([[[1.0], [3.0], [100.0]], [[5.0], [6.0], [7.0]]])
     mask = torch.tensor([[True, True, False], [False, False, False]])
     assert masked_mean(tokens, mask).tolist() == [[2.0], [0.0]]
-
-
-def test_a_stored_encoder_is_a_text_encoder():
-    condition = TextCondition(
-        tokens=torch.ones(1, 2, 3), mask=torch.ones(1, 2, dtype=torch.bool), pooled=torch.ones(1, 4)
-    )
-    assert StoredTextEncoder(["a"], condition, fingerprint="f").encode(["a", "a"]).tokens.shape == (2, 2, 3)
 
 
 @pytest.mark.parametrize(
