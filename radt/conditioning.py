@@ -44,11 +44,6 @@ class NeighborBatch:
     text: TextCondition
     mask: NeighborMask
 
-    @property
-    def num_neighbors(self) -> int:
-        """K, the width of the neighbour axis (some may be masked)."""
-        return self.pixels.shape[1]
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EncodedNeighbors:

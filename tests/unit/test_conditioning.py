@@ -120,7 +120,3 @@ def test_without_neighbors_there_is_nothing_to_drop() -> None:
     assert without.neighbors is None
     assert without.drop_neighbors() is without
     assert without.batch_size == CONDITION.batch_size == B
-
-
-def test_num_neighbors_counts_masked_places() -> None:
-    assert random_neighbors(B, 5, mask=torch.zeros(B, 5, dtype=torch.bool)).num_neighbors == 5
