@@ -187,8 +187,8 @@ def test_mirroring_turns_entity_and_neighbors_alike_where_the_caption_allows(pac
 
 def test_any_number_of_neighbors(pack: Pack) -> None:
     batch = draw(pack, num_neighbors=4, candidates=4)
-    assert batch.neighbors.num_neighbors == 4
-    assert draw(pack, num_neighbors=1, candidates=1).neighbors.num_neighbors == 1
+    assert batch.neighbors.mask.shape[1] == 4
+    assert draw(pack, num_neighbors=1, candidates=1).neighbors.mask.shape[1] == 1
 
 
 @pytest.mark.parametrize(
