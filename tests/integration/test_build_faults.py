@@ -120,8 +120,13 @@ def test_a_build_that_dies_at_any_step_is_finished_by_the_next(
         die_at(patch, owner, step, count)
         with pytest.raises(RuntimeError, match="power cut"):
             build_at(tmp_path / "kb", corpus)
-    landed = 12 if owner is KnowledgeBase else count - 1 + lands
-    assert PairStore(tmp_path / "kb").count() == 20 * landed
+    landed, left = divmod(PairStore(tmp_path / "kb").count(), 20)
+    assert left == 0
+    before = 12 if owner is KnowledgeBase else count - 1 + lands
+    if step == "stage":  # shards behind the one that failed may be staged already: they are whole, and land
+        assert before <= landed < 12
+    else:
+        assert landed == before
     assert build_at(tmp_path / "kb", corpus).shards_done == 12 - landed
     build_at(tmp_path / "whole", corpus)
     assert contents(tmp_path / "kb") == contents(tmp_path / "whole")
