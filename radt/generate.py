@@ -181,14 +181,15 @@ def draw(
 
 def check_effect(request: Request, *, has_kb: bool) -> None:
     """Refuse what would be ignored: neighbours asked for where there are none to be had, a strength of nothing."""
+    if request.max_copy is not None:
+        check_limit(request.max_copy)
+    if has_kb and request.settings.get("unconditional"):
+        raise QueryError("unconditional draws from no knowledge base: leave out --kb")
     for source, given in _all_settings(request):
         if given.get("strength") is not None and request.init_image is None:
             raise QueryError(
                 f"{source}strength would have no effect without a picture to start from: name one with --init-image"
             )
-    if request.max_copy is not None:
-        check_limit(request.max_copy)
-    for source, given in _all_settings(request):
         idle = [] if has_kb else [name for name in RETRIEVAL_ONLY if given.get(name) is not None]
         if given.get("k") and not has_kb and not request.references:
             idle.insert(0, "k")
@@ -196,8 +197,6 @@ def check_effect(request: Request, *, has_kb: bool) -> None:
             raise QueryError(
                 f"{source}{', '.join(idle)} would have no effect without a knowledge base: name one with --kb"
             )
-    if has_kb and request.settings.get("unconditional"):
-        raise QueryError("unconditional draws from no knowledge base: leave out --kb")
 
 
 def to_json(drawn: Sequence[Drawn], refused: Sequence[Refused] = ()) -> dict[str, Any]:
