@@ -129,13 +129,16 @@ def read_info(folder: Path) -> BundleInfo:
 
 def load_bundle(folder: str | Path | None = None, *, device: str = "cpu") -> Bundle:
     """Load a bundle onto `device`. Weights that do not fit their configuration are a ModelError naming both shapes."""
+    from radt.clip_text import read_plain_clip
     from radt.text_encoder import load_text_encoder
 
     path = find_bundle(folder)
     info = read_info(path)
     unets = tuple(load_unet(path / stage.name).to(device) for stage in info.stages)
     twins = tuple(load_unet(path / stage.fast.name).to(device) if stage.fast else None for stage in info.stages)
-    encoder = load_text_encoder(path / CLIP_FOLDER, text_encoder_of(path, info), device=device)
+    tuned = text_encoder_of(path, info)
+    plain = read_plain_clip(path / CLIP_FOLDER if tuned is None else Path(tuned), device=device)
+    encoder = plain or load_text_encoder(path / CLIP_FOLDER, tuned, device=device)
     for stage, unet in zip(info.stages, unets, strict=True):
         _check_widths(stage.name, unet, encoder, path)
     return Bundle(folder=path, info=info, unets=unets, twins=twins, text_encoder=encoder)

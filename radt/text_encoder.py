@@ -321,14 +321,14 @@ def cut_by(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[Trunca
         ids = encoded.input_ids
         if len(ids) > room:
             if tokenizer.is_fast:
-                left_out = text[_word_start(text, encoded.offset_mapping[room][0]) :]
+                left_out = text[word_start(text, encoded.offset_mapping[room][0]) :]
             else:
                 left_out = tokenizer.decode(ids[room:])
             found.append(Truncation(text=text, num_tokens=len(ids), num_read=room, left_out=left_out.strip()))
     return found
 
 
-def _word_start(text: str, place: int) -> int:
+def word_start(text: str, place: int) -> int:
     """Where the word begins that a place is in the middle of; else the place itself."""
     return next((word.start() for word in WORD.finditer(text) if word.start() < place < word.end()), place)
 
