@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -19,9 +19,6 @@ from torch import Tensor, nn
 from index.errors import ModelError
 from radt.conditioning import TextCondition
 from radt.text_encoder import CLIP_CONFIG, CLIP_WEIGHTS, PENULTIMATE, Truncation, freeze, in_batches, word_start
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
 
 TOKENIZER = "tokenizer.json"
 PLAIN_MODEL = {"embed_dim", "vision_cfg", "text_cfg"}
@@ -83,7 +80,9 @@ class PlainClipTextEncoder:
         ids = torch.tensor([each.ids for each in encoded], device=self._device)
         tokens, pooled = self._tower(ids)
         ends = ids.argmax(dim=1)  # the end mark has the largest id
-        return TextCondition(tokens=tokens, mask=torch.arange(self._context, device=self._device) <= ends[:, None], pooled=pooled)
+        return TextCondition(
+            tokens=tokens, mask=torch.arange(self._context, device=self._device) <= ends[:, None], pooled=pooled
+        )
 
 
 class _Tower(nn.Module):

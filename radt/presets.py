@@ -35,6 +35,8 @@ class BaseConfig:
     sampling: GenerateSettings
     below: str | None = None  # the bundle whose stages come first; None: this is the first stage
     augmentation: float = 0.5  # the most noise over the picture below, as a time of the schedule
+    warp: float = 0.0  # the most that the picture below is bent, in its own pixels
+    start: str | None = None  # the folder of a stage that training goes on from, as `bundle/stage0`; None: from nothing
     text_tuning: TextTuning = field(default_factory=TextTuning)  # of the text encoder, after the network
 
 

@@ -20,6 +20,7 @@ def small_pack() -> Pack:
         scene_layer=torch.arange(NUM_SCENES) % NUM_LAYERS,
         scene_ground=torch.randint(0, 256, (NUM_SCENES, 3), generator=g).to(torch.uint8),
         scene_mirrors=torch.arange(NUM_SCENES) % 3 != 0,
+        scene_turns=torch.arange(NUM_SCENES) % 3 == 1,
         scene_text=TextTable.from_conditions([random_text(NUM_SCENES, seed=12)]),
         scene_neighbors=neighbors,
         pictures=torch.randint(0, 256, (NUM_PICTURES, IMAGE_SIZE, IMAGE_SIZE, 3), generator=g).to(torch.uint8),

@@ -5,7 +5,7 @@ a wrong neighbour. A scene is drawn from an entity's rendition 0, which is there
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 
 import numpy as np
@@ -16,12 +16,15 @@ from index.errors import ConfigError, CorpusError
 from index.knowledge_base import KnowledgeBase
 from index.records import Hit
 from radt.corpora.emoji import Entity, GlyphRenderer, load_entities, placement_layer, select
-from radt.corpora.scenes import PALETTE, Scene, sample_scene
-from radt.settings import By, Fusion
+from radt.corpora.scenes import KINDS, PALETTE, Kind, Scene, sample_scene
+from radt.settings import By, Decompose, Fusion
 from radt.text_encoder import TextEncoder
 from radt.training.pack import Pack, TextTable
 
 MIRRORED_KINDS = ("alone", "sized", "counted")  # their captions speak of no left and right
+TURNED_KINDS = ("alone", "sized")  # and what they show stands in the middle
+# More of the difficult ones than in the corpus: two things of one prompt, counts and places.
+TRAINING_KINDS: dict[Kind, float] = {"alone": 0.45, "placed": 0.15, "sized": 0.05, "counted": 0.15, "two": 0.20}
 TEXT_BATCH = 256
 
 
@@ -29,12 +32,14 @@ TEXT_BATCH = 256
 class PackConfig:
     """What goes into an emoji pack."""
 
-    num_scenes: int = 6000
+    num_scenes: int = 12000
     num_entities: int | None = None  # the first so many training entities alone, for a small run; None = all
     seed: int = 0
-    candidates: int = 4
-    by: By = "hybrid"
-    fusion: Fusion = "product"
+    kinds: dict[Kind, float] = field(default_factory=lambda: dict(TRAINING_KINDS))
+    candidates: int = 6
+    by: By = "bm25"
+    fusion: Fusion = "rrf"
+    decompose: Decompose = "phrases"
 
     def __post_init__(self) -> None:
         for name in ("num_scenes", "candidates"):
@@ -42,6 +47,8 @@ class PackConfig:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.num_entities is not None and self.num_entities < 2:
             raise ConfigError(f"num_entities must be at least 2, since some scenes show two, got {self.num_entities}")
+        if set(self.kinds) - set(KINDS) or min(self.kinds.values(), default=0) < 0 or not any(self.kinds.values()):
+            raise ConfigError(f"kinds weighs {', '.join(KINDS)}, none below 0 and not all 0; got {self.kinds}")
 
 
 def make_emoji_pack(
@@ -57,7 +64,10 @@ def make_emoji_pack(
     glyphs = GlyphRenderer()
     entities = list(islice((entity for entity in select(table, "train") if glyphs.draws(entity)), config.num_entities))
     on_stage("drawing scenes")
-    scenes = [sample_scene(np.random.default_rng([config.seed, i]), entities) for i in range(config.num_scenes)]
+    scenes = [
+        sample_scene(np.random.default_rng([config.seed, i]), entities, kinds=config.kinds)
+        for i in range(config.num_scenes)
+    ]
     layers, scene_layer = _draw_layers(scenes, glyphs, image_size)
     on_stage("looking neighbours up")
     hits = _find_neighbors(config, scenes, table, kb)
@@ -69,6 +79,7 @@ def make_emoji_pack(
         scene_layer=scene_layer,
         scene_ground=torch.tensor([PALETTE[scene.ground] for scene in scenes], dtype=torch.uint8),
         scene_mirrors=torch.tensor([scene.kind in MIRRORED_KINDS for scene in scenes]),
+        scene_turns=torch.tensor([scene.kind in TURNED_KINDS for scene in scenes]),
         scene_text=_embed([scene.caption for scene in scenes], text_encoder),
         scene_neighbors=scene_neighbors,
         pictures=pictures,
@@ -119,7 +130,12 @@ def _find_neighbors(
     own = _ids_of_rendition_zero(kb)
     exclude = [[own[" ".join(table[p.entity].codes)] for p in scene.placements] for scene in scenes]
     return kb.retriever.search_many(
-        [scene.caption for scene in scenes], k=config.candidates, by=config.by, fusion=config.fusion, exclude=exclude
+        [scene.caption for scene in scenes],
+        k=config.candidates,
+        by=config.by,
+        fusion=config.fusion,
+        decompose=config.decompose,
+        exclude=exclude,
     )
 
 

@@ -14,6 +14,7 @@ from typing import Literal, Protocol, runtime_checkable
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.nn.functional import affine_grid, grid_sample, interpolate
 
 from index.errors import ConfigError
 from radt.conditioning import LowResolution
@@ -31,6 +32,7 @@ from radt.training.checkpoint import (
     without_prefix,
 )
 from radt.training.data import Batch, DataConfig, draw_batch
+from radt.training.divergence import check_finite
 from radt.training.ema import Ema
 from radt.training.interrupt import StopOnInterrupt
 from radt.training.metrics import append_metrics, forget_after
@@ -39,6 +41,7 @@ from radt.training.pack import Pack
 from radt.unet.unet import UNet
 
 METRICS_FILE = "metrics.jsonl"
+BEND_CELL = 4  # pixels from knot to knot of a bend
 
 OnStep = Callable[[dict[str, float]], None]
 
@@ -78,12 +81,16 @@ class Objective:
 
     A super-resolution stage is trained to draw over the true picture, shrunk, enlarged, and noised to a level that is
     uniform up to `augmentation` (row I4).
+
+    Deviates from Imagen: the shrunk picture may also be bent, by up to `warp` of its pixels, as the stage below draws
+    outlines; what is straight is then to be found in the neighbours alone.
     """
 
     schedule: NoiseSchedule
     prediction: Prediction = "v"
     weighting: Weighting = "v"
     augmentation: float = 0.5
+    warp: float = 0.0
 
     def loss(self, network: UNet, batch: Batch, generator: torch.Generator) -> Tensor:
         """The mean loss of a batch at stratified random times."""
@@ -109,8 +116,28 @@ class Objective:
             return None
         level = self.augmentation * sample_times(generator, len(x0))
         eps = torch.randn(x0.shape, generator=generator, device=generator.device)
-        enlarged = resize(resize(x0, small), network.config.size)
+        below = resize(x0, small)
+        if self.warp:
+            below = bend(below, self.warp, generator)
+        enlarged = resize(below, network.config.size)
         return LowResolution(pixels=self.schedule.add_noise(enlarged, eps, level), level=level)
+
+
+def bend(pixels: Pixels, most: float, generator: torch.Generator) -> Pixels:
+    """Shift every pixel smoothly, and each picture by another strength: `most` pixels at most."""
+    b, _, height, width = pixels.shape
+    device = generator.device
+    knots = (
+        2 * torch.rand(b, 2, height // BEND_CELL + 1, width // BEND_CELL + 1, generator=generator, device=device) - 1
+    )
+    strength = most * torch.rand(b, 1, 1, 1, generator=generator, device=device)
+    shift = strength * interpolate(knots, size=(height, width), mode="bicubic", align_corners=True).clamp(-1, 1)
+    shift = 2 * shift / torch.tensor([width, height], device=device).view(1, 2, 1, 1)  # grid_sample's frame is 2 wide
+    still = affine_grid(torch.eye(2, 3, device=device).expand(b, 2, 3), [b, 1, height, width], align_corners=False)
+    bent: Tensor = grid_sample(
+        pixels, still + shift.permute(0, 2, 3, 1), mode="bicubic", padding_mode="border", align_corners=False
+    )
+    return bent.clamp(-1, 1)
 
 
 class _Step(nn.Module):
@@ -161,7 +188,8 @@ class Run:
     def train(self, *, on_step: OnStep = lambda _: None, on_save: Callable[["Run"], None] = lambda _: None) -> None:
         """Train to the last step. At Ctrl-C the step in hand is finished and saved before the interruption goes on.
 
-        A run that is over calls `on_save` once more, so that one trained elsewhere can leave its model here.
+        A run that is over calls `on_save` once more, so that one trained elsewhere can leave its model here. A loss
+        that is no number any more is a DivergedError, and the last state that was saved stays.
         """
         if self.accelerator.is_main_process:
             forget_after(self.out / METRICS_FILE, self.step)
@@ -169,6 +197,8 @@ class Run:
             on_save(self)
         with StopOnInterrupt() as interrupt:
             for metrics in self._steps():
+                log = self.out / METRICS_FILE if self.accelerator.is_main_process else None
+                check_finite(metrics, state=self.state_path, log=log)
                 if self.step % self.loop.log_every == 0 and self.accelerator.is_main_process:
                     append_metrics(self.out / METRICS_FILE, metrics)
                 on_step(metrics)

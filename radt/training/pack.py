@@ -23,7 +23,7 @@ from radt.conditioning import TextCondition, to_device
 from radt.resizing import Size
 from radt.training.checkpoint import write_tensors
 
-FORMAT = 2
+FORMAT = 3
 SMALLEST_SCALE = 2.0**-14  # the smallest normal float16
 
 
@@ -73,6 +73,7 @@ class Pack:
     scene_layer: Int[Tensor, " s"]
     scene_ground: UInt8[Tensor, "s 3"]
     scene_mirrors: Bool[Tensor, " s"]  # whether its mirror image fits the same caption
+    scene_turns: Bool[Tensor, " s"]  # whether it does turned, too
     scene_text: TextTable
     scene_neighbors: Int[Tensor, "s k"]  # rows of `pictures`, best first; -1 = none
     pictures: UInt8[Tensor, "m h w 3"]

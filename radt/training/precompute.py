@@ -115,11 +115,12 @@ def report_text(
 ) -> TextReport:
     """Measure what the pack's embeddings save each batch and in all."""
     texts = [*captions.scenes, *captions.pictures]
-    size = data.batch_size * (1 + data.num_neighbors)
+    k = max(data.num_neighbors)
+    size = data.batch_size * (1 + k)
     asked = [texts[place % len(texts)] for place in range(size)]
     generator = torch.Generator().manual_seed(0)
     scenes = torch.randint(len(pack.scene_text), (data.batch_size,), generator=generator)
-    pictures = torch.randint(len(pack.picture_text), (data.batch_size, data.num_neighbors), generator=generator)
+    pictures = torch.randint(len(pack.picture_text), (data.batch_size, k), generator=generator)
     draw_batch(pack, data, generator)  # warm
     return TextReport(
         captions=len(texts),

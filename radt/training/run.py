@@ -6,7 +6,7 @@ A base run's folder holds
     corpus/  kb/  pack.safetensors            training entities, their knowledge base, what is trained on
     captions.json                             the captions that the pack holds embedded
     state.safetensors  metrics.jsonl          where training is
-    samples/                                  sheets drawn while training
+    samples/  probe.jsonl                     sheets drawn while training, and what neighbours are worth by then
     bundle/                                   the averaged weights as a model, after every save
     text_tuning.safetensors, text_tuning.jsonl    where fine-tuning the text encoder is, if that was asked for
 """
@@ -30,14 +30,14 @@ if TYPE_CHECKING:
     from radt.training.loop import Objective, Run
     from radt.training.pack import Pack
     from radt.training.precompute import TextReport
-    from radt.unet.unet import UNetConfig
+    from radt.unet.unet import UNet, UNetConfig
 
 OnStep = Callable[[dict[str, float]], None]
 OnStage = Callable[[str], None]
 Config = TypeVar("Config", bound=BaseConfig | DistillConfig)
 
 # What may change when a run resumes, as may how long it is.
-FREE = ("clip", "below", "bundle", "pack_file", "steps", "halving_updates")
+FREE = ("clip", "start", "below", "bundle", "pack_file", "steps", "halving_updates")
 # And of tuning the text encoder once that has begun; before, all of it may.
 FREE_TUNING = ("text_tuning.num_steps", "text_tuning.save_every", "text_tuning.log_every")
 
@@ -68,13 +68,13 @@ def train_base(
     import torch
     from accelerate import PartialState
 
-    from radt.training.loop import Objective, Run
-    from radt.unet.unet import UNet
+    from radt.training.loop import Run
 
     _check_tunable(config, out)
-    if config.data.candidates > config.pack.candidates:
+    if config.data.most_candidates > config.pack.candidates:
         raise ConfigError(
-            f"data.candidates {config.data.candidates} must be at most pack.candidates {config.pack.candidates}"
+            f"data asks for {config.data.most_candidates} candidates a scene (candidates, num_neighbors), and "
+            f"pack.candidates is {config.pack.candidates}"
         )
     _check_pack_can_be_made(config, out)
     _check_below(config)
@@ -85,14 +85,9 @@ def train_base(
     _check_fits(pack, config)
     _check_made_with(out / "pack.safetensors", config)
     torch.manual_seed(config.loop.seed)
-    objective = Objective(
-        schedule=config.schedule,
-        prediction=config.prediction,
-        weighting=config.weighting,
-        augmentation=config.augmentation,
-    )
+    objective = objective_of(config)
     run = Run(
-        UNet(config.unet),
+        _first_network(config),
         pack,
         out,
         data=config.data,
@@ -108,6 +103,33 @@ def train_base(
     if config.below is not None and not (Path(config.below) / "bundle.json").is_file():
         on_stage(f"trained, and no bundle yet: run this again when the stages below lie in {config.below}")
     return out / "bundle"
+
+
+def objective_of(config: BaseConfig) -> "Objective":
+    """What a stage of this configuration learns to answer."""
+    from radt.training.loop import Objective
+
+    return Objective(
+        schedule=config.schedule,
+        prediction=config.prediction,
+        weighting=config.weighting,
+        augmentation=config.augmentation,
+        warp=config.warp,
+    )
+
+
+def _first_network(config: BaseConfig) -> "UNet":
+    """The network as training starts: by lot, or with the weights of a stage that was trained before."""
+    from radt.bundle import load_unet
+    from radt.unet.unet import UNet
+
+    network = UNet(config.unet)
+    if config.start is not None:
+        trained = load_unet(Path(config.start))
+        if trained.config != config.unet:
+            raise ConfigError(f"the stage in {config.start!r} is another network than unet asks for; name one like it")
+        network.load_state_dict(trained.state_dict())
+    return network
 
 
 def train_twin(
@@ -366,8 +388,9 @@ def _dotted(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def _after_save(run: "Run", config: BaseConfig, out: Path, name: str) -> None:
-    """Leave the averaged weights as a bundle, and a sheet of what they draw."""
+    """Leave the averaged weights as a bundle, a sheet of what they draw, and what they make of their neighbours."""
     from radt.bundle import StageInfo, stages_below, write_bundle
+    from radt.training.probe import keep_reading, probe
     from radt.training.samples import draw_samples
     from radt.training.text_tuning import find_tuned
     from radt.unet.unet import UNet
@@ -378,6 +401,18 @@ def _after_save(run: "Run", config: BaseConfig, out: Path, name: str) -> None:
     averaged.load_state_dict(run.ema.state())
     averaged.eval()
     draw_samples(averaged, run.pack, config, out / "samples" / f"{run.step:07d}.png")
+    keep_reading(
+        out,
+        step=run.step,
+        images_seen=run.step * config.data.batch_size * run.accelerator.num_processes,
+        reading=probe(
+            averaged.to(run.accelerator.device),
+            run.pack,
+            data=config.data,
+            objective=objective_of(config),
+            seed=config.loop.seed,
+        ),
+    )
     below = None if config.below is None else Path(config.below)
     is_complete = below is None or (below / "bundle.json").is_file()  # the stages below may be in training, too
     if Path(config.clip).is_dir() and is_complete:

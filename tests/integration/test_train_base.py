@@ -191,6 +191,23 @@ def test_another_configuration_is_refused(finished: Path, tiny_clip: Path) -> No
     assert (finished / "config.json").read_bytes() == before
 
 
+def test_training_may_start_from_a_stage_that_was_trained_before(
+    finished: Path, prepared: Path, tiny_clip: Path
+) -> None:
+    stage = finished / "bundle" / "stage0"
+    asked = settings(tiny_clip, f"start={stage}", "loop.num_steps=1", "optim.lr=1e-9", "optim.warmup_steps=0")
+    train("tiny", asked, prepared)
+    trained, started = (
+        load_file(prepared / "bundle" / "stage0" / "model.safetensors"),
+        load_file(stage / "model.safetensors"),
+    )
+    assert all(torch.allclose(trained[name], started[name], rtol=1e-3, atol=1e-6) for name in started)
+    with pytest.raises(ConfigError, match="is another network than unet asks for"):
+        train("tiny", settings(tiny_clip, f"start={stage}", "unet.heads=4"), prepared / "new")
+    with pytest.raises(ModelError, match="nowhere"):
+        train("tiny", settings(tiny_clip, "start=nowhere"), prepared / "newer")
+
+
 def test_t5_can_read_the_prompts(tiny_clip: Path, tmp_path: Path) -> None:
     t5 = save_t5(tmp_path / "t5")
     widths = ["unet.text_width=16", "unet.pooled_width=16"]
@@ -241,8 +258,8 @@ def test_mistakes_are_one_sentence(finished: Path, prepared: Path, tiny_clip: Pa
     ):
         train("tiny", settings(tiny_clip, "unet.image_width=64"), prepared / "new")
     assert list((prepared / "new").iterdir()) == [prepared / "new" / "config.json"]  # of the one above
-    with pytest.raises(ConfigError, match=r"data.candidates 5 must be at most pack.candidates 4"):
-        train("tiny", settings(tiny_clip, "data.candidates=5"), prepared)
+    with pytest.raises(ConfigError, match=r"data asks for 7 candidates a scene .* pack.candidates is 6"):
+        train("tiny", settings(tiny_clip, "data.num_neighbors=[2, 7]"), prepared)
     (prepared / "config.json").write_text("{")
     with pytest.raises(ConfigError, match="is not the configuration of such a run"):
         train("tiny", settings(tiny_clip), prepared)

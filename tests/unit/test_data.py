@@ -11,19 +11,23 @@ from torch import Tensor
 from index.errors import ConfigError
 from radt.conditioning import map_tensors
 from radt.neighbors import to_pixels
-from radt.training.data import Batch, DataConfig, draw_batch
+from radt.training.data import JITTER_ANGLE, JITTER_SCALE, Batch, DataConfig, draw_batch
 from radt.training.pack import Pack
-from tests.networks import generator
+from tests.networks import IMAGE_SIZE, generator
 from tests.packs import CANDIDATES, NUM_PICTURES, NUM_SCENES, small_pack
 
 QUIET = DataConfig(
     batch_size=64,
+    num_neighbors=(2,),
     wrong_prob=0,
     missing_prob=0,
     drop_text_prob=0,
     drop_neighbors_prob=0,
     recolor_prob=0,
+    invert_prob=0,
     mirror_prob=0,
+    turn_prob=0,
+    jitter_prob=0,
 )
 ORDERS = list(itertools.permutations(range(3)))
 USUAL = (0, 1, 2)
@@ -91,7 +95,7 @@ def test_without_noise_a_batch_is_what_the_pack_holds(pack: Pack) -> None:
                 assert picture in best
         if scene not in (5, 6):
             assert batch.neighbors.mask[i].all()
-            assert len(set(shown)) == QUIET.num_neighbors  # never the same one twice
+            assert len(set(shown)) == 2  # never the same one twice
         if scene == 6:
             assert not batch.neighbors.mask[i].any()
     captions = pack.picture_text.gather(torch.tensor(pictures))
@@ -185,17 +189,98 @@ def test_mirroring_turns_entity_and_neighbors_alike_where_the_caption_allows(pac
     assert seen == {False, True}
 
 
+def test_inverting_turns_entity_and_neighbors_alike_and_leaves_the_ground(pack: Pack) -> None:
+    batch = draw(pack, batch_size=100, invert_prob=1)
+    choices = list(itertools.product((False, True), repeat=3))
+
+    def inverted(rgb: Tensor, full: Tensor | int, which: tuple[bool, ...]) -> Tensor:
+        return torch.where(torch.tensor(which), full - rgb.float(), rgb.float())
+
+    def scene(i: int, which: tuple[bool, ...]) -> Tensor:
+        layer, ground = pack.layers[pack.scene_layer[i]].float(), pack.scene_ground[i].float()
+        alpha = layer[..., 3:]  # the entity is premultiplied: what is clear stays clear
+        return to_pixels(inverted(layer[..., :3], alpha, which) + ground * (1 - alpha / 255))
+
+    scenes = {(i, which): scene(i, which) for i in range(NUM_SCENES) for which in choices}
+    pictures = {
+        (i, which): to_pixels(inverted(picture, 255, which))
+        for i, picture in enumerate(pack.pictures)
+        for which in choices
+    }
+    seen = set()
+    for i, x in enumerate(batch.x0):
+        ((_, which),) = recognize(x, scenes)
+        seen.add(which)
+        assert [its for pixels in batch.neighbors.pixels[i] for _, its in recognize(pixels, pictures)] == [which, which]
+    assert seen == set(choices)
+
+
+def test_turning_turns_entity_and_neighbors_alike_where_nothing_stands_in_a_certain_place(pack: Pack) -> None:
+    batch = draw(pack, batch_size=100, turn_prob=1)
+    scenes = {(i, k): scene_pixels(pack, i).rot90(k, (-2, -1)) for i in range(NUM_SCENES) for k in range(4)}
+    pictures = [to_pixels(picture) for picture in pack.pictures]
+    seen = set()
+    for i, x in enumerate(batch.x0):
+        ((scene, quarters),) = recognize(x, scenes)
+        assert (quarters > 0) == bool(pack.scene_turns[scene])
+        seen.add(quarters)
+        for pixels in batch.neighbors.pixels[i]:
+            assert recognize(pixels, {j: each.rot90(quarters, (-2, -1)) for j, each in enumerate(pictures)})
+    assert seen == {0, 1, 2, 3}
+
+
+def test_a_wide_picture_is_turned_by_a_half_alone(pack: Pack) -> None:
+    half = IMAGE_SIZE // 2
+    wide = dataclasses.replace(pack, layers=pack.layers[:, :half], pictures=pack.pictures[:, :half])
+    batch = draw(wide, batch_size=60, turn_prob=1)
+    scenes = {(i, k): scene_pixels(wide, i).rot90(k, (-2, -1)) for i in range(NUM_SCENES) for k in (0, 2)}
+    assert {name[1] for x in batch.x0 for name in recognize(x, scenes)} == {0, 2}
+
+
+def test_jittered_neighbors_are_moved_each_by_itself_and_their_scene_stays(pack: Pack) -> None:
+    smooth = torch.linspace(0, 255, IMAGE_SIZE).to(torch.uint8)
+    ramps = torch.stack([smooth[:, None].expand(IMAGE_SIZE, IMAGE_SIZE), smooth.expand(IMAGE_SIZE, IMAGE_SIZE)], dim=-1)
+    ramps = torch.cat([ramps, torch.full_like(ramps[..., :1], 90)], dim=-1)  # red tells the row, green the column
+    flat = dataclasses.replace(pack, pictures=ramps.expand_as(pack.pictures).clone())
+    batch = draw(flat, batch_size=50, jitter_prob=1)
+    recognize_scenes(pack, batch)
+    moved = batch.neighbors.pixels[..., 4:-4, 4:-4]  # far from the edge a plane stays a plane
+    rows, columns = torch.meshgrid(*2 * [torch.arange(moved.shape[-1]).float()], indexing="ij")
+    planes = torch.stack([rows.flatten(), columns.flatten(), torch.ones(rows.numel())], dim=1)
+    red_green = moved[:, :, :2].flatten(0, 2).flatten(1).T
+    fit = torch.linalg.lstsq(planes, red_green).solution
+    assert (planes @ fit - red_green).abs().max() < 0.02
+    slope = fit[:2] * (IMAGE_SIZE - 1) / 2
+    scale = slope.norm(dim=0)
+    assert ((scale > 1 / JITTER_SCALE - 0.01) & (scale < JITTER_SCALE + 0.01)).all()
+    assert scale.std() > 0.05
+    angle = torch.atan2(slope[1], slope[0])[::2]
+    assert (angle.abs() < JITTER_ANGLE + 0.01).all()
+    assert angle.std() > 0.05
+    blue = batch.neighbors.pixels[:, :, 2]
+    torch.testing.assert_close(blue, torch.full_like(blue, 90 / 127.5 - 1))
+
+
 def test_any_number_of_neighbors(pack: Pack) -> None:
-    batch = draw(pack, num_neighbors=4, candidates=4)
+    batch = draw(pack, num_neighbors=(4,))
     assert batch.neighbors.mask.shape[1] == 4
-    assert draw(pack, num_neighbors=1, candidates=1).neighbors.mask.shape[1] == 1
+    assert draw(pack, num_neighbors=(1,), candidates=1).neighbors.mask.shape[1] == 1
+
+
+def test_the_number_of_neighbors_of_a_batch_is_drawn(pack: Pack) -> None:
+    counts = [draw(pack, seed, num_neighbors=(1, 2, 2, 4)).neighbors.mask.shape[1] for seed in range(200)]
+    assert set(counts) == {1, 2, 4}
+    assert 80 < counts.count(2) < 120
+    assert DataConfig(num_neighbors=(1, 5)).most_candidates == 5
+    assert DataConfig(num_neighbors=(1, 2)).most_candidates == 3
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"num_neighbors": 4}, "num_neighbors 4 must be at most candidates 3"),
-        ({"num_neighbors": 0}, "must be at least 1"),
+        ({"num_neighbors": (2, 0)}, "each at least 1"),
+        ({"num_neighbors": ()}, "each at least 1"),
+        ({"candidates": 0}, "must be at least 1"),
         ({"batch_size": 0}, "must be at least 1"),
         ({"wrong_prob": 1.5}, "wrong_prob is a probability from 0 to 1, got 1.5"),
         ({"drop_text_prob": -0.1}, "drop_text_prob is a probability"),

@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 
 from index.errors import ConfigError
 from radt.diffusion.schedule import NoiseSchedule
+from radt.resizing import resize
 from radt.training.checkpoint import CheckpointError
 from radt.training.data import DataConfig, draw_batch
-from radt.training.loop import LoopConfig, Objective, Run, step_generator
+from radt.training.loop import LoopConfig, Objective, Run, bend, step_generator
 from radt.training.metrics import append_metrics, forget_after
 from radt.training.optim import OptimConfig
 from radt.unet.unet import UNet
@@ -229,3 +230,30 @@ def test_metrics_of_lost_steps_are_forgotten(tmp_path: Path) -> None:
 def test_impossible_settings_are_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(changes))):
         LoopConfig(**changes)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (16, 24)])
+def test_bending_shifts_every_pixel_smoothly_and_by_no_more_than_it_may(size: tuple[int, int]) -> None:
+    height, width = size
+    rows, columns = torch.meshgrid(torch.arange(height).float(), torch.arange(width).float(), indexing="ij")
+    ramps = torch.stack([rows, columns, torch.zeros_like(rows)]).expand(20, 3, height, width) / 32 - 0.5
+    bent = bend(ramps, 1.5, generator())
+    shift = 32 * (bent - ramps)[:, :2, 3:-3, 3:-3]  # a pixel's own place is its colour; edges repeat
+    assert (shift.abs() < 1.5 + 1e-3).all()
+    assert shift.abs().amax(dim=(1, 2, 3)).max() > 0.9
+    assert shift.abs().amax(dim=(1, 2, 3)).min() < 0.5  # each picture by another strength
+    assert (shift.diff(dim=-1).abs() < 1.5).all()  # nothing is folded over
+    torch.testing.assert_close(bent[:, 2], ramps[:, 2])  # what is even stays so
+    torch.testing.assert_close(bend(ramps, 0.0, generator()), ramps, rtol=0, atol=1e-5)
+
+
+def test_what_is_drawn_over_is_bent_only_where_that_is_asked_for() -> None:
+    network = UNet(small_config(image_size=32, low_res_size=16))
+    x0 = torch.rand(4, 3, 32, 32, generator=generator()) * 2 - 1
+    plain, bent = (
+        replace(OBJECTIVE, augmentation=0.0, warp=warp).draw_low_res(network, x0, generator()) for warp in (0.0, 2.0)
+    )
+    assert plain is not None
+    assert bent is not None
+    torch.testing.assert_close(plain.pixels, resize(resize(x0, (16, 16)), (32, 32)), rtol=0, atol=1e-3)
+    assert (bent.pixels - plain.pixels).abs().amax() > 0.1

@@ -98,7 +98,7 @@ def wrong_files(folder: Path) -> Iterator[tuple[str, str]]:
     (folder / "cut").write_bytes(whole[: len(whole) // 2])
     yield "cut", "is not a training pack"
     save_file({"x": torch.zeros(2)}, folder / "weights")
-    yield "weights", "has pack format None, not 2"
+    yield "weights", "has pack format None, not 3"
     tensors = load_file(folder / "whole")
     with safe_open(folder / "whole", framework="pt") as file:
         metadata = file.metadata()
