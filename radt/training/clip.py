@@ -34,6 +34,7 @@ from radt.training.checkpoint import (
     with_prefix,
     without_prefix,
 )
+from radt.training.divergence import check_finite
 from radt.training.interrupt import StopOnInterrupt
 from radt.training.metrics import append_metrics, forget_after
 from radt.training.optim import OptimConfig, learning_rate, make_optimizer
@@ -108,6 +109,7 @@ def train_clip(
 
     Raises:
         KeyboardInterrupt: after Ctrl-C, once the state is saved.
+        DivergedError: the loss is no number any more; the last state that was saved is kept.
         ConfigError: `out` holds a run of another configuration.
     """
     from accelerate import Accelerator
@@ -129,6 +131,8 @@ def train_clip(
     steps = train_steps(config, run, pairs, tokenizer=tokenizer, accelerator=accelerator)
     with StopOnInterrupt() as interrupt:
         for metrics in steps:
+            log = out / METRICS_FILE if accelerator.is_main_process else None
+            check_finite(metrics, state=out / STATE_FILE, log=log)
             if on_step is not None:
                 on_step(metrics)
             if accelerator.is_main_process:

@@ -27,6 +27,7 @@ from radt.training.checkpoint import (
     without_prefix,
 )
 from radt.training.data import DataConfig, draw_batch
+from radt.training.divergence import check_finite
 from radt.training.interrupt import StopOnInterrupt
 from radt.training.loop import Objective, step_generator
 from radt.training.metrics import append_metrics, forget_after
@@ -118,6 +119,7 @@ class TextTuner:
         forget_after(folder / METRICS_FILE, self.step)
         with StopOnInterrupt() as interrupt:
             for metrics in self._steps():
+                check_finite(metrics, state=folder / STATE_FILE, log=folder / METRICS_FILE)
                 if self.step % self.tuning.log_every == 0:
                     append_metrics(folder / METRICS_FILE, metrics)
                 on_step(metrics)

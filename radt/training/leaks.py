@@ -1,0 +1,158 @@
+"""Nothing of a held-out entity may reach training, nor a scene's own record its neighbours (rows R13, R17).
+
+A name, a keyword or a word counts as held out when no training entity has it: "face" and "flag" are everybody's. A
+picture counts as held out when it is, pixel for pixel, a rendition that the corpus draws of a held-out entity.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from index.errors import CorpusError
+from radt.corpora import scenes
+from radt.corpora.emoji import Entity, GlyphRenderer, load_entities, render_rendition, rendition, select
+from radt.corpora.wording import COUNT_WORDS, noun, plural
+from radt.training.emoji_pack import PackConfig
+from radt.training.pack import Pack
+from radt.training.precompute import Captions
+
+RENDITIONS = 4  # of an entity, as `radt corpus emoji` draws by default
+CORPUS_SIZE = 128
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Leak:
+    """Where something lies that must not, and what it is."""
+
+    where: str
+    what: str
+
+
+class HeldOutWords:
+    """The words and phrases that belong to held-out entities alone."""
+
+    def __init__(self, table: Sequence[Entity]) -> None:
+        trained = [phrase for entity in table if not entity.held_out for phrase in phrases_of(entity)]
+        common = {word for phrase in [*trained, *_scene_phrases()] for word in phrase}
+        inside = {part for phrase in trained for part in _parts(phrase)}
+        held_out = {phrase for entity in table if entity.held_out for phrase in phrases_of(entity)}
+        self.phrases = frozenset(phrase for phrase in held_out if phrase not in inside)
+        self.words = frozenset(word for phrase in held_out for word in phrase if word not in common)
+        self._longest = max(map(len, self.phrases), default=0)
+
+    def found_in(self, text: str) -> list[str]:
+        """What of them a text says: a word of theirs alone, or a whole name or keyword, plural or not."""
+        words = words_of(text)
+        parts = {part for part in _parts(words, longest=self._longest) if part in self.phrases}
+        return sorted({" ".join(part) for part in parts} | (self.words & set(words)))
+
+
+def leaks_in_texts(texts: Iterable[str], *, where: str, table: Sequence[Entity] | None = None) -> Iterator[Leak]:
+    """Texts that name a held-out entity."""
+    theirs = HeldOutWords(load_entities() if table is None else table)
+    for text in texts:
+        for said in theirs.found_in(text):
+            yield Leak(where=where, what=f"{text!r} says {said!r}")
+
+
+def leaks_in_records(records: Iterable[Mapping[str, Any]], *, where: str) -> Iterator[Leak]:
+    """Records of a corpus that are of a held-out entity, by their codes."""
+    held_out = {" ".join(entity.codes): entity.name for entity in load_entities() if entity.held_out}
+    for record in records:
+        codes = record.get("codes")
+        codes = codes if isinstance(codes, str) else " ".join(codes or ())
+        if codes in held_out or record.get("held_out"):
+            yield Leak(where=where, what=f"{record.get('key')} shows {held_out.get(codes, record.get('name'))!r}")
+
+
+def leaks_in_corpus(folder: Path) -> Iterator[Leak]:
+    """Records, captions and pictures of a corpus folder in img2dataset's layout; pictures by their files' hashes."""
+    import pyarrow.parquet as pq
+
+    tables = sorted(folder.glob("*.parquet"))
+    if not tables:
+        raise CorpusError(f"{folder} holds no corpus")
+    rows = [row for table in tables for row in pq.read_table(table).to_pylist()]
+    yield from leaks_in_records(rows, where=folder.name)
+    yield from leaks_in_texts((row["caption"] for row in rows), where=folder.name)
+
+
+def leaks_in_pictures(pack: Pack, glyphs: GlyphRenderer) -> Iterator[Leak]:
+    """Neighbours of a pack that are a picture of a held-out entity, pixel for pixel."""
+    rows = _rows_by_pixels(pack)
+    for entity in load_entities():
+        if entity.held_out and glyphs.draws(entity):
+            for number in range(RENDITIONS):
+                for row in rows.get(_as_in_pack(glyphs, entity, number, pack), ()):
+                    yield Leak(where="pack", what=f"picture {row} is rendition {number} of {entity.name!r}")
+
+
+def own_records(pack: Pack, captions: Captions, config: PackConfig, glyphs: GlyphRenderer) -> Iterator[Leak]:
+    """Scenes whose neighbours hold the very record that the scene is drawn from: rendition 0 of what it shows.
+
+    The scenes are drawn by lot from the pack's configuration, so which entities they show is found by drawing again; a
+    CorpusError where that gives other captions, as after a change of the corpus.
+    """
+    table = load_entities()
+    entities = list(islice((entity for entity in select(table, "train") if glyphs.draws(entity)), config.num_entities))
+    rows = _rows_by_pixels(pack)
+    own: dict[int, set[int]] = {}
+    for place, caption in enumerate(captions.scenes):
+        scene = scenes.sample_scene(np.random.default_rng([config.seed, place]), entities, kinds=config.kinds)
+        if scene.caption != caption:
+            raise CorpusError(f"scene {place} of the pack is {caption!r}, and drawn again it is {scene.caption!r}")
+        neighbors = set(pack.scene_neighbors[place].tolist())
+        for entity in {placement.entity for placement in scene.placements}:
+            if entity not in own:
+                own[entity] = set(rows.get(_as_in_pack(glyphs, table[entity], 0, pack), ()))
+            if own[entity] & neighbors:
+                yield Leak(where="pack", what=f"scene {place} ({caption!r}) has its own record among its neighbours")
+
+
+def phrases_of(entity: Entity) -> set[tuple[str, ...]]:
+    """Name and keywords as words, and the name as a sentence has it, in the plural too."""
+    said = noun(entity)
+    return {words_of(text) for text in (entity.name, said, plural(said) or said, *entity.keywords)} - {()}
+
+
+def words_of(text: str) -> tuple[str, ...]:
+    """Lower case, letters and figures alone."""
+    return tuple("".join(c if c.isalnum() else " " for c in text.lower()).split())
+
+
+def _scene_phrases() -> Iterator[tuple[str, ...]]:
+    """Everything that a scene's caption says beside the names of its entities."""
+    wordings = (scenes.PLACE_TEMPLATES, scenes.SIZE_WORDS, scenes.RELATION_WORDS)
+    groups: list[Iterable[str]] = [
+        *(scenes.SCENE_TEMPLATES, scenes.GROUND_TEMPLATES, scenes.CORNER_TEMPLATES, scenes.COUNT_TEMPLATES),
+        *(scenes.TWO_TEMPLATES, scenes.PALETTE, scenes.PLACES, COUNT_WORDS.values(), map(str, COUNT_WORDS)),
+        *(words for wording in wordings for words in wording.values()),
+        ("an", "in the middle"),
+    ]
+    return (words_of(text) for group in groups for text in group)
+
+
+def _parts(words: tuple[str, ...], *, longest: int | None = None) -> Iterator[tuple[str, ...]]:
+    """Every run of words within a text, up to a length."""
+    for start in range(len(words)):
+        for end in range(start + 1, min(len(words), start + (longest or len(words))) + 1):
+            yield words[start:end]
+
+
+def _rows_by_pixels(pack: Pack) -> dict[bytes, list[int]]:
+    rows: dict[bytes, list[int]] = {}
+    for row, picture in enumerate(pack.pictures.cpu().numpy()):
+        rows.setdefault(picture.tobytes(), []).append(row)
+    return rows
+
+
+def _as_in_pack(glyphs: GlyphRenderer, entity: Entity, number: int, pack: Pack) -> bytes:
+    """A rendition as it would lie in the pack: drawn for the corpus, and resized as `emoji_pack` does."""
+    picture = Image.fromarray(render_rendition(glyphs.glyph(entity), rendition(entity, number), CORPUS_SIZE))
+    height, width = pack.size
+    return np.asarray(picture.resize((width, height), Image.Resampling.LANCZOS)).tobytes()
