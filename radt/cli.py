@@ -17,6 +17,7 @@ import typer
 
 from index.cli import make_app, run
 from radt import __version__
+from radt.evaluation.commands import add_commands
 from radt.settings import BranchOrder, By, Decompose, Fusion, GuidanceRule, ThresholdRule
 
 app = typer.Typer(
@@ -476,6 +477,8 @@ def _training_log() -> Iterator[Callable[[dict[str, float]], None]]:
 def _overwrite_line(text: str) -> None:
     typer.echo(f"\r\x1b[K{text}", nl=False, err=True)
 
+
+add_commands(evaluate, progress=_progress)
 
 if __name__ == "__main__":
     main()

@@ -1,0 +1,209 @@
+"""What people look at after `radt evaluate images`: a table, the same as Markdown, and a plot of every measure."""
+
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from index.atomic import write_bytes
+from index.errors import MissingExtraError
+from radt.evaluation.extractors import HINT
+from radt.evaluation.images import BETTER, ImagesReport, Row
+from radt.evaluation.metrics import Score
+from radt.evaluation.results import Estimate, Picture, Result, Table, typed_command
+
+if TYPE_CHECKING:
+    from rich.table import Table as RichTable
+
+COLUMNS = ("measure", "over", "value", "95 % interval", "N", "reals")
+RESULTS, PAGE, PLOT = "results.json", "results.md", "plot.png"
+SHORT = 8  # digits of a digest
+NAMED = 5  # pictures left out that are named
+PANELS = 4  # beside each other
+INK, POINT = "#24292f", "#0969da"
+
+
+def print_report(report: ImagesReport, written: Sequence[Path] = ()) -> None:
+    """Print the table and what belongs to it to stdout, and below it the files that were written."""
+    from rich.console import Console
+
+    console = Console()
+    console.print(make_table(report))
+    for line in (*remarks(report), *map(str, written)):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def make_table(report: ImagesReport) -> "RichTable":
+    """A row a score."""
+    from rich import box
+    from rich.table import Table as RichTable
+
+    table = RichTable(*COLUMNS, box=box.SIMPLE)
+    for cells in table_rows(report):
+        table.add_row(*cells)
+    return table
+
+
+def table_rows(report: ImagesReport) -> list[tuple[str, ...]]:
+    """The cells of `COLUMNS` as text. A number in brackets points to a note."""
+    numbers = {note: number for number, note in enumerate(all_notes(report), start=1)}
+    rows = []
+    for row in report.rows:
+        marks = "".join(f" [{numbers[note]}]" for note in row.notes)
+        facts = report.facts_of(row)
+        over = "" if facts is None else f"{_short_name(facts.name)} {facts.digest[:SHORT]}"
+        real = "" if row.n_real is None else f"{row.n_real:,}"
+        rows.append((f"{row.title}{marks}", over, number(row.score.value), bounds(row.score), f"{row.score.n:,}", real))
+    return rows
+
+
+def remarks(report: ImagesReport) -> list[str]:
+    """What the table leaves out: extractors, notes, what was not measured, pictures left out."""
+    lines = [
+        f"{_short_name(each.name)} {each.digest[:SHORT]}: {each.width} features of {each.resize}"
+        for each in report.extractors
+    ]
+    lines += [f"[{number}] {note}" for number, note in enumerate(all_notes(report), start=1)]
+    lines += [f"not measured: {measure}: {reason}" for measure, reason in report.skipped.items()]
+    for what, left_out in (("pictures", report.left_out), ("reals", report.left_out_real)):
+        if left_out:
+            named = "; ".join(f"{each.name} ({each.reason})" for each in left_out[:NAMED])
+            more = f"; and {len(left_out) - NAMED} more" if len(left_out) > NAMED else ""
+            lines.append(f"left out, {len(left_out)} of the {what}: {named}{more}")
+    return lines
+
+
+def all_notes(report: ImagesReport) -> list[str]:
+    """Each note once, in order."""
+    return list(dict.fromkeys(note for row in report.rows for note in row.notes))
+
+
+def number(value: float) -> str:
+    """Four digits that count."""
+    return f"{value:.4g}" if abs(value) < 10_000 else f"{value:,.0f}"
+
+
+def bounds(score: Score) -> str:
+    """The interval, or a dash."""
+    return "-" if score.low is None or score.high is None else f"{number(score.low)} to {number(score.high)}"
+
+
+def _short_name(name: str) -> str:
+    """Of a path its last part."""
+    scheme, colon, rest = name.partition(":")
+    return f"{scheme}{colon}{Path(rest).name if '/' in rest and Path(rest).exists() else rest}"
+
+
+def write_report(report: ImagesReport, out: Path) -> list[Path]:
+    """Write `results.json`, `results.md`, `plot.png` and, for `radt report`, the result; each whole. What was written.
+
+    MissingExtraError without matplotlib, before anything is written.
+    """
+    plot = draw_plot(report)
+    written = [out / PLOT, out / PAGE, out / RESULTS]
+    document = {**report.to_json(), "command": typed_command()}
+    for path, content in zip(written, (plot, _page(report).encode(), _json(document)), strict=True):
+        write_bytes(path, content)
+    _result(report, document).save(out)
+    return written
+
+
+def _json(document: Any) -> bytes:
+    return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _page(report: ImagesReport) -> str:
+    """The report in Markdown."""
+    beside = "" if report.real is None else f", beside {report.n_real:,} of `{report.real}`"
+    lines = [f"# Pictures of `{report.source}`", "", f"N = {report.n:,}{beside}. `{typed_command()}`", ""]
+    lines += [_line(COLUMNS), _line(["---"] * len(COLUMNS)), *map(_line, table_rows(report)), ""]
+    lines += [f"- {line}" for line in remarks(report)]
+    lines += ["", f"![every measure with its 95 % interval]({PLOT})", ""]
+    return "\n".join(lines)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
+
+
+def _result(report: ImagesReport, document: dict[str, Any]) -> Result:
+    rows = tuple(
+        (
+            row.title,
+            "" if (facts := report.facts_of(row)) is None else f"{_short_name(facts.name)} {facts.digest[:SHORT]}",
+            _estimate(row.score),
+            row.score.n,
+            row.n_real,
+        )
+        for row in report.rows
+    )
+    table = Table(
+        title="Measures",
+        columns=("measure", "over", "value", "N", "reals"),
+        rows=rows,
+        note=". ".join(remarks(report)),
+    )
+    return Result(
+        kind="images",
+        title="Measures of pictures",
+        command=typed_command(),
+        facts={"pictures": report.source, "N": report.n, "real": report.real, "reals": report.n_real},
+        tables=(table,),
+        pictures=(Picture(file=PLOT, title="Every measure with its 95 % interval"),),
+        data=document,
+    )
+
+
+def _estimate(score: Score) -> Estimate | float:
+    if score.low is None or score.high is None:
+        return score.value
+    return Estimate(value=score.value, low=score.low, high=score.high)
+
+
+def draw_plot(report: ImagesReport) -> bytes:
+    """A PNG: a panel for each measure, in it a point for each extractor, with its interval."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtraError(f"the plot needs matplotlib, which is not installed: {HINT}") from error
+    titles = list(dict.fromkeys(row.title for row in report.rows))
+    across = min(PANELS, len(titles))
+    down = -(-len(titles) // across)
+    tallest = max(sum(row.title == title for row in report.rows) for title in titles)
+    figure = Figure(figsize=(3.1 * across, (1.35 + 0.3 * tallest) * down), layout="constrained")
+    panels = figure.subplots(down, across, squeeze=False).flatten()
+    for panel, title in zip(panels, titles, strict=False):
+        _draw_panel(panel, title, [row for row in report.rows if row.title == title])
+    for panel in panels[len(titles) :]:
+        panel.set_visible(False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _draw_panel(panel: Any, title: str, rows: Sequence[Row]) -> None:
+    for place, row in enumerate(rows):
+        score = row.score
+        if score.low is not None and score.high is not None:
+            panel.plot([score.low, score.high], [place, place], color=POINT, alpha=0.45, linewidth=5)
+        panel.plot([score.value], [place], "o", color=INK, markersize=5)
+        panel.annotate(
+            number(score.value),
+            (score.value, place),
+            xytext=(0, 7),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8,
+        )
+    better = BETTER.get(rows[0].measure, "higher")
+    panel.set_title(f"{title}, N = {rows[0].score.n:,}\n{better} is better", fontsize=9, color=INK)
+    panel.set_yticks(range(len(rows)), [_short_name(row.extractor) for row in rows], fontsize=7)
+    panel.set_ylim(len(rows) - 0.4, -0.8)
+    if all((row.score.low or 0) >= 0 and (row.score.high or row.score.value) <= 1 for row in rows):
+        panel.set_xlim(-0.05, 1.05)
+    else:
+        panel.margins(x=0.2)
+    panel.tick_params(axis="x", labelsize=7)
+    panel.spines[["top", "right", "left"]].set_visible(False)
+    panel.grid(axis="x", alpha=0.25)
