@@ -14,6 +14,7 @@ from radt.training.distill_run import DistillConfig
 from radt.training.emoji_pack import PackConfig
 from radt.training.loop import LoopConfig
 from radt.training.optim import OptimConfig
+from radt.training.recognizer import RecognizerTrainConfig, recognizer_emoji
 from radt.training.text_tuning import TextTuning
 from radt.unet.unet import UNetConfig
 
@@ -196,11 +197,12 @@ def tiny() -> BaseConfig:
     )
 
 
-PRESETS: dict[str, Callable[[], BaseConfig | DistillConfig | ClipTrainConfig]] = {
+PRESETS: dict[str, Callable[[], BaseConfig | DistillConfig | ClipTrainConfig | RecognizerTrainConfig]] = {
     "emoji-demo": emoji_demo,
     "emoji-demo-sr": emoji_demo_sr,
     "emoji-demo-fast": emoji_demo_fast,
     "clip-emoji": clip_emoji,
+    "recognizer-emoji": recognizer_emoji,
     "tiny": tiny,
     "imagen-64": lambda: imagen_stage(imagen_64()),
     "imagen-256": lambda: imagen_stage(imagen_256(), below="runs/imagen-64/bundle", num_scenes=3000),

@@ -23,6 +23,7 @@ from index.errors import ConfigError, ModelError
 from radt.presets import PRESETS, BaseConfig, emoji_demo
 from radt.training.clip import ClipTrainConfig, train_clip
 from radt.training.distill_run import DistillConfig
+from radt.training.recognizer import RecognizerTrainConfig, train_recognizer
 from radt.training.text_tuning import STATE_FILE
 
 if TYPE_CHECKING:
@@ -56,6 +57,8 @@ def train(
     config = override(PRESETS[preset](), *overrides)
     if isinstance(config, ClipTrainConfig):
         return train_clip(config, out, on_step=on_step)
+    if isinstance(config, RecognizerTrainConfig):
+        return train_recognizer(config, out, on_step=on_step)
     if isinstance(config, DistillConfig):
         return train_twin(config, out, on_step=on_step, on_stage=on_stage)
     return train_base(config, out, name=preset, on_step=on_step, on_stage=on_stage)

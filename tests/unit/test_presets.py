@@ -12,6 +12,7 @@ from radt.presets import PRESETS, BaseConfig, emoji_demo, tiny
 from radt.training.clip import ClipTrainConfig
 from radt.training.distill_run import DistillConfig
 from radt.training.emoji_pack import PackConfig
+from radt.training.recognizer import RecognizerTrainConfig
 from radt.unet.unet import UNet
 
 BASE = {"emoji-demo": emoji_demo, "tiny": tiny}
@@ -20,7 +21,7 @@ BASE = {"emoji-demo": emoji_demo, "tiny": tiny}
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_survives_json(name: str) -> None:
     config = PRESETS[name]()
-    assert isinstance(config, BaseConfig | DistillConfig | ClipTrainConfig)
+    assert isinstance(config, BaseConfig | DistillConfig | ClipTrainConfig | RecognizerTrainConfig)
     assert from_dict(type(config), json.loads(json.dumps(to_dict(config)))) == config
 
 
