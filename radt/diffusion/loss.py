@@ -59,3 +59,8 @@ def sample_times(generator: torch.Generator, batch: int) -> PerExample:
     shift = torch.rand(1, generator=generator, device=device)
     cells = torch.randperm(batch, generator=generator, device=device)
     return (cells + shift) / batch
+
+
+def shift_times(t: PerExample, shift: float) -> PerExample:
+    """Times in [0, 1], moved towards noise: s t / (1 + (s - 1) t) (Esser et al. 2024, equation 23). 1 leaves them."""
+    return shift * t / (1 + (shift - 1) * t)

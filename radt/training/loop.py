@@ -19,7 +19,7 @@ from torch.nn.functional import affine_grid, grid_sample, interpolate
 from index.errors import ConfigError
 from radt.conditioning import LowResolution
 from radt.diffusion.denoiser import Prediction
-from radt.diffusion.loss import Weighting, diffusion_loss, sample_times
+from radt.diffusion.loss import Weighting, diffusion_loss, sample_times, shift_times
 from radt.diffusion.schedule import NoiseSchedule
 from radt.resizing import resize
 from radt.shapes import Pixels
@@ -91,10 +91,11 @@ class Objective:
     weighting: Weighting = "v"
     augmentation: float = 0.5
     warp: float = 0.0
+    time_shift: float = 1.0
 
     def loss(self, network: UNet, batch: Batch, generator: torch.Generator) -> Tensor:
         """The mean loss of a batch at stratified random times."""
-        t = sample_times(generator, len(batch.x0))
+        t = shift_times(sample_times(generator, len(batch.x0)), self.time_shift)
         eps = torch.randn(batch.x0.shape, generator=generator, device=generator.device)
         neighbors = network.project_neighbors(batch.neighbors)
         low_res = self.draw_low_res(network, batch.x0, generator)

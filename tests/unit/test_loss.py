@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from radt.diffusion.denoiser import target, x0_from
-from radt.diffusion.loss import diffusion_loss, sample_times
+from radt.diffusion.loss import diffusion_loss, sample_times, shift_times
 from radt.diffusion.schedule import NoiseSchedule
 
 SCHEDULE = NoiseSchedule()
@@ -70,3 +70,14 @@ def test_times_fill_every_cell_once_in_changing_order():
 def test_times_repeat_with_the_generator():
     one, two = (sample_times(torch.Generator().manual_seed(5), 8) for _ in range(2))
     assert torch.equal(one, two)
+
+
+def test_shifted_times_keep_their_ends_and_order_and_compose():
+    t = torch.linspace(0, 1, 101)
+    assert torch.equal(shift_times(t, 1.0), t)
+    shifted = shift_times(t, 2.5)
+    assert (shifted[0], shifted[-1]) == (0, 1)
+    assert (shifted.diff() > 0).all()
+    assert (shifted[1:-1] > t[1:-1]).all()  # towards noise
+    torch.testing.assert_close(shift_times(shifted, 0.4), t)  # 1/2.5 takes it back
+    torch.testing.assert_close(shift_times(shift_times(t, 2.0), 3.0), shift_times(t, 6.0))
