@@ -222,7 +222,7 @@ class TimmExtractor:
         self._network = network.eval().to(self._device)
         self._mean, self._std = (np.array(config[key], np.float32) for key in ("mean", "std"))
         self.digest = _digest(self._network, f"{self.resize} {config['mean']} {config['std']}")
-        self.class_words = _imagenet_words(int(getattr(network, "num_classes", 0)))
+        self.class_words: Mapping[str, int] = _imagenet_words(int(getattr(network, "num_classes", 0)))
         self.width = self._forward(np.zeros((1, self.side, self.side, 3), np.float32))[0].shape[1]
 
     @classmethod
@@ -302,7 +302,7 @@ class RecognizerExtractor:
         self.resize = f"{clean_resize_words(self.side)}, rounded to 8 bits"
         self.digest = recognizer.digest
         self.width = recognizer.network.config.feature_width
-        self.class_words = _emoji_words(recognizer.classes)
+        self.class_words: Mapping[str, int] = _emoji_words(recognizer.classes)
 
     @classmethod
     def load(cls, folder: Path | None = None) -> "RecognizerExtractor":

@@ -6,6 +6,7 @@ A source is a folder of pictures with all below it, a knowledge base, or whateve
 import csv
 import io
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -26,8 +27,9 @@ if TYPE_CHECKING:
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"})
 RECORD_CHUNK = "radt"  # of a PNG (radt/provenance.py)
-BATCH_ROWS = 64  # pictures decoded at once
-FLUSH_ROWS = 256  # pictures that a kill may cost
+BATCH_ROWS = 32  # pictures decoded at once
+FLUSH_ROWS = 256  # pictures, or seconds, that a kill may cost
+FLUSH_SECONDS = 20
 FILE_KEYS = ("file", "file_name", "picture", "image", "path")
 CAPTION_KEYS = ("caption", "prompt", "text")
 OnStep = Callable[[int, int], None]
@@ -216,6 +218,7 @@ class FeatureCache:
         self._folder = None if folder is None else folder / extractor.digest[:16]
         self._known: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
         self._fresh: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
+        self._written = time.monotonic()
         for path in sorted(self._folder.glob("*.safetensors")) if self._folder else ():
             self._known.update(_read_features(path, extractor.width))
 
@@ -230,7 +233,7 @@ class FeatureCache:
         for place, digest in enumerate(digests):
             row = extracted.features[place], None if extracted.logits is None else extracted.logits[place]
             self._known[digest] = self._fresh[digest] = row
-        if len(self._fresh) >= FLUSH_ROWS:
+        if len(self._fresh) >= FLUSH_ROWS or time.monotonic() - self._written > FLUSH_SECONDS:
             self.flush()
 
     def flush(self) -> None:
@@ -247,6 +250,7 @@ class FeatureCache:
         name = blake2b(",".join(keys).encode(), digest_size=8).hexdigest()
         write_bytes(self._folder / f"{name}.safetensors", save(tensors, metadata={"digests": ",".join(keys)}))
         self._fresh.clear()
+        self._written = time.monotonic()
 
 
 def _read_features(path: Path, width: int) -> dict[str, tuple[np.ndarray, np.ndarray | None]]:

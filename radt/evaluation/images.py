@@ -39,7 +39,8 @@ OF_TWO_SETS = ("fd", "kid", "cmmd", "precision", "recall", "density", "coverage"
 MANIFOLD = ("precision", "recall", "density", "coverage")
 COPY_CANDIDATES = 5  # reals nearest by features, compared pixel by pixel
 SIMILARITIES = "similarities.json"
-BETTER: Mapping[str, str] = {"fd": "lower", "kid": "lower", "cmmd": "lower", "copies": "lower"}  # others: higher
+LOWER_IS_BETTER = ("fd", "kid", "cmmd", "copies")
+SHARES = ("precision", "recall", "coverage", "r-precision", "soa", "copies")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,11 +76,15 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """One score. `extractor` is the name of what it is over, empty for what needs none; `notes` say what to mind."""
+    """One score of `n` pictures. `extractor` is what it is over, empty for none; `notes` say what to mind.
+
+    The interval of recall and coverage rests on reals, and that of SOA-C on classes: `score.n` counts those.
+    """
 
     measure: str
     title: str
     score: Score
+    n: int
     n_real: int | None = None
     extractor: str = ""
     notes: tuple[str, ...] = ()
@@ -134,12 +139,13 @@ class ImagesReport:
         facts, score = self.facts_of(row), row.score
         return {
             "measure": row.measure,
-            "title": row.title,
+            "title": f"{row.title} ({row.extractor})" if row.measure in OF_TWO_SETS else row.title,
             "value": score.value,
             "interval": None if score.low is None else [score.low, score.high],
             "interval_by": score.method,
             "at_half_n": score.at_half,
-            "n": score.n,
+            "n": row.n,
+            "n_interval": score.n,
             "n_real": row.n_real,
             "extractor": facts and facts.name,
             "extractor_digest": facts and facts.digest,
@@ -279,13 +285,15 @@ def _both(sets: _Sets, least: int) -> tuple[np.ndarray, np.ndarray]:
     return sets.pictures.features, sets.reals.features
 
 
-def _row(measure: str, title: str, score: Score, sets: _Sets, *, notes: Sequence[str] = ()) -> Row:
-    is_beside_real = measure in OF_TWO_SETS and sets.reals is not None
+def _row(
+    measure: str, title: str, score: Score, sets: _Sets, *, n: int | None = None, notes: Sequence[str] = ()
+) -> Row:
     return Row(
         measure=measure,
         title=title,
         score=score,
-        n_real=len(sets.reals.pictures) if is_beside_real and sets.reals is not None else None,
+        n=len(sets.pictures.pictures) if n is None else n,
+        n_real=len(sets.reals.pictures) if measure in OF_TWO_SETS and sets.reals is not None else None,
         extractor=sets.extractor.name,
         notes=tuple(notes),
     )
@@ -371,7 +379,7 @@ def _clip_score(measure: str, sets: _Sets) -> list[Row]:
     encoder, places, captions = _captioned(sets)
     values = metrics.clip_scores(sets.pictures.features[places], encoder.texts(captions))
     score = metrics.mean_score(values, seed=sets.options.seed)
-    return [_row(measure, "CLIP score", score, sets, notes=_text_notes(sets, len(places)))]
+    return [_row(measure, "CLIP score", score, sets, n=len(places), notes=_text_notes(sets, len(places)))]
 
 
 def _r_precision(measure: str, sets: _Sets) -> list[Row]:
@@ -392,7 +400,7 @@ def _r_precision(measure: str, sets: _Sets) -> list[Row]:
     if candidates < metrics.CANDIDATES:
         notes.append(f"easier than among {metrics.CANDIDATES}: there are {len(different)} different captions")
     title = f"R-precision of {candidates}"
-    return [_row(measure, title, metrics.mean_score(hits), sets, notes=notes)]
+    return [_row(measure, title, metrics.mean_score(hits), sets, n=len(places), notes=notes)]
 
 
 def _object_accuracy(measure: str, sets: _Sets) -> list[Row]:
@@ -410,16 +418,19 @@ def _object_accuracy(measure: str, sets: _Sets) -> list[Row]:
     found = metrics.object_accuracy(classes, answers, seed=sets.options.seed)
     missing = len(asked) - len(places)
     notes = [f"{missing} pictures ask for no class that it knows"] if missing else []
+    if not all(sets.pictures.pictures[place].label for place in places):
+        notes.append("classes are read off captions by their words: `label` in --captions says them surely")
     return [
-        _row(measure, "SOA-I", found.by_picture, sets, notes=notes),
-        _row(measure, "SOA-C", found.by_class, sets, notes=[f"over {found.by_class.n} classes", *notes]),
+        _row(measure, "SOA-I", found.by_picture, sets, n=len(places), notes=notes),
+        _row(measure, "SOA-C", found.by_class, sets, n=len(places), notes=[f"over {found.by_class.n} classes", *notes]),
     ]
 
 
 def asked_class(picture: PictureFile, words: Mapping[str, int], classes: int) -> int | None:
     """The column of the class that a picture should show: by its label, a name or a number, else by its caption.
 
-    The longest name that stands in the caption as whole words counts (Hinz et al. 2022, section 4.1, choose by words).
+    Of the names that stand in the caption as whole words the first counts, the longest of those that begin there; Hinz
+    et al. 2022, section 4.1, choose captions by words, too. Words mislead: an orange background is no orange.
     """
     if picture.label is not None:
         if picture.label.lower() in words:
@@ -430,9 +441,10 @@ def asked_class(picture: PictureFile, words: Mapping[str, int], classes: int) ->
             f"{picture.name!r} is labelled {picture.label!r}, which is neither a name that this extractor knows nor a "
             f"number below {classes}"
         )
-    said = " ".join(_words(picture.caption or ""))
-    named = [name for name in words if f" {' '.join(_words(name))} " in f" {said} "]
-    return words[max(named, key=len)] if named else None
+    said = f" {' '.join(_words(picture.caption or ''))} "
+    places = {name: said.find(f" {' '.join(_words(name))} ") for name in words}
+    named = [name for name, place in places.items() if place >= 0]
+    return words[min(named, key=lambda name: (places[name], -len(name)))] if named else None
 
 
 def _words(text: str) -> list[str]:
@@ -448,17 +460,19 @@ def _copies(sets: _Sets, cache: Path | None) -> list[Row]:
     own = [each.copy_similarity for each in sets.pictures.pictures if each.copy_similarity is not None]
     if own:
         score = metrics.mean_score(np.array(own) > limit)
-        rows.append(Row(measure="copies", title=f"copies of own neighbours above {limit:g}", score=score))
+        note = f"more like a neighbour it was drawn from than {limit:g}, as radt/copying.py measures it"
+        rows.append(Row(measure="copies", title="copy rate, neighbours", score=score, n=len(own), notes=(note,)))
     if sets.reals is not None:
         similarities = real_similarities(sets.pictures, sets.reals, cache)
         rows.append(
             Row(
                 measure="copies",
-                title=f"copies of reals above {limit:g}",
+                title="copy rate, reals",
                 score=metrics.mean_score(similarities > limit),
+                n=len(similarities),
                 n_real=len(sets.reals.pictures),
                 extractor=sets.extractor.name,
-                notes=(f"compared with the {COPY_CANDIDATES} nearest reals by these features",),
+                notes=(f"more like one of the {COPY_CANDIDATES} reals nearest by these features than {limit:g}",),
             )
         )
     if not rows:

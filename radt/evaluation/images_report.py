@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from index.atomic import write_bytes
 from index.errors import MissingExtraError
 from radt.evaluation.extractors import HINT
-from radt.evaluation.images import BETTER, ImagesReport, Row
+from radt.evaluation.images import LOWER_IS_BETTER, SHARES, ExtractorFacts, ImagesReport, Row
 from radt.evaluation.metrics import Score
 from radt.evaluation.results import Estimate, Picture, Result, Table, typed_command
 
@@ -20,6 +20,7 @@ COLUMNS = ("measure", "over", "value", "95 % interval", "N", "reals")
 RESULTS, PAGE, PLOT = "results.json", "results.md", "plot.png"
 SHORT = 8  # digits of a digest
 NAMED = 5  # pictures left out that are named
+FROM_ZERO = ("fd", "kid", "cmmd", "density")
 PANELS = 4  # beside each other
 INK, POINT = "#24292f", "#0969da"
 
@@ -48,21 +49,29 @@ def make_table(report: ImagesReport) -> "RichTable":
 def table_rows(report: ImagesReport) -> list[tuple[str, ...]]:
     """The cells of `COLUMNS` as text. A number in brackets points to a note."""
     numbers = {note: number for number, note in enumerate(all_notes(report), start=1)}
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for row in report.rows:
         marks = "".join(f" [{numbers[note]}]" for note in row.notes)
-        facts = report.facts_of(row)
-        over = "" if facts is None else f"{_short_name(facts.name)} {facts.digest[:SHORT]}"
         real = "" if row.n_real is None else f"{row.n_real:,}"
-        rows.append((f"{row.title}{marks}", over, number(row.score.value), bounds(row.score), f"{row.score.n:,}", real))
+        over = _over(report, row)
+        rows.append((f"{row.title}{marks}", over, number(row.score.value), bounds(row.score), f"{row.n:,}", real))
     return rows
+
+
+def _over(report: ImagesReport, row: Row) -> str:
+    facts = report.facts_of(row)
+    return "" if facts is None else _letter(report, facts)
+
+
+def _letter(report: ImagesReport, facts: ExtractorFacts) -> str:
+    """A letter for an extractor, and the beginning of its digest."""
+    return f"{chr(ord('A') + report.extractors.index(facts))} {facts.digest[:SHORT]}"
 
 
 def remarks(report: ImagesReport) -> list[str]:
     """What the table leaves out: extractors, notes, what was not measured, pictures left out."""
     lines = [
-        f"{_short_name(each.name)} {each.digest[:SHORT]}: {each.width} features of {each.resize}"
-        for each in report.extractors
+        f"{_letter(report, each)}: {each.name}, {each.width} features of {each.resize}" for each in report.extractors
     ]
     lines += [f"[{number}] {note}" for number, note in enumerate(all_notes(report), start=1)]
     lines += [f"not measured: {measure}: {reason}" for measure, reason in report.skipped.items()]
@@ -86,7 +95,7 @@ def number(value: float) -> str:
 
 def bounds(score: Score) -> str:
     """The interval, or a dash."""
-    return "-" if score.low is None or score.high is None else f"{number(score.low)} to {number(score.high)}"
+    return "-" if score.low is None or score.high is None else f"{score.low:.3g} to {score.high:.3g}"
 
 
 def _short_name(name: str) -> str:
@@ -131,9 +140,9 @@ def _result(report: ImagesReport, document: dict[str, Any]) -> Result:
     rows = tuple(
         (
             row.title,
-            "" if (facts := report.facts_of(row)) is None else f"{_short_name(facts.name)} {facts.digest[:SHORT]}",
+            _over(report, row),
             _estimate(row.score),
-            row.score.n,
+            row.n,
             row.n_real,
         )
         for row in report.rows
@@ -167,26 +176,29 @@ def draw_plot(report: ImagesReport) -> bytes:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingExtraError(f"the plot needs matplotlib, which is not installed: {HINT}") from error
-    titles = list(dict.fromkeys(row.title for row in report.rows))
-    across = min(PANELS, len(titles))
-    down = -(-len(titles) // across)
-    tallest = max(sum(row.title == title for row in report.rows) for title in titles)
-    figure = Figure(figsize=(3.1 * across, (1.35 + 0.3 * tallest) * down), layout="constrained")
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in report.rows:  # distances over two extractors are two different numbers: each has its own axis
+        groups.setdefault((row.title, "" if row.measure in SHARES else row.extractor), []).append(row)
+    across = min(PANELS, len(groups))
+    down = -(-len(groups) // across)
+    tallest = max(map(len, groups.values()))
+    figure = Figure(figsize=(3.3 * across, (1.2 + 0.25 * tallest) * down), layout="constrained")
     panels = figure.subplots(down, across, squeeze=False).flatten()
-    for panel, title in zip(panels, titles, strict=False):
-        _draw_panel(panel, title, [row for row in report.rows if row.title == title])
-    for panel in panels[len(titles) :]:
+    for panel, rows in zip(panels, groups.values(), strict=False):
+        _draw_panel(panel, rows)
+    for panel in panels[len(groups) :]:
         panel.set_visible(False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
     return buffer.getvalue()
 
 
-def _draw_panel(panel: Any, title: str, rows: Sequence[Row]) -> None:
+def _draw_panel(panel: Any, rows: Sequence[Row]) -> None:
     for place, row in enumerate(rows):
         score = row.score
         if score.low is not None and score.high is not None:
-            panel.plot([score.low, score.high], [place, place], color=POINT, alpha=0.45, linewidth=5)
+            ends = [score.low, score.high]
+            panel.plot(ends, [place, place], color=POINT, alpha=0.45, linewidth=5, solid_capstyle="butt")
         panel.plot([score.value], [place], "o", color=INK, markersize=5)
         panel.annotate(
             number(score.value),
@@ -196,14 +208,20 @@ def _draw_panel(panel: Any, title: str, rows: Sequence[Row]) -> None:
             ha="center",
             fontsize=8,
         )
-    better = BETTER.get(rows[0].measure, "higher")
-    panel.set_title(f"{title}, N = {rows[0].score.n:,}\n{better} is better", fontsize=9, color=INK)
+    first = rows[0]
+    better = "lower" if first.measure in LOWER_IS_BETTER else "higher"
+    panel.set_title(f"{first.title}, N = {first.n:,}\n{better} is better", fontsize=9, color=INK)
     panel.set_yticks(range(len(rows)), [_short_name(row.extractor) for row in rows], fontsize=7)
     panel.set_ylim(len(rows) - 0.4, -0.8)
-    if all((row.score.low or 0) >= 0 and (row.score.high or row.score.value) <= 1 for row in rows):
+    if first.measure in SHARES:
         panel.set_xlim(-0.05, 1.05)
     else:
-        panel.margins(x=0.2)
+        panel.margins(x=0.25)
+        if first.measure in FROM_ZERO:
+            panel.set_xlim(left=min([0.0, *(row.score.low or 0.0 for row in rows)]))
+        panel.locator_params(axis="x", nbins=4)
+        panel.ticklabel_format(axis="x", useOffset=False)
     panel.tick_params(axis="x", labelsize=7)
+    panel.tick_params(axis="y", length=0)
     panel.spines[["top", "right", "left"]].set_visible(False)
     panel.grid(axis="x", alpha=0.25)

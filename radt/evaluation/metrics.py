@@ -141,7 +141,7 @@ def frechet_distance(a: Features, b: Float[np.ndarray, "m d"]) -> float:
     mean_x, mean_y = x.mean(axis=0), y.mean(axis=0)
     x, y = (x - mean_x) / np.sqrt(len(x) - 1), (y - mean_y) / np.sqrt(len(y) - 1)
     if min(len(x), len(y)) > x.shape[1]:  # a rotation of the rows, so that the product is d by d
-        x, y = np.linalg.qr(x, mode="r"), np.linalg.qr(y, mode="r")
+        x, y = (np.asarray(np.linalg.qr(each, mode="r")) for each in (x, y))
     cross = np.linalg.svd(x @ y.T, compute_uv=False).sum()
     distance = ((mean_x - mean_y) ** 2).sum() + (x**2).sum() + (y**2).sum() - 2 * cross
     return max(0.0, float(distance))

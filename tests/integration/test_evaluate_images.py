@@ -1,0 +1,481 @@
+"""`radt evaluate images` and `retrieval` as a user meets them: what they print, keep, take up again, and refuse."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from index.cli import run
+from index.errors import CorpusError, ModelError, QueryError
+from radt.cli import app
+from radt.copying import copy_similarity
+from radt.evaluation import image_set
+from radt.evaluation.extractors import Extracted, load_extractor
+from radt.evaluation.image_set import PictureFile, choose, find_pictures, measure_set
+from radt.evaluation.images import COPY_CANDIDATES, MEASURES, Options, asked_class, measure_images, real_similarities
+from radt.evaluation.results import Result
+from radt.neighbors import Neighbor, to_rgb8
+from tests.fakes import caption_of, draw, encode, write_img2dataset
+
+N = 14
+
+
+@pytest.fixture
+def radt(capsys):
+    """Run a command of `radt evaluate`. (exit code, stdout, stderr)."""
+
+    def call(*words):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            run(app, ["evaluate", *map(str, words)])
+        out, err = capsys.readouterr()
+        return end.value.code or 0, out, err
+
+    return call
+
+
+@pytest.fixture
+def error(radt):
+    """The one sentence that a command ends with."""
+
+    def call(*words):
+        code, out, err = radt(*words)
+        assert (code, out) == (1, ""), (code, out, err)
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1
+        return err
+
+    return call
+
+
+def write_pictures(folder, numbers, *, captions=True):
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in numbers:
+        (folder / f"{number:03d}.png").write_bytes(encode(draw(number)))
+        if captions:
+            (folder / f"{number:03d}.txt").write_text(caption_of(number))
+    return folder
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    return write_pictures(tmp_path / "pictures", range(N))
+
+
+@pytest.fixture
+def reals(tmp_path):
+    return write_pictures(tmp_path / "reals", range(N - 4, 2 * N), captions=False)
+
+
+@pytest.fixture
+def clip(tiny_clip):
+    return f"open_clip:{tiny_clip}"
+
+
+class Counting:
+    """An extractor of means of colour, as a test wants them; counts what it is asked for, and may stop."""
+
+    name, kind, side, resize, width, digest = "counting", "timm", 1, "mean colour", 3, "c0ffee" * 5
+    class_words: dict[str, int] = {}  # noqa: RUF012 - as the protocol has it
+
+    def __init__(self, *, stop_after: int | None = None, broken: bool = False):
+        self.count, self.stop_after, self.broken = 0, stop_after, broken
+
+    def extract(self, images):
+        if self.stop_after is not None and self.count >= self.stop_after:
+            raise KeyboardInterrupt
+        self.count += len(images)
+        means = np.stack([np.asarray(image, np.float32).mean(axis=(0, 1)) / 255 for image in images])
+        return Extracted(features=np.where(np.arange(3) == 1, np.nan, means) if self.broken else means)
+
+
+# The command
+
+
+def test_every_measure_that_can_be_taken_is_printed_with_what_it_rests_on(radt, pictures, reals, clip, tmp_path):
+    out = tmp_path / "out"
+    words = ["images", pictures, "--real", reals, "--extractor", clip, "--extractor", "timm:test_vit:untrained"]
+    code, text, err = radt(*words, "--out", out, "--subsets", 5)
+    assert (code, err) == (0, "")
+    digests = {name: load_extractor(name).digest for name in (clip, "timm:test_vit:untrained")}
+    for part in ("FD [1]", "KD", "CMMD", "precision", "coverage", "CLIP score", f"R-precision of {N}", *MEASURES[:1]):
+        assert part.lower() in text.lower()
+    assert "FID" not in text  # it is called so over Inception alone
+    assert "KID or CMMD" in text
+    assert "N too small: 14 pictures for 16 features" in text
+    assert "the model's own: Resize 32 bicubic" in text
+    assert all(digest[:8] in text for digest in digests.values())
+    document = json.loads((out / "results.json").read_text())
+    assert {score["measure"] for score in document["scores"]} == set(MEASURES)
+    page = (out / "results.md").read_text()
+    assert "`label` in --captions" in page
+    for score in document["scores"]:
+        low, high = score["interval"]
+        assert low <= score["value"] <= high
+        assert score["n"] == (N if score["measure"] != "soa" else 1)  # "a orange circle" names an ImageNet class
+        assert score["extractor_digest"] == digests[score["extractor"]]
+        assert score["resize"]
+        assert (score["n_real"] == N + 4) == ("real" in score["title"] or score["measure"] in MEASURES[:7])
+    assert page.count("| ---") == 6
+    assert "![" in page
+    plot = Image.open(out / "plot.png")
+    assert plot.width > 500
+    assert len(set(plot.convert("L").tobytes())) > 10
+    stored = Result.load(out / "images.result.json")
+    assert len(stored.tables[0].rows) == len(document["scores"])
+
+
+def test_json_is_one_document_and_nothing_else(radt, pictures, clip):
+    code, out, _ = radt("images", pictures, "--extractor", clip, "--metrics", "clip-score,r-precision", "--json")
+    assert code == 0
+    document = json.loads(out)
+    assert out.count("\n") == 1
+    assert [score["measure"] for score in document["scores"]] == ["clip-score", "r-precision"]
+    assert "easier than among 100" in document["scores"][1]["notes"][0]
+
+
+def test_the_reals_may_be_a_knowledge_base_or_a_corpus(radt, pictures, clip, tiny_kb, tmp_path):
+    write_img2dataset(tmp_path / "corpus")
+    for real in (tiny_kb, tmp_path / "corpus"):
+        code, out, err = radt("images", pictures, "--real", real, "--extractor", clip, "--metrics", "cmmd", "--json")
+        assert code == 0, err
+        (score,) = json.loads(out)["scores"]
+        assert score["n_real"] == 12
+    limited = choose(find_pictures(str(tiny_kb)), 5, seed=1)
+    assert len({each.name for each in limited}) == 5
+    names = [[each.name for each in choose(find_pictures(str(tiny_kb)), 5, seed=seed)] for seed in (1, 2)]
+    assert [each.name for each in limited] == names[0] != names[1]
+
+
+def test_pictures_of_generate_say_themselves_what_they_should_show(capsys, radt, tiny_bundle, tiny_kb, tmp_path):
+    from index.embedder import ClipEmbedder
+
+    words = ["a red circle", "a green square", "--kb", tiny_kb, "--model", tiny_bundle, "--out", tmp_path / "out"]
+    with pytest.raises(SystemExit):
+        run(app, ["generate", *map(str, words)])
+    found = find_pictures(str(tmp_path / "out"))
+    assert [picture.caption for picture in found] == ["a red circle", "a green square"]
+    assert {picture.encoder for picture in found} == {ClipEmbedder.load(str(tiny_bundle)).fingerprint}
+    code, out, err = radt("images", tmp_path / "out", "--extractor", f"open_clip:{tiny_bundle}", "--json")
+    assert code == 0, err
+    scores = {score["measure"]: score for score in json.loads(out)["scores"]}
+    assert set(scores) == {"clip-score", "r-precision", "copies"}
+    assert "not independent" in scores["clip-score"]["notes"][0]
+    recorded = np.mean([picture.copy_similarity > 0.95 for picture in found])
+    assert scores["copies"]["value"] == recorded
+
+
+def test_captions_and_labels_of_a_file_go_before_others(radt, pictures, clip, tmp_path):
+    table = tmp_path / "captions.csv"
+    table.write_text("file,caption,label\n000.png,a wolf,7\n001,a cat,\n")
+    found = find_pictures(str(pictures), captions=table)
+    assert [(each.caption, each.label) for each in found[:3]] == [
+        ("a wolf", "7"),
+        ("a cat", None),
+        (caption_of(2), None),
+    ]
+    lines = tmp_path / "captions.jsonl"
+    lines.write_text('{"file": "002.png", "prompt": "a dog", "label": 3}\n')
+    assert find_pictures(str(pictures), captions=lines)[2].label == "3"
+    code, out, err = radt(
+        "images", pictures, "--extractor", "timm:test_vit:untrained", "--captions", table, "--metrics", "soa", "--json"
+    )
+    assert code == 0, err
+    by_picture, by_class = json.loads(out)["scores"]
+    assert (by_picture["title"], by_class["title"], by_picture["n"]) == ("SOA-I", "SOA-C", 2)
+    assert "12 pictures ask for no class" in by_picture["notes"][0]
+
+
+def test_the_same_seed_gives_the_same_scores(radt, pictures, reals, clip):
+    words = ["images", pictures, "--real", reals, "--extractor", clip, "--json", "--subsets", 5, "--metrics", "fd,kid"]
+    one, again, other = (json.loads(radt(*words, "--seed", seed)[1])["scores"] for seed in (1, 1, 2))
+    assert one == again
+    assert one != other
+
+
+# Going on
+
+
+def test_a_run_that_was_stopped_goes_on_where_it_was(monkeypatch, pictures, tmp_path):
+    monkeypatch.setattr(image_set, "BATCH_ROWS", 4)
+    found = find_pictures(str(pictures))
+    stopped, fresh, idle = Counting(stop_after=8), Counting(), Counting()
+    steps = []
+    with pytest.raises(KeyboardInterrupt):
+        measure_set(found, stopped, cache=tmp_path / "cache", on_step=lambda done, of: steps.append((done, of)))
+    assert steps == [(4, N), (8, N)]
+    resumed = measure_set(found, fresh, cache=tmp_path / "cache", on_step=lambda done, of: None)
+    assert (stopped.count, fresh.count) == (8, N - 8)
+    whole = measure_set(found, idle, on_step=lambda done, of: None)
+    np.testing.assert_array_equal(resumed.features, whole.features)
+    again = Counting()
+    measure_set(found, again, cache=tmp_path / "cache", on_step=lambda done, of: None)
+    assert again.count == 0
+    (pictures / "000.png").write_bytes(encode(draw(99)))  # its content counts, not its name
+    measure_set(find_pictures(str(pictures)), again, cache=tmp_path / "cache", on_step=lambda done, of: None)
+    assert again.count == 1
+
+
+def test_a_damaged_cache_is_computed_anew_and_another_extractor_has_its_own(pictures, tmp_path):
+    found, cache = find_pictures(str(pictures)), tmp_path / "cache"
+    one = measure_set(found, Counting(), cache=cache, on_step=lambda done, of: None)
+    (file,) = cache.rglob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:100])
+    again = Counting()
+    two = measure_set(found, again, cache=cache, on_step=lambda done, of: None)
+    assert again.count == N
+    np.testing.assert_array_equal(one.features, two.features)
+    other = Counting()
+    other.digest = "beef" * 8
+    measure_set(found, other, cache=cache, on_step=lambda done, of: None)
+    assert other.count == N
+
+
+# Copies
+
+
+def test_a_copy_is_found_among_the_reals_and_once(tmp_path, monkeypatch):
+    pictures = write_pictures(tmp_path / "a", range(3), captions=False)
+    reals = write_pictures(tmp_path / "b", [*range(40, 50), 1], captions=False)
+    sets = [
+        measure_set(find_pictures(str(folder)), Counting(), on_step=lambda done, of: None)
+        for folder in (pictures, reals)
+    ]
+    found = real_similarities(sets[0], sets[1], tmp_path / "cache")
+    assert found[1] == 1
+    brute = [
+        max(_similarity(draw(i), draw(j)) for j in [*range(40, 50), 1]) for i in range(3)
+    ]  # all reals, not the nearest few
+    assert (found <= np.array(brute) + 1e-9).all()
+    monkeypatch.setattr("radt.evaluation.images.best_match", None)  # all of them are known by now
+    np.testing.assert_array_equal(real_similarities(sets[0], sets[1], tmp_path / "cache"), found)
+    assert COPY_CANDIDATES < 11
+
+
+def _similarity(picture, real):
+    size = (picture.height, picture.width)
+    neighbor = Neighbor(id="0", caption="", pixels=to_rgb8(real, size))
+    return copy_similarity(to_rgb8(picture, size), [neighbor])
+
+
+# Classes in captions
+
+
+def test_the_first_and_longest_class_that_a_caption_names_as_whole_words_is_asked_for():
+    words = {"cat": 0, "polar bear": 1, "bear": 2, "o'clock": 3}
+
+    def asked(caption, label=None):
+        return asked_class(PictureFile(name="0", read=bytes, caption=caption, label=label), words, 10)
+
+    assert asked("a polar bear, drawn") == 1
+    assert asked("A BEAR.") == 2
+    assert asked("a cat on a polar bear") == 0
+    assert asked("a catalogue of bears") is None
+    assert asked("three o'clock") == 3
+    assert asked(None) is None
+    assert asked("a cat", "bear") == 2
+    assert asked("a cat", "9") == 9
+    with pytest.raises(QueryError, match=r"labelled '10', which is neither a name .* nor a number below 10"):
+        asked("a cat", "10")
+
+
+# What cannot be measured
+
+
+def test_a_broken_picture_is_named_left_out_and_counted(radt, pictures, clip):
+    (pictures / "100.png").write_bytes(encode(draw(3))[:60])
+    (pictures / "101.png").write_bytes(b"no picture")
+    (pictures / "102.png").write_bytes(encode(Image.new("RGB", (400, 2))))
+    words = ["images", pictures, "--extractor", clip, "--metrics", "clip-score"]
+    code, out, err = radt(*words)
+    assert code == 0, err
+    assert "left out, 3 of the pictures: 100.png (" in out
+    assert "102.png (it is 400 by 2, too narrow" in out
+    document = json.loads(radt(*words, "--json")[1])
+    assert document["n"] == N
+    assert [each["name"] for each in document["left_out"]] == ["100.png", "101.png", "102.png"]
+
+
+def test_nothing_but_broken_pictures(error, tmp_path, clip):
+    (tmp_path / "0.png").write_bytes(b"no picture")
+    assert "none of 1 pictures can be read; the first is '0.png'" in error("images", tmp_path, "--extractor", clip)
+
+
+@pytest.mark.parametrize("name", ["empty", "absent"])
+def test_an_empty_folder_and_none_at_all(error, tmp_path, clip, name):
+    (tmp_path / "empty").mkdir()
+    assert "there are no pictures in" in error("images", tmp_path / name, "--extractor", clip)
+
+
+def test_one_picture_alone(radt, error, tmp_path, reals, clip):
+    one = write_pictures(tmp_path / "one", [0])
+    words = ["images", one, "--real", reals, "--extractor", clip]
+    assert "fd cannot be measured: it needs at least 2 pictures in each set, and the smaller has 1" in error(
+        *words, "--metrics", "fd"
+    )
+    code, out, _ = radt(*words, "--json")
+    assert code == 0
+    document = json.loads(out)
+    assert {score["measure"] for score in document["scores"]} == {"cmmd", "clip-score", "copies"}
+    assert "at least 6 pictures" in document["not_measured"]["coverage"]
+
+
+def test_fewer_pictures_than_a_subset(error, pictures, reals, clip):
+    words = ["images", pictures, "--real", reals, "--extractor", clip, "--metrics", "kid", "--subset-size", 50]
+    assert "subsets of 50" in (sentence := error(*words))
+    assert "the smaller has 14: give --subset-size 14 or less" in sentence
+
+
+def test_a_measure_that_nobody_knows(error, pictures, clip):
+    words = ["images", pictures, "--extractor", clip, "--metrics"]
+    assert "there is no measure 'fdd': did you mean 'fd'? It is one of fd, kid" in error(*words, "fdd")
+    assert "fd cannot be measured: it compares with real pictures; name them with --real" in error(*words, "fd")
+
+
+def test_measures_without_what_they_need(error, tmp_path, clip):
+    bare = write_pictures(tmp_path / "bare", range(3), captions=False)
+    words = ["images", bare, "--extractor"]
+    assert "clip-score cannot be measured: no picture has a caption" in error(*words, clip, "--metrics", "clip-score")
+    assert "it needs an image-text encoder" in error(*words, "timm:test_vit:untrained", "--metrics", "r-precision")
+    assert "is no classifier" in error(*words, clip, "--metrics", "is")
+    assert "nothing can be measured of these pictures: it compares with real pictures" in error(*words, clip)
+
+
+def test_captions_that_speak_of_other_pictures(error, pictures, clip, tmp_path):
+    table = tmp_path / "captions.csv"
+    table.write_text("file,caption\nelsewhere.png,a wolf\n")
+    words = ["images", pictures, "--extractor", clip, "--captions"]
+    assert "names none of the pictures" in error(*words, table)
+    assert "cannot read the captions" in error(*words, tmp_path / "absent.csv")
+    table = tmp_path / "captions.jsonl"
+    table.write_text("no json\n")
+    assert "is no csv, tsv or jsonl file of captions" in error(*words, table)
+
+
+def test_features_that_are_not_finite_name_the_picture(pictures):
+    with pytest.raises(ModelError, match=r"gave no finite features for 14 of 14 pictures, the first is '000.png'"):
+        measure_set(find_pictures(str(pictures)), Counting(broken=True), on_step=lambda done, of: None)
+
+
+def test_own_results_are_not_measured_as_pictures(radt, pictures, clip):
+    words = ["images", pictures, "--extractor", clip, "--metrics", "clip-score", "--json", "--out", pictures / "out"]
+    for _ in range(2):
+        assert json.loads(radt(*words)[1])["n"] == N
+    assert (pictures / "out" / "plot.png").is_file()
+
+
+def test_reading_a_file_that_went_away(tmp_path):
+    found = find_pictures(str(write_pictures(tmp_path / "a", range(2))))
+    (tmp_path / "a" / "000.png").unlink()
+    measured = measure_set(found, Counting(), on_step=lambda done, of: None)
+    assert [each.reason for each in measured.left_out] == ["it cannot be read (No such file or directory)"]
+    (tmp_path / "a" / "001.png").unlink()
+    with pytest.raises(CorpusError, match="none of 2 pictures can be read"):
+        measure_set(found, Counting(), on_step=lambda done, of: None)
+
+
+def test_without_an_extractor_nothing_is_measured(pictures):
+    from index.errors import ConfigError
+
+    with pytest.raises(ConfigError, match="without an extractor"):
+        measure_images(find_pictures(str(pictures)), [], options=Options())
+    with pytest.raises(ConfigError, match="2 or more subsets"):
+        Options(subsets=1)
+
+
+# Retrieval
+
+
+@pytest.fixture
+def ask(radt, tiny_kb, tmp_path):
+    """Run `radt evaluate retrieval` with these lines. (exit code, stdout, stderr)."""
+
+    def call(text, *words, suffix=".txt"):
+        queries = tmp_path / f"queries{suffix}"
+        queries.write_text(text)
+        return radt("retrieval", "--kb", tiny_kb, "--queries", queries, *words)
+
+    return call
+
+
+def test_retrieval_of_words_that_one_caption_has(ask, tiny_kb, tmp_path):
+    from index.knowledge_base import KnowledgeBase
+
+    ids = {
+        pair.caption: pair.id
+        for pair in KnowledgeBase.open(tiny_kb).store.get(KnowledgeBase.open(tiny_kb).store.matching_ids())
+    }
+    lines = [f"{caption_of(3)}\t{ids[caption_of(3)]}", f"{caption_of(5)}\tcaption LIKE '%number 5'"]
+    code, out, err = ask("\n".join(lines), "--json", "-k", 1, "-k", 12, "--out", tmp_path / "out")
+    assert code == 0, err
+    document = json.loads(out)
+    assert (document["n"], document["pairs"], document["relevant_median"]) == (2, 12, 1)
+    assert set(document["scores"]) == {"clip", "bm25", "hybrid"}
+    for by, score in document["scores"].items():
+        assert score["recall@12"]["value"] == score["hit@12"]["value"] == 1, by  # all pairs are hits
+        low, high = score["mrr"]["interval"] or (0, 1)
+        assert low <= score["mrr"]["value"] <= high
+    assert document["scores"]["bm25"]["recall@1"]["value"] == 1
+    assert document["scores"]["bm25"]["mrr"]["value"] == 1
+    stored = Result.load(tmp_path / "out" / "retrieval.result.json")
+    assert stored.tables[0].columns == ("", "clip", "bm25", "hybrid")
+
+
+def test_retrieval_prints_a_table_and_reads_json_lines(ask):
+    text = json.dumps({"query": "red", "where": "caption LIKE '%red%'"}) + "\n"
+    code, out, err = ask(text, "--by", "bm25", suffix=".jsonl")
+    assert code == 0, err
+    assert "1 queries to 12 pairs" in out
+    assert "recall@5" in out
+    # numbers 0 and 10 are red
+    assert "1.000 (0.207 to 1.000)" in out
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("a red circle\n", "says not which pairs are relevant"),
+        ("red\t99999\n", "there is no pair 99999 in the knowledge base"),
+        ("red\tcaption LIKE 'nothing%'\n", "no pair fulfils \"caption LIKE 'nothing%'\""),
+        ("red\tnofield > 3\n", "nofield"),
+        ("", "is empty"),
+    ],
+)
+def test_queries_that_cannot_be_judged(ask, text, sentence):
+    code, out, err = ask(text)
+    assert (code, out) == (1, "")
+    assert sentence in err
+    assert err.count("\n") == 1
+
+
+def test_json_queries_that_cannot_be_judged(ask):
+    for text, sentence in (
+        ("no json", "is no object with"),
+        ('{"query": 3, "relevant": [1]}', "should have a text"),
+        ('{"query": "red", "relevant": ["x"]}', "should have a text"),
+        ('{"query": "red"}', "says not which pairs are relevant"),
+    ):
+        code, _, err = ask(text, suffix=".jsonl")
+        assert code == 1
+        assert sentence in err
+
+
+def test_a_kind_of_search_that_there_is_not(ask):
+    code, _, err = ask("red\tcaption LIKE '%red%'", "--by", "magic")
+    assert code == 1
+    assert "one searches by clip, bm25, tfidf, hybrid, got 'magic'" in err
+
+
+def test_neither_command_imports_torch_to_show_its_help():
+    import subprocess
+    import sys
+
+    script = (
+        "import sys\nfrom radt.cli import app\ntry:\n    app(['evaluate', 'images', '--help'])\nexcept SystemExit:\n"
+        "    pass\nprint([name for name in ('torch', 'numpy', 'matplotlib', 'timm') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.rstrip().endswith("[]")
+    assert Path(image_set.__file__).is_file()
