@@ -101,6 +101,17 @@ def check_no_leak(hits: Sequence[Sequence[Hit]], table: Sequence[Entity]) -> Non
             )
 
 
+def check_no_own(hits: Sequence[Sequence[Hit]], own: Sequence[Sequence[int]]) -> None:
+    """Refuse neighbours that are the record their scene was drawn from; `own` are the ids of those, scene by scene."""
+    for place, (found, ids) in enumerate(zip(hits, own, strict=True)):
+        for hit in found:
+            if hit.id in ids:
+                raise CorpusError(
+                    f"pair {hit.id} ({hit.caption!r}) is what scene {place} was drawn from, and was found as its "
+                    "neighbour: the knowledge base does not obey `exclude`; build it again with this version"
+                )
+
+
 def _draw_layers(scenes: Sequence[Scene], glyphs: GlyphRenderer, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """One premultiplied RGBA layer for each distinct arrangement, and each scene's row in them."""
     rows: dict[tuple[tuple[int, tuple[float, ...]], ...], int] = {}
@@ -129,7 +140,7 @@ def _find_neighbors(
     """The best neighbours of every scene's caption, the drawn renditions left out."""
     own = _ids_of_rendition_zero(kb)
     exclude = [[own[" ".join(table[p.entity].codes)] for p in scene.placements] for scene in scenes]
-    return kb.retriever.search_many(
+    hits = kb.retriever.search_many(
         [scene.caption for scene in scenes],
         k=config.candidates,
         by=config.by,
@@ -137,6 +148,8 @@ def _find_neighbors(
         decompose=config.decompose,
         exclude=exclude,
     )
+    check_no_own(hits, exclude)
+    return hits
 
 
 def _ids_of_rendition_zero(kb: KnowledgeBase) -> dict[str, int]:

@@ -43,13 +43,19 @@ class HeldOutWords:
         held_out = {phrase for entity in table if entity.held_out for phrase in phrases_of(entity)}
         self.phrases = frozenset(phrase for phrase in held_out if phrase not in inside)
         self.words = frozenset(word for phrase in held_out for word in phrase if word not in common)
+        self.with_commas = [entity.name for entity in table if entity.held_out and "," in entity.name]
         self._longest = max(map(len, self.phrases), default=0)
 
     def found_in(self, text: str) -> list[str]:
-        """What of them a text says: a word of theirs alone, or a whole name or keyword, plural or not."""
-        words = words_of(text)
-        parts = {part for part in _parts(words, longest=self._longest) if part in self.phrases}
-        return sorted({" ".join(part) for part in parts} | (self.words & set(words)))
+        """What of them a text says: a word of theirs alone, or a whole name or keyword, plural or not.
+
+        But for names that have one, nothing reaches over a comma: "cold, face" are two keywords and not the cold face.
+        """
+        clauses = [words_of(clause) for clause in text.split(",")]
+        parts = {part for words in clauses for part in _parts(words, longest=self._longest) if part in self.phrases}
+        names = {name for name in self.with_commas if name.lower() in text.lower()}
+        words = self.words & {word for words in clauses for word in words}
+        return sorted({" ".join(part) for part in parts} | words | names)
 
 
 def leaks_in_texts(texts: Iterable[str], *, where: str, table: Sequence[Entity] | None = None) -> Iterator[Leak]:
