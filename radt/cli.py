@@ -243,9 +243,27 @@ def corpus_scenes(
     _print_written(written, as_json)
 
 
+@corpus.command("drawings")
+def corpus_drawings(
+    out: Annotated[Path, typer.Argument(help="Folder to write tar shards to, in img2dataset's layout.")],
+    renditions: Annotated[int, typer.Option("--renditions", help="Pictures of every drawing.")] = 4,
+    size: Size = 128,
+    as_json: Json = False,
+) -> None:
+    """Drawings, signs, plots, digits and photographs from outside the font, each with a name of its own."""
+    from radt.corpora.drawings import write_drawings
+
+    with _progress("drawing") as on_item:
+        written = write_drawings(out, renditions=renditions, size=size, on_item=on_item)
+    _print_written(written, as_json)
+
+
 @app.command()
 def train(
-    preset: Annotated[str, typer.Argument(help="clip-emoji, emoji-demo, -sr, -fast, tiny, imagen-64, -256 or -1024.")],
+    preset: Annotated[
+        str,
+        typer.Argument(help="clip-emoji, emoji-demo, -sr, -fast, recognizer-emoji, tiny, imagen-64, -256 or -1024."),
+    ],
     out: Annotated[Path, typer.Option("--out", help="Run folder. The same command again resumes.")],
     changes: Annotated[list[str], typer.Option("--set", help="key=value; repeatable.", default_factory=list)],
     text_only: Annotated[
@@ -398,9 +416,22 @@ def explain(
 def evaluate_emoji_draw(
     kb: Kb = None,
     model: Model = None,
-    n: Annotated[int, typer.Option("-n", "--n", help="Held-out classes, each drawn three times.")] = 100,
+    n: Annotated[int, typer.Option("-n", "--n", help="Held-out classes: prompts of each kind, in every arm.")] = 100,
     seed: Seed = 0,
-    out: Annotated[Path | None, typer.Option("--out", help="Keep the figures and sheets of all pictures here.")] = None,
+    kinds: Annotated[
+        str | None, typer.Option("--kinds", help="all, or of alone,ground,placed,sized,counted,two some with commas.")
+    ] = None,
+    sweep: Annotated[
+        Literal["k", "text-share", "by", "neighbors"] | None,
+        typer.Option("--sweep", help="Draw at several values of one setting; killed, it goes on from --out."),
+    ] = None,
+    new_entity: Annotated[
+        bool, typer.Option("--new-entity", help="Before and after the entities are added to a copy of --kb.")
+    ] = False,
+    recognizer: Annotated[
+        Path | None, typer.Option("--recognizer", help="Folder of a trained recogniser; by default the one inside.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Keep figures, curves and sheets of pictures here.")] = None,
     device: DeviceOption = "auto",
     *,
     settings: dict[str, Any],
@@ -408,29 +439,58 @@ def evaluate_emoji_draw(
     as_json: Json = False,
 ) -> None:
     """Draw entities never trained on with retrieval, without, and misled; count how many are recognised."""
-    from radt.evaluation import emoji_draw
-    from radt.evaluation.emoji_draw_sheet import print_table, write_results
+    from radt.evaluation.emoji_draw_command import Asked, measure
     from radt.pipeline import TextToImage
 
+    asked = Asked(
+        n=n,
+        seed=seed,
+        kinds=kinds,
+        sweep=sweep,
+        new_entity=new_entity,
+        recognizer=recognizer,
+        font=font,
+        out=out,
+    )
     pipeline = TextToImage.load(model, kb=kb, device=device)
-    asked = pipeline.settings(**{"batch_size": emoji_draw.BATCH_SIZE, **settings})
-    with _progress("drawing") as on_step:
-        report = emoji_draw.evaluate(pipeline, n=n, seed=seed, settings=asked, font=font, on_step=on_step)
-    written = [] if out is None else write_results(report, out)
-    _print_json(report.to_json()) if as_json else print_table(report, written)
+    document = measure(asked, pipeline, settings, progress=_progress, as_json=as_json)
+    if as_json:
+        _print_json(document)
 
 
 @app.command()
-def doctor(model: Model = None, as_json: Json = False) -> None:
-    """Say what is installed, what is missing, and what would bring it; exits 1 when something needed is missing."""
+def doctor(
+    run: Annotated[Path | None, typer.Argument(help="A run folder of `radt train`; none: the installation.")] = None,
+    model: Model = None,
+    out: Annotated[Path | None, typer.Option("--out", help="With RUN: draw its curves into this PNG.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what is installed and what is missing; or, of a run, whether its training is well. Exits 1 when it is not."""
     from radt.doctor import examine, is_healthy, lines
 
+    if run is not None:
+        return _examine_run(run, out, as_json=as_json)
+    if out is not None:
+        raise typer.BadParameter("--out draws the curves of a run: name its folder")
     findings = examine(model)
     if as_json:
         _print_json({"healthy": is_healthy(findings), "findings": [finding.to_json() for finding in findings]})
     else:
         typer.echo("\n".join(lines(findings)))
     raise typer.Exit(code=0 if is_healthy(findings) else 1)
+
+
+def _examine_run(run: Path, out: Path | None, *, as_json: bool) -> None:
+    from radt.training.doctor import examine_run
+    from radt.training.doctor_plot import draw_diagnosis
+
+    diagnosis = examine_run(run, _say_to_stderr(quiet=as_json))
+    drawn = None if out is None else draw_diagnosis(diagnosis, out)
+    if as_json:
+        _print_json({**diagnosis.to_json(), "plot": None if drawn is None else str(drawn)})
+    else:
+        typer.echo("\n".join([*diagnosis.lines(), *([str(drawn)] if drawn else [])]))
+    raise typer.Exit(code=0 if diagnosis.is_well else 1)
 
 
 def _print_json(document: Any) -> None:

@@ -2,14 +2,18 @@
 
 Every held-out class that is chosen gets one prompt, and the prompt is drawn three times from the same noise: with the
 neighbours found for it, with none, and with one of them exchanged for a picture of something else. Whether the picture
-shows the entity is told by `radt/evaluation/recognizer.py`, whether the ground is as asked by `color.py`.
+shows the entity is told by the trained recogniser (`emoji_recognizer.py`) where there is one, and by pixel distance
+(`recognizer.py`) beside it or in its place; whether the ground is as asked by `color.py`.
+
+This is the short form. Prompts of all kinds and sweeps over settings: `emoji_draw_kinds.py`, `emoji_draw_sweep.py`.
 """
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from jaxtyping import UInt8
@@ -21,10 +25,13 @@ from radt.copying import copy_similarity
 from radt.corpora.emoji import Entity, GlyphRenderer, load_entities, render_rendition, rendition
 from radt.corpora.scenes import PALETTE, Glyphs, Scene, benchmark_prompt, render_scene
 from radt.evaluation.color import border_color, nearest_color
+from radt.evaluation.emoji_recognizer import EmojiRecognizer, find_recognizer
 from radt.evaluation.intervals import Interval, wilson
+from radt.evaluation.reading import read
 from radt.evaluation.recognizer import Recognizer
 from radt.neighbors import Neighbor, Reference, neighbors_of
 from radt.pipeline import DrawRequest, OnStep, TextToImage, ignore
+from radt.recognizer_network import crop_box
 from radt.resizing import Size
 from radt.settings import GenerateSettings
 
@@ -65,11 +72,15 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verdict:
-    """What a picture shows. `rank` is the asked class's place among all, from 1; `guess` the nearest entity."""
+    """What a picture shows. `rank` is the asked class's place among all, from 1; `guess` the likeliest entity.
+
+    Both are the trained recogniser's where there is one; `pixel_rank` is always by pixel distance, None if not told.
+    """
 
     rank: int
     guess: Entity
     ground: str
+    pixel_rank: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,6 +118,7 @@ class EmojiDrawReport:
     arms: Mapping[ArmName, Arm]
     retrieval_seconds: float
     ceiling: Mapping[str, float]
+    judge: Mapping[str, Any]
     settings: GenerateSettings
     seed: int
     model: Mapping[str, Any]
@@ -140,6 +152,7 @@ class EmojiDrawReport:
             "n": self.n,
             **arms,
             "retrieval": {**self.retrieval_shares(), "seconds_per_query": self.retrieval_seconds / self.n},
+            "recognizer": dict(self.judge),
             "recognizer_ceiling": dict(self.ceiling),
             "intervals": {
                 part: {name: list(interval) for name, interval in each.items()}
@@ -158,32 +171,55 @@ def evaluate(
     seed: int = 0,
     settings: GenerateSettings | None = None,
     font: str | Path | None = None,
+    trained: EmojiRecognizer | None = None,
     on_step: OnStep = ignore,
 ) -> EmojiDrawReport:
     """Measure a model that has a knowledge base. Without `settings`, the bundle's own, in batches.
 
+    `trained` is the recogniser that judges; without it, the one inside the package, and where there is none, pixels.
     The classes, grounds, noise and wrong pictures depend on `seed` alone, and those of a smaller `n` are the first of
     a larger one's. To measure many settings, make an `EmojiDrawBench` once.
     """
     check(model, settings)
     side, _ = model.picture_size(settings or model.settings())
-    return EmojiDrawBench.prepare(n=n, seed=seed, size=side, font=font).run(model, settings=settings, on_step=on_step)
+    bench = EmojiDrawBench.prepare(n=n, seed=seed, size=side, font=font, trained=trained or find_recognizer())
+    return bench.run(model, settings=settings, on_step=on_step)
 
 
 class EmojiDrawBench:
-    """The tasks and the recogniser, made once and used for any number of settings and models of one resolution."""
+    """The tasks and the recognisers, made once and used for any number of settings and models of one resolution.
 
-    def __init__(self, tasks: Sequence[Task], glyphs: Glyphs, candidates: Sequence[Entity], *, size: int, seed: int):
-        self.tasks, self.glyphs, self.size, self.seed = tuple(tasks), glyphs, size, seed
+    `trained` judges the entity where it is given; else pixels do.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[Task],
+        glyphs: Glyphs,
+        candidates: Sequence[Entity],
+        *,
+        size: int,
+        seed: int,
+        trained: EmojiRecognizer | None = None,
+    ):
+        self.tasks, self.glyphs, self.size, self.seed, self.trained = tuple(tasks), glyphs, size, seed, trained
         self.recognizer = Recognizer(glyphs, candidates, box=tasks[0].scene.placements[0].box, size=size)
         self.truths = np.stack([render_scene(task.scene, glyphs, size) for task in tasks])
 
     @classmethod
-    def prepare(cls, *, n: int, seed: int, size: int, font: str | Path | None = None) -> "EmojiDrawBench":
+    def prepare(
+        cls,
+        *,
+        n: int,
+        seed: int,
+        size: int,
+        font: str | Path | None = None,
+        trained: EmojiRecognizer | None = None,
+    ) -> "EmojiDrawBench":
         """Choose the tasks among all that the font draws; `size` is the side of the model's pictures."""
         glyphs = GlyphRenderer(font)
         drawn = [entity for entity in load_entities() if glyphs.draws(entity)]
-        return cls(plan_tasks(drawn, n=n, seed=seed), glyphs, drawn, size=size, seed=seed)
+        return cls(plan_tasks(drawn, n=n, seed=seed), glyphs, drawn, size=size, seed=seed, trained=trained)
 
     def run(
         self, model: TextToImage, *, settings: GenerateSettings | None = None, on_step: OnStep = ignore
@@ -198,7 +234,7 @@ class EmojiDrawBench:
             "with_retrieval": found,
             "without_retrieval": [() for _ in self.tasks],
             "with_one_wrong": [
-                self.mislead(task, shown, model.size) for task, shown in zip(self.tasks, found, strict=True)
+                mislead(self.glyphs, task, shown, model.size) for task, shown in zip(self.tasks, found, strict=True)
             ],
         }
         arms = {
@@ -211,20 +247,12 @@ class EmojiDrawBench:
             arms=arms,
             retrieval_seconds=retrieval_seconds,
             ceiling=self.ceiling(),
+            judge=judge_facts(self.trained),
             settings=asked,
             seed=self.seed,
             model={"name": model.name, "digest": model.digest, "image_size": self.size},
             kb=kb_facts(kb),
         )
-
-    def mislead(self, task: Task, shown: Sequence[Shown], size: Size) -> tuple[Shown, ...]:
-        """The neighbours, of this size, with one exchanged for the task's wrong picture under its own, true caption."""
-        drawing = rendition(task.wrong, task.wrong_rendition)
-        picture = render_rendition(self.glyphs[task.wrong.position], drawing, WRONG_PICTURE_SIZE)
-        reference = Reference(image=Image.fromarray(picture), caption=task.wrong.caption, name=task.wrong.name)
-        place = int(task.wrong_place * len(shown))
-        wrong = Shown(neighbor=neighbors_of([], [reference], size)[0], class_id=task.wrong.class_id)
-        return (*shown[:place], wrong, *shown[place + 1 :])
 
     def judge(self, pictures: Pictures) -> list[Verdict]:
         """What each task's picture shows."""
@@ -238,8 +266,28 @@ class EmojiDrawBench:
             for place, rank, nearest in zip(places, ranks, distances.argmin(axis=1), strict=True):
                 measured = nearest_color(border_color(pictures[place]), PALETTE)
                 guess = self.recognizer.entities[nearest]
-                verdicts[place] = Verdict(rank=int(rank), guess=guess, ground=measured)
-        return [verdicts[place] for place in range(len(self.tasks))]
+                verdicts[place] = Verdict(rank=int(rank), guess=guess, ground=measured, pixel_rank=int(rank))
+        by_pixels = [verdicts[place] for place in range(len(self.tasks))]
+        return by_pixels if self.trained is None else self._recognized(self.trained, pictures, by_pixels)
+
+    def _recognized(self, trained: EmojiRecognizer, pictures: Pictures, verdicts: Sequence[Verdict]) -> list[Verdict]:
+        """The verdicts with entity and rank by the trained recogniser, of the largest figure that the picture shows.
+
+        A picture without a figure has the last rank, and its guess stays that of the pixels.
+        """
+        side = trained.network.config.image_size
+        by_class = {entity.class_id: entity for entity in reversed(load_entities())}
+        largest = [read(picture).largest for picture in pictures]
+        judged = list(verdicts)
+        for place, (task, figure) in enumerate(zip(self.tasks, largest, strict=True)):
+            if figure is None:
+                judged[place] = replace(judged[place], rank=len(trained.classes))
+                continue
+            (scores,) = trained.logits(crop_box(pictures[place], figure.crop, side)[None])
+            own = scores[trained.columns([task.entity.class_id])[0]]
+            guess = by_class[trained.classes[int(scores.argmax())]]
+            judged[place] = replace(judged[place], rank=int((scores >= own).sum()), guess=guess)
+        return judged
 
     def ceiling(self) -> dict[str, float]:
         """What the measure gives to the true scenes: no model can do better."""
@@ -314,13 +362,64 @@ def retrieve(
     model: TextToImage, kb: "AnyKnowledgeBase", tasks: Sequence[Task], settings: GenerateSettings
 ) -> list[tuple[Shown, ...]]:
     """Each prompt's neighbours as the model finds them, and what they show by the corpus's own records."""
-    found = [model.retrieve(task.prompt, settings=settings) for task in tasks]
-    classes = {" ".join(entity.codes): entity.class_id for entity in load_entities()}
-    pairs = kb.store.get(sorted({int(neighbor.id) for row in found for neighbor in row}))
-    shows = {str(pair.id): classes.get(str(pair.metadata.get("codes"))) for pair in pairs}
-    if all(class_id is None for class_id in shows.values()):
+    return found_emoji(kb, show_classes(kb, [model.retrieve(task.prompt, settings=settings) for task in tasks]))
+
+
+def found_emoji(kb: "AnyKnowledgeBase", rows: list[tuple[Shown, ...]]) -> list[tuple[Shown, ...]]:
+    """The neighbours as they are; a KnowledgeBaseError where none of them is an emoji of the table."""
+    if all(each.class_id is None for row in rows for each in row):
         raise KnowledgeBaseError(f"{kb.name!r} finds no emoji for the prompts of emoji-draw: {MAKE_A_KB}")
+    return rows
+
+
+def show_classes(kb: "AnyKnowledgeBase", found: Sequence[Sequence[Neighbor]]) -> list[tuple[Shown, ...]]:
+    """What neighbours show by the corpus's own records."""
+    pairs = kb.store.get(sorted({int(neighbor.id) for row in found for neighbor in row}))
+    shows = {str(pair.id): class_of(pair.metadata) for pair in pairs}
     return [tuple(Shown(neighbor=each, class_id=shows[each.id]) for each in row) for row in found]
+
+
+def class_of(metadata: Mapping[str, Any]) -> int | None:
+    """The class that a pair of the emoji corpus shows; None for any other pair."""
+    return _classes_by_codes().get(str(metadata.get("codes")))
+
+
+@cache
+def _classes_by_codes() -> dict[str, int]:
+    return {" ".join(entity.codes): entity.class_id for entity in load_entities()}
+
+
+@runtime_checkable  # beartype asks, in the tests
+class Misled(Protocol):
+    """What says how a model is led astray: which picture of what takes which neighbour's place, in [0, 1)."""
+
+    @property
+    def wrong(self) -> Entity: ...  # noqa: D102
+    @property
+    def wrong_rendition(self) -> int: ...  # noqa: D102
+    @property
+    def wrong_place(self) -> float: ...  # noqa: D102
+
+
+def mislead(glyphs: Glyphs, task: Misled, shown: Sequence[Shown], size: Size) -> tuple[Shown, ...]:
+    """The neighbours, of this size, with one exchanged for the task's wrong picture under its own, true caption."""
+    place = int(task.wrong_place * len(shown))
+    wrong = show_rendition(glyphs, task.wrong, task.wrong_rendition, size)
+    return (*shown[:place], wrong, *shown[place + 1 :])
+
+
+def show_rendition(glyphs: Glyphs, entity: Entity, number: int, size: Size) -> Shown:
+    """A picture of the emoji corpus and its caption as a neighbour of this size, brought by hand."""
+    picture = render_rendition(glyphs[entity.position], rendition(entity, number), WRONG_PICTURE_SIZE)
+    reference = Reference(image=Image.fromarray(picture), caption=entity.caption, name=entity.name)
+    return Shown(neighbor=neighbors_of([], [reference], size)[0], class_id=entity.class_id)
+
+
+def judge_facts(trained: EmojiRecognizer | None) -> dict[str, Any]:
+    """Who tells the entity: `entity_top1` and `entity_top5` are its; `entity_top1_by_pixels` stands beside them."""
+    if trained is None:
+        return {"judge": "pixels", "digest": None, "classes": len({entity.class_id for entity in load_entities()})}
+    return {"judge": "trained", "digest": trained.digest, "classes": len(trained.classes)}
 
 
 def drawing_shares(tasks: Sequence[Task], drawings: Sequence[Drawing]) -> dict[str, float]:
@@ -340,11 +439,14 @@ def drawing_shares(tasks: Sequence[Task], drawings: Sequence[Drawing]) -> dict[s
 
 
 def verdict_shares(tasks: Sequence[Task], verdicts: Sequence[Verdict]) -> dict[str, float]:
-    """The three figures of the benchmark."""
+    """The figures of the benchmark; the entity's twice, as the judge has it and by pixels."""
     pairs = list(zip(tasks, verdicts, strict=True))
+    by_pixels = [verdict.rank if verdict.pixel_rank is None else verdict.pixel_rank for verdict in verdicts]
     return {
         "entity_top1": _share(verdict.rank <= 1 for verdict in verdicts),
         "entity_top5": _share(verdict.rank <= 5 for verdict in verdicts),
+        "entity_top1_by_pixels": _share(rank <= 1 for rank in by_pixels),
+        "entity_top5_by_pixels": _share(rank <= 5 for rank in by_pixels),
         "ground_color": _share(verdict.ground == task.scene.ground for task, verdict in pairs),
     }
 

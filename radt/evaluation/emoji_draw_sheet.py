@@ -20,6 +20,7 @@ PICTURE_SIDE = 256
 TICK = (((0.2, 0.55), (0.42, 0.76), (0.8, 0.26)),)  # strokes within the mark's square
 CROSS = (((0.25, 0.25), (0.75, 0.75)), ((0.25, 0.75), (0.75, 0.25)))
 RIGHT, WRONG = "#1a7f37", "#cf222e"
+JUDGES = {"trained": "the trained recogniser", "pixels": "pixel distance: no trained recogniser is installed"}
 ARM_TITLES: dict[ArmName, str] = {
     "with_retrieval": "with retrieval",
     "without_retrieval": "without",
@@ -28,6 +29,8 @@ ARM_TITLES: dict[ArmName, str] = {
 SHARE_TITLES = {
     "entity_top1": "entity top-1",
     "entity_top5": "entity top-5",
+    "entity_top1_by_pixels": "top-1 by pixels",
+    "entity_top5_by_pixels": "top-5 by pixels",
     "ground_color": "ground colour",
     "right_neighbor": "saw a right one",
     "drew_wrong_neighbor": "drew a wrong one",
@@ -48,7 +51,8 @@ def make_table(report: EmojiDrawReport) -> "Table":
         caption=(
             f"retrieval by {asked.by}, decompose {asked.decompose}, k = {asked.k}: recall {found['recall_at_k']:.2f}, "
             f"precision {found['precision_at_k']:.2f}, all right {found['all_right']:.2f}. The true scenes score "
-            f"{ceiling['entity_top1']:.2f}, {ceiling['entity_top5']:.2f} and {ceiling['ground_color']:.2f}."
+            f"{ceiling['entity_top1']:.2f}, {ceiling['entity_top5']:.2f} and {ceiling['ground_color']:.2f}. "
+            f"The entity is judged by {JUDGES[report.judge['judge']]}."
         ),
         box=box.SIMPLE,
     )

@@ -34,7 +34,7 @@ class EmojiRecognizer:
         """Load a folder that training left; None: the one inside the package. ModelError where there is none."""
         found = FOLDER if folder is None else Path(folder)
         if not (found / CONFIG_FILE).is_file():
-            raise ModelError(f"there is no emoji recogniser in {found}: {HOW_TO_TRAIN}, and name its folder")
+            raise ModelError(f"there is no emoji recogniser in {found}: {HOW_TO_TRAIN}, and name the folder it prints")
         network, classes, digest = load_recognizer(found)
         return cls(network=network.to(device), classes=classes, digest=digest, folder=found)
 

@@ -19,8 +19,17 @@ from radt.pipeline import DrawRequest, TextToImage
 from tests.integration.conftest import copy_bundle, save_tiny_bundle
 
 N, SIZE = 3, 16
+PARTS = {"n", "retrieval", "recognizer", "recognizer_ceiling", "intervals", "settings", "model", "kb"}
 ARMS = {"with_retrieval", "without_retrieval", "with_one_wrong"}
-SHARES = {"entity_top1", "entity_top5", "ground_color", "right_neighbor", "drew_wrong_neighbor"}
+SHARES = {
+    "entity_top1",
+    "entity_top5",
+    "entity_top1_by_pixels",
+    "entity_top5_by_pixels",
+    "ground_color",
+    "right_neighbor",
+    "drew_wrong_neighbor",
+}
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +183,9 @@ def test_the_document_has_the_promised_keys_and_is_on_disk_too(radt, emoji_kb, t
     )
     assert (code, err) == (0, "")
     document = json.loads(out)
-    assert ARMS | {"n", "retrieval", "recognizer_ceiling", "intervals", "settings", "model", "kb"} == set(document)
+    assert ARMS | {"n", "retrieval", "recognizer", "recognizer_ceiling", "intervals", "settings", "model", "kb"} == set(
+        document
+    )
     assert document["n"] == N
     for name in ARMS:
         assert set(document[name]) == SHARES | {"copy_similarity", "seconds_per_image"}

@@ -13,6 +13,7 @@ from radt.evaluation.emoji_draw import (
     Shown,
     Verdict,
     drawing_shares,
+    mislead,
     plan_tasks,
     retrieval_shares,
     verdict_shares,
@@ -156,7 +157,13 @@ class TestJudging:
     """What scores and what must not."""
 
     def test_the_true_scenes_score_full_marks(self, bench: EmojiDrawBench) -> None:
-        assert bench.ceiling() == {"entity_top1": 1.0, "entity_top5": 1.0, "ground_color": 1.0}
+        assert bench.ceiling() == {
+            "entity_top1": 1.0,
+            "entity_top5": 1.0,
+            "entity_top1_by_pixels": 1.0,
+            "entity_top5_by_pixels": 1.0,
+            "ground_color": 1.0,
+        }
 
     def test_a_blank_picture_has_its_ground_and_nothing_else(self, bench: EmojiDrawBench) -> None:
         blank = np.stack([np.full((SIZE, SIZE, 3), PALETTE[task.scene.ground], np.uint8) for task in bench.tasks])
@@ -210,6 +217,8 @@ class TestShares:
         assert drawing_shares(tasks, cases) == {
             "entity_top1": 0.25,
             "entity_top5": 0.75,
+            "entity_top1_by_pixels": 0.25,
+            "entity_top5_by_pixels": 0.75,
             "ground_color": 0.75,
             "right_neighbor": 0.5,
             "drew_wrong_neighbor": 0.25,
@@ -227,7 +236,7 @@ class TestMislead:
     ) -> None:
         for task in bench.tasks:
             shown = tuple(shown_class(task.entity.class_id) for _ in range(3))
-            misled = bench.mislead(task, shown, (SIZE, SIZE))
+            misled = mislead(glyphs, task, shown, (SIZE, SIZE))
             place = int(task.wrong_place * 3)
             assert [a is b for a, b in zip(misled, shown, strict=True)] == [i != place for i in range(3)]
             drawn = render_rendition(glyphs.glyph(task.wrong), rendition(task.wrong, task.wrong_rendition), 128)
@@ -236,7 +245,7 @@ class TestMislead:
             assert misled[place].class_id == task.wrong.class_id
 
     def test_where_nothing_was_found_the_wrong_one_stands_alone(self, bench: EmojiDrawBench) -> None:
-        misled = bench.mislead(bench.tasks[0], (), (SIZE, SIZE))
+        misled = mislead(bench.glyphs, bench.tasks[0], (), (SIZE, SIZE))
         assert [each.class_id for each in misled] == [bench.tasks[0].wrong.class_id]
 
 

@@ -1,0 +1,300 @@
+"""What people look at after a sweep of EmojiDrawBench: tables, a page in Markdown, a curve, and sheets of pictures."""
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from index.atomic import write_bytes
+from index.errors import MissingExtraError
+from radt.corpora.emoji import load_entities
+from radt.evaluation.emoji_draw_kinds import BenchKind, Outcome, Prompt
+from radt.evaluation.emoji_draw_sheet import JUDGES, marked
+from radt.evaluation.emoji_draw_sweep import ROWS_KEPT, Drawn, KindsBench, Point, SweepReport
+from radt.evaluation.results import Cell, Estimate, Line, Plot, Result, Table, typed_command
+from radt.evaluation.results import Picture as ResultPicture
+from radt.sheet import Picture, Row, Sheet, draw_sheet
+
+if TYPE_CHECKING:
+    from rich.table import Table as RichTable
+
+MEASURES = {
+    "entity_top1": "entity top-1",
+    "entity_top5": "entity top-5",
+    "both_entities": "both entities",
+    "ground": "ground",
+    "place": "place",
+    "count": "count",
+    "size": "size",
+    "agreement": "all facts",
+    "all_right": "all right",
+    "found": "neighbours found",
+    "copied": "copied",
+}
+CURVES = ("entity_top1", "both_entities", "ground", "place", "count", "size", "agreement")
+AXES = {"k": "neighbours, K", "text-share": "share of the text, eta"}
+TITLES = {
+    "arms": "with retrieval, without, and with one neighbour wrong",
+    "k": "over the number of neighbours",
+    "text-share": "over the share of the text in guidance, eta",
+    "by": "by what neighbours are found by",
+    "neighbors": "over where the neighbours come from",
+    "new-entity": "before and after the entities are added to the knowledge base",
+}
+NAMES = {
+    "with_retrieval": "with retrieval",
+    "without_retrieval": "without",
+    "with_one_wrong": "one wrong",
+    "found": "found",
+    "none": "none",
+    "one_wrong": "found, one wrong",
+    "removed": "found, entity removed",
+    "by_hand": "right, by hand",
+    "by_hand_one_wrong": "by hand, one wrong",
+}
+
+
+def tables(report: SweepReport) -> list[Table]:
+    """A table over all kinds with a row a point, one for each kind, and what the true scenes score."""
+    made = [
+        _table(
+            f"EmojiDrawBench {TITLES[report.sweep]}: all kinds", [report.overall[p.name] for p in report.points], report
+        )
+    ]
+    for kind in report.kinds:
+        found = [report.by_kind[point.name][kind] for point in report.points]
+        made.append(_table(f"Prompts of kind {kind!r}", found, report, ceiling=report.ceiling[kind]))
+    return made
+
+
+def _table(
+    title: str,
+    rows: Sequence[Mapping[str, Any]],
+    report: SweepReport,
+    *,
+    ceiling: Mapping[str, float] | None = None,
+) -> Table:
+    keys = [key for key in MEASURES if any(key in row for row in rows)]
+    columns = ("", *(MEASURES[key] for key in keys), "likeness to a neighbour", "s/picture")
+    cells: list[tuple[Cell, ...]] = [
+        (
+            NAMES.get(point.name, point.name),
+            *(Estimate(**row[key]) if key in row else None for key in keys),
+            row["copy_similarity"],
+            row["seconds_per_image"],
+        )
+        for point, row in zip(report.points, rows, strict=True)
+    ]
+    if ceiling is not None:
+        cells.append(("true scenes", *(ceiling.get(key) for key in keys), None, None))
+    return Table(title=title, columns=columns, rows=tuple(cells), note=f"{rows[0]['n']} prompts a row; 95 % intervals.")
+
+
+def plot(report: SweepReport) -> Plot | None:
+    """The curve over a number; None where points are names."""
+    if any(point.x is None for point in report.points):
+        return None
+    x = tuple(float(point.x or 0) for point in report.points)
+    lines = []
+    for key in CURVES:
+        found = [report.overall[point.name].get(key) for point in report.points]
+        if all(found):
+            y, low, high = (tuple(each[part] for each in found if each) for part in ("value", "low", "high"))
+            lines.append(Line(name=MEASURES[key], x=x, y=y, low=low, high=high))
+    return Plot(
+        title=f"EmojiDrawBench {TITLES[report.sweep]}",
+        x=AXES[report.sweep],
+        y="share of the prompts that ask for it",
+        lines=tuple(lines),
+    )
+
+
+def to_result(report: SweepReport, curve: str | None) -> Result:
+    """As all results are stored, for `radt report`."""
+    drawn = plot(report)
+    facts = {
+        "model": f"{report.facts['model']['name']} ({report.facts['model']['digest'][:12]})",
+        "knowledge base": f"{report.facts['kb']['pairs']} pairs",
+        "prompts": f"{report.n} of each kind: {', '.join(report.kinds)}",
+        "recogniser": f"{report.facts['recognizer']['digest']}, {report.facts['recognizer']['classes']} classes",
+    }
+    return Result(
+        kind=f"emoji-draw-{report.sweep}",
+        title=f"EmojiDrawBench {TITLES[report.sweep]}",
+        command=typed_command(),
+        facts=facts,
+        tables=tuple(tables(report)),
+        plots=() if drawn is None else (drawn,),
+        pictures=() if curve is None else (ResultPicture(file=curve, title=f"EmojiDrawBench {TITLES[report.sweep]}"),),
+        data=report.to_json(),
+    )
+
+
+def write_sweep(report: SweepReport, out: Path) -> list[Path]:
+    """Write the curve, the page and, last, the results; each file whole. What was written."""
+    curve = out / f"{report.sweep}.png"
+    write_bytes(curve, draw_curve(report))
+    page = out / f"{report.sweep}.md"
+    write_bytes(page, markdown(report, curve.name).encode())
+    results = out / f"{report.sweep}.json"
+    write_bytes(results, (json.dumps(report.to_json(), indent=1) + "\n").encode())
+    return [curve, page, results, to_result(report, curve.name).save(out)]
+
+
+def markdown(report: SweepReport, curve: str) -> str:
+    """The tables and the curve as one page."""
+    judge = JUDGES[report.facts["recognizer"]["judge"]]
+    asked = report.facts["settings"]
+    parts = [
+        f"# EmojiDrawBench {TITLES[report.sweep]}\n",
+        f"Model {report.facts['model']['name']}, {report.facts['kb']['pairs']:,} pairs, {report.n} held-out classes in "
+        f"prompts of {len(report.kinds)} kinds, by {asked['by']}, K = {asked['k']}, eta = {asked['text_share']:g}, "
+        f"{asked['sampler']} at {asked['steps']} steps, seed {asked['seed']}. The entity is judged by {judge}.\n",
+        f"![{TITLES[report.sweep]}]({curve})\n",
+    ]
+    for table in tables(report):
+        head = "| " + " | ".join(table.columns) + " |\n|" + "---|" * len(table.columns)
+        rows = "\n".join("| " + " | ".join(cell_text(cell) for cell in row) + " |" for row in table.rows)
+        parts.append(f"## {table.title}\n\n{head}\n{rows}\n\n{table.note}\n")
+    return "\n".join(parts)
+
+
+def cell_text(cell: Cell) -> str:
+    """A cell as people read it."""
+    if isinstance(cell, Estimate):
+        return f"{cell.value:.2f} ({cell.low:.2f} to {cell.high:.2f})"
+    if cell is None:
+        return "-"
+    return cell if isinstance(cell, str) else f"{cell:.2f}"
+
+
+def print_sweep(report: SweepReport, written: Sequence[Path] = ()) -> None:
+    """Print the tables to stdout, and below them the files that were written."""
+    from rich.console import Console
+
+    console = Console()
+    for table in tables(report):
+        console.print(_turned(table))
+    for path in written:
+        console.print(str(path), markup=False, highlight=False, soft_wrap=True)
+
+
+def _turned(table: Table) -> "RichTable":
+    """With a column a point, which is narrower: intervals stand below the values."""
+    from rich import box
+    from rich.table import Table as RichTable
+
+    made = RichTable("", *(str(row[0]) for row in table.rows), title=table.title, caption=table.note, box=box.SIMPLE)
+    for place, name in enumerate(table.columns[1:], 1):
+        cells = [row[place] for row in table.rows]
+        texts = [
+            f"{cell.value:.2f}\n[dim]{cell.low:.2f}-{cell.high:.2f}" if isinstance(cell, Estimate) else cell_text(cell)
+            for cell in cells
+        ]
+        made.add_row(name, *texts)
+    return made
+
+
+def draw_curve(report: SweepReport) -> bytes:
+    """Every measure over the points, with its interval: a PNG. Points that are names stand at equal distances."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtraError("a curve needs matplotlib: pip install 'radt[eval]'") from error
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    places = list(range(len(report.points)))
+    is_named = any(point.x is None for point in report.points)
+    for number, key in enumerate(CURVES):
+        shown = [
+            (place, report.overall[point.name].get(key)) for place, point in zip(places, report.points, strict=True)
+        ]
+        known = [(_x(report, place) + 0.0, each) for place, each in shown if each is not None]
+        if not known:
+            continue
+        x = [at for at, _ in known]
+        spread = (max(x) - min(x) or 1) * 0.006 * (number - len(CURVES) / 2)
+        y = [each["value"] for _, each in known]
+        errors = [
+            [each["value"] - each["low"] for _, each in known],
+            [each["high"] - each["value"] for _, each in known],
+        ]
+        axes.errorbar(
+            [at + spread * (5 if is_named else 1) for at in x],
+            y,
+            yerr=errors,
+            fmt="o" if is_named else "o-",  # no line where there is nothing between points
+            markersize=4,
+            capsize=2,
+            label=MEASURES[key],
+        )
+    if is_named:
+        axes.set_xticks(places, [NAMES.get(point.name, point.name) for point in report.points])
+    else:
+        axes.set_xticks([float(point.x or 0) for point in report.points])
+        axes.set_xlabel(AXES[report.sweep])
+    axes.set_ylim(-0.02, 1.04)
+    axes.set_ylabel("share of the prompts that ask for it")
+    axes.set_title(f"EmojiDrawBench {TITLES[report.sweep]}, n = {report.n} a kind", fontsize=11)
+    axes.grid(visible=True, alpha=0.3)
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    buffer = io.BytesIO()
+    canvas.print_png(buffer, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _x(report: SweepReport, place: int) -> float:
+    """Where a point stands: at its number where all have one, else one after the other."""
+    if any(point.x is None for point in report.points):
+        return float(place)
+    return float(report.points[place].x or 0)
+
+
+def write_unit_sheet(path: Path, bench: KindsBench, drawn: Drawn, *, point: Point, kind: BenchKind) -> None:
+    """The first prompts of one kind at one point: what was found, what was drawn and read, and the truth."""
+    prompts = bench.of_kind(kind)[:ROWS_KEPT]
+    rows = tuple(_row(bench, drawn, place, prompt) for place, prompt in enumerate(prompts))
+    sheet = Sheet(
+        title=f"{NAMES.get(point.name, point.name)}: prompts of kind {kind!r}",
+        subtitle=f"the first {len(rows)} of {len(bench.of_kind(kind))}; a tick: every entity and every fact is right",
+        columns=("Neighbours", "Drawn", "Truth"),
+        rows=rows,
+    )
+    buffer = io.BytesIO()
+    draw_sheet(sheet).save(buffer, "PNG")
+    write_bytes(path, buffer.getvalue())
+
+
+def _row(bench: KindsBench, drawn: Drawn, place: int, prompt: Prompt) -> Row:
+    outcome = drawn.outcomes[place]
+    is_right = all(outcome.agrees.values()) and max(outcome.ranks) <= 1
+    neighbors = tuple(
+        Picture(
+            image=marked(each.neighbor.original or each.neighbor.image, each.class_id in prompt.class_ids),
+            lines=(each.neighbor.caption,),
+        )
+        for each in drawn.shown[place][:4]
+    )
+    picture = Picture(image=marked(Image.fromarray(drawn.pictures[place]), is_right), lines=told(outcome))
+    truth = Picture(
+        image=Image.fromarray(bench.truths[prompt.kind][place]),
+        lines=(", ".join(entity.name for entity in prompt.entities),),
+    )
+    return Row(prompt=prompt.text, cells=(neighbors, (picture,), (truth,)), note=f"seed {prompt.seed}")
+
+
+def told(outcome: Outcome) -> tuple[str, ...]:
+    """What was read, in two or three lines."""
+    names = {entity.class_id: entity.name for entity in reversed(load_entities())}
+    wrong = [fact for fact, holds in outcome.agrees.items() if not holds]
+    seen = ", ".join(names[guess] for guess in outcome.guesses) or "no figure"
+    return (
+        seen,
+        f"{outcome.reading.count} on {outcome.reading.ground}, rank {' and '.join(map(str, outcome.ranks))}",
+        *((f"wrong: {', '.join(wrong)}",) if wrong else ()),
+    )
