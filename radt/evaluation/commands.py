@@ -50,7 +50,10 @@ def add_commands(evaluate: typer.Typer, *, progress: Progress) -> None:
         subset_size: Annotated[
             int | None, typer.Option("--subset-size", help="Pictures in a subset of KID. Default: 1000, or half.")
         ] = None,
-        subsets: Annotated[int, typer.Option("--subsets", min=2, help="Subsets that errors are taken over.")] = 100,
+        subsets: Annotated[
+            int | None,
+            typer.Option("--subsets", min=2, help="Subsets that errors are taken over. Default: 100, of FD 25."),
+        ] = None,
         candidates: Annotated[
             int | None, typer.Option("--candidates", min=2, help="Captions of R-precision. Default: 100, if there are.")
         ] = None,
@@ -65,7 +68,7 @@ def add_commands(evaluate: typer.Typer, *, progress: Progress) -> None:
     ) -> None:
         """Measure a folder of pictures: likeness to reals, diversity, agreement with captions, copies."""
         from radt.evaluation.extractors import load_extractor
-        from radt.evaluation.image_set import choose, find_pictures
+        from radt.evaluation.image_set import find_pictures
         from radt.evaluation.images import Options, measure_images
         from radt.evaluation.images_report import print_report, write_report
 
@@ -78,8 +81,8 @@ def add_commands(evaluate: typer.Typer, *, progress: Progress) -> None:
             seed=seed,
         )
         found = find_pictures(pictures, captions=captions, but=out)
-        reals = None if real is None else choose(find_pictures(real, but=out), limit_real, seed=seed)
-        extractors = [load_extractor(name) for name in extractor or ["inception"]]
+        reals = None if real is None else find_pictures(real, but=out, limit=limit_real, seed=seed)
+        extractors = [load_extractor(name) for name in dict.fromkeys(extractor or ["inception"])]
         with progress("measuring") as on_step:
             report = measure_images(
                 found,

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import blake2b, sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from jaxtyping import Float32
@@ -33,6 +33,7 @@ FLUSH_SECONDS = 20
 FILE_KEYS = ("file", "file_name", "picture", "image", "path")
 CAPTION_KEYS = ("caption", "prompt", "text")
 OnStep = Callable[[int, int], None]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,26 +74,34 @@ class MeasuredSet:
 # Finding
 
 
-def find_pictures(source: str, *, captions: Path | None = None, but: Path | None = None) -> list[PictureFile]:
+def find_pictures(
+    source: str,
+    *,
+    captions: Path | None = None,
+    but: Path | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+) -> list[PictureFile]:
     """The pictures of a source, by name; nothing below the folder `but`. CorpusError where there is none.
 
-    What a picture of a folder should show is told by `captions`, else by its own record, else by a `.txt` beside it.
+    At most `limit` of them, by lot. What a picture of a folder should show is told by `captions`, else by its own
+    record, else by a `.txt` beside it.
     """
     folder = Path(source)
     if (folder / "kb.json").is_file():
-        return _of_knowledge_base(source)
+        return _of_knowledge_base(source, limit, seed)
     files = sorted(_files(folder, but)) if folder.is_dir() else []
-    if files:
-        found = [_of_file(path, path.relative_to(folder).as_posix()) for path in files]
-        return found if captions is None else _captioned(found, captions)
-    return _of_corpus(source)
+    if not files:
+        return choose(_of_corpus(source), limit, seed=seed)
+    found = [_of_file(path, path.relative_to(folder).as_posix()) for path in choose(files, limit, seed=seed)]
+    return found if captions is None else _captioned(found, captions)
 
 
-def choose(pictures: Sequence[PictureFile], limit: int | None, *, seed: int) -> list[PictureFile]:
+def choose(items: Sequence[T], limit: int | None, *, seed: int) -> list[T]:
     """At most `limit` of them, by lot, in their order."""
-    if limit is None or limit >= len(pictures):
-        return list(pictures)
-    return [pictures[i] for i in sorted(np.random.default_rng(seed).permutation(len(pictures))[:limit])]
+    if limit is None or limit >= len(items):
+        return list(items)
+    return [items[i] for i in sorted(np.random.default_rng(seed).permutation(len(items))[:limit].tolist())]
 
 
 def _files(folder: Path, but: Path | None) -> Iterator[Path]:
@@ -138,11 +147,11 @@ def read_record(path: Path) -> dict[str, Any] | None:
     return None
 
 
-def _of_knowledge_base(source: str) -> list[PictureFile]:
+def _of_knowledge_base(source: str, limit: int | None, seed: int) -> list[PictureFile]:
     from index.knowledge_base import KnowledgeBase
 
     store = KnowledgeBase.open(source).store
-    pairs = store.get(store.matching_ids())
+    pairs = store.get(choose(sorted(store.matching_ids().tolist()), limit, seed=seed))
     if not pairs:
         raise CorpusError(f"the knowledge base {source!r} is empty: add pairs, or name a folder of pictures")
     return [PictureFile(name=str(pair.id), read=pair.image.read, caption=pair.caption) for pair in pairs]

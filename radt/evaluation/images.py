@@ -37,6 +37,7 @@ MEASURES = (
 )
 OF_TWO_SETS = ("fd", "kid", "cmmd", "precision", "recall", "density", "coverage")
 MANIFOLD = ("precision", "recall", "density", "coverage")
+FRECHET_SUBSETS = 25
 COPY_CANDIDATES = 5  # reals nearest by features, compared pixel by pixel
 SIMILARITIES = "similarities.json"
 LOWER_IS_BETTER = ("fd", "kid", "cmmd", "copies")
@@ -49,7 +50,7 @@ class Options:
 
     measures: tuple[str, ...] | None = None
     subset_size: int | None = None  # of a kernel distance
-    subsets: int = metrics.SUBSETS
+    subsets: int | None = None  # that an error is taken over; 100, or 25 of a Frechet distance, which takes seconds
     candidates: int | None = None  # of an R-precision; 100, or all captions where they are fewer
     copy_limit: float = WARN_ABOVE
     seed: int = 0
@@ -60,10 +61,14 @@ class Options:
                 near = difflib.get_close_matches(name, MEASURES, n=1)
                 hint = f"did you mean {near[0]!r}? " if near else ""
                 raise ConfigError(f"there is no measure {name!r}: {hint}It is one of {', '.join(MEASURES)}")
-        if self.subsets < 2:
+        if self.subsets is not None and self.subsets < 2:
             raise ConfigError(f"an error is taken over 2 or more subsets, got {self.subsets}")
         if not 0 <= self.copy_limit <= 1:
             raise ConfigError(f"the limit of a copy is a similarity between 0 and 1, got {self.copy_limit}")
+
+    def subsets_of(self, measure: str) -> int:
+        """Over how many subsets the error of a measure is taken."""
+        return self.subsets or (FRECHET_SUBSETS if measure == "fd" else metrics.SUBSETS)
 
     def wants(self, measure: str) -> bool:
         """Whether it is to be measured if it can be."""
@@ -301,7 +306,7 @@ def _row(
 
 def _frechet(measure: str, sets: _Sets) -> list[Row]:
     a, b = _both(sets, 2)
-    score = metrics.frechet_score(a, b, subsets=sets.options.subsets, seed=sets.options.seed)
+    score = metrics.frechet_score(a, b, subsets=sets.options.subsets_of(measure), seed=sets.options.seed)
     title = "FID" if sets.extractor.kind == "inception" else "FD"
     fewest, width = min(len(a), len(b)), sets.extractor.width
     notes = []
@@ -317,13 +322,15 @@ def _frechet(measure: str, sets: _Sets) -> list[Row]:
 def _kernel(measure: str, sets: _Sets) -> list[Row]:
     a, b = _both(sets, 2)
     options = sets.options
-    score = metrics.kernel_distance(a, b, subset_size=options.subset_size, subsets=options.subsets, seed=options.seed)
+    score = metrics.kernel_distance(
+        a, b, subset_size=options.subset_size, subsets=options.subsets_of(measure), seed=options.seed
+    )
     return [_row(measure, "KID" if sets.extractor.kind == "inception" else "KD", score, sets)]
 
 
 def _gaussian(measure: str, sets: _Sets) -> list[Row]:
     a, b = _both(sets, 1)
-    score = metrics.gaussian_mmd_score(a, b, subsets=sets.options.subsets, seed=sets.options.seed)
+    score = metrics.gaussian_mmd_score(a, b, subsets=sets.options.subsets_of(measure), seed=sets.options.seed)
     if sets.extractor.kind == "open_clip":
         return [_row(measure, "CMMD", score, sets)]
     note = f"the kernel's width of {metrics.CMMD_SIGMA:g} is meant for features of length 1, as CLIP's are"
@@ -334,8 +341,10 @@ def _manifold(measure: str, sets: _Sets) -> list[Row]:
     a, b = _both(sets, 6)
     if not sets.neighborhoods:
         sets.neighborhoods.append(metrics.neighborhoods(a, b))
-    values = getattr(sets.neighborhoods[0], measure)
-    return [_row(measure, measure, metrics.mean_score(values, seed=sets.options.seed), sets)]
+    score = metrics.mean_score(getattr(sets.neighborhoods[0], measure), seed=sets.options.seed)
+    is_lopsided = measure in ("recall", "coverage") and 2 * len(a) < len(b)
+    notes = [f"{len(a)} pictures beside {len(b)} reals: give as many of both"] if is_lopsided else []
+    return [_row(measure, measure, score, sets, notes=notes)]
 
 
 def _inception_score(measure: str, sets: _Sets) -> list[Row]:
@@ -346,7 +355,7 @@ def _inception_score(measure: str, sets: _Sets) -> list[Row]:
         raise NotMeasurableError("one picture has no diversity")
     options = sets.options
     score = metrics.subset_score(
-        metrics.inception_score, (logits,), subsets=options.subsets, seed=options.seed, floor=1.0
+        metrics.inception_score, (logits,), subsets=options.subsets_of(measure), seed=options.seed, floor=1.0
     )
     title = "inception score" if sets.extractor.kind == "inception" else "classifier score"
     classes = logits.shape[1]
@@ -430,7 +439,7 @@ def asked_class(picture: PictureFile, words: Mapping[str, int], classes: int) ->
     """The column of the class that a picture should show: by its label, a name or a number, else by its caption.
 
     Of the names that stand in the caption as whole words the first counts, the longest of those that begin there; Hinz
-    et al. 2022, section 4.1, choose captions by words, too. Words mislead: an orange background is no orange.
+    et al. 2022 choose captions by words, too. Words mislead: an orange background is no orange.
     """
     if picture.label is not None:
         if picture.label.lower() in words:

@@ -25,7 +25,7 @@ SUBSET_SIZE = 1000  # of KID (Binkowski et al. 2018, section 4)
 SUBSETS = 100
 RESAMPLES = 1000
 LEAST = 4  # pictures in a set whose halves still have a variance
-CMMD_SIGMA = 10.0  # Jayasumana et al. 2024, section 4.1, over CLIP embeddings of unit length
+CMMD_SIGMA = 10.0  # Jayasumana et al. 2024, over CLIP embeddings of unit length
 CMMD_SCALE = 1000.0
 CLIP_SCALE = 100.0  # of a cosine
 CANDIDATES = 100  # captions of an R-precision
@@ -106,7 +106,7 @@ def subset_score(
 
 
 def jackknife_error(values: Float64[np.ndarray, " s"], sizes: Sequence[int], totals: Sequence[int]) -> float:
-    """The standard error over all of `totals`, from values over random subsets of `sizes` (Shao and Wu 1989, eq. 2.1).
+    """The standard error over all of `totals`, from values over random subsets of `sizes` (Shao and Wu 1989).
 
     With sets of different shares the largest factor is taken, which is at worst too wide.
     """
@@ -132,7 +132,7 @@ def _subsets(
 
 
 def frechet_distance(a: Features, b: Float[np.ndarray, "m d"]) -> float:
-    """Squared Frechet distance of the Gaussians fitted to both (Dowson and Landau 1982, eq. 4; Heusel et al. 2017).
+    """Squared Frechet distance of the Gaussians fitted to both (Dowson and Landau 1982; Heusel et al. 2017).
 
     |mu_a - mu_b|^2 + tr(A + B - 2 (A B)^(1/2)). With the centred rows X and Y, tr (A B)^(1/2) is the nuclear norm of
     X Y^T / sqrt((n - 1)(m - 1)): no root of a matrix is taken, and a singular covariance is no special case.
@@ -150,13 +150,13 @@ def frechet_distance(a: Features, b: Float[np.ndarray, "m d"]) -> float:
 def frechet_score(a: Features, b: Float[np.ndarray, "m d"], *, subsets: int = SUBSETS, seed: int = 0) -> Score:
     """`frechet_distance` with its interval; `at_half` shows how far it would still fall with more pictures.
 
-    The distance of finite sets is too high, by about c / N (Chong and Forsyth 2020, section 3).
+    The distance of finite sets is too high, by about c / N (Chong and Forsyth 2020).
     """
     return subset_score(frechet_distance, (a, b), subsets=subsets, seed=seed)
 
 
 def polynomial_mmd(a: Features, b: Float[np.ndarray, "m d"]) -> float:
-    """Unbiased squared maximum mean discrepancy, kernel (x.y / d + 1)^3 (Binkowski et al. 2018, section 4, eq. 4).
+    """Unbiased squared maximum mean discrepancy, kernel (x.y / d + 1)^3 (Binkowski et al. 2018, section 4).
 
     May be below 0, where the sets are alike.
     """
@@ -303,7 +303,7 @@ def inception_score(logits: Float[np.ndarray, "n c"], *, splits: int = 1) -> flo
     """The exponential of the mean KL divergence of p(class | picture) from its mean (Salimans et al. 2016, section 4).
 
     Between 1 and the number of classes. One split, unlike the paper's ten, whose means depend on N more (Barratt and
-    Sharma 2018, section 3.2); with more, the pictures are split in their order.
+    Sharma 2018); with more, the pictures are split in their order.
     """
     wide = logits.astype(np.float64)
     _check_finite(wide)
@@ -337,7 +337,7 @@ def r_precision_hits(
     candidates: int = CANDIDATES,
     seed: int = 0,
 ) -> Bool[np.ndarray, " n"]:
-    """Whether each picture is nearer to its own text than to `candidates` - 1 others by lot (Xu et al. 2018, 4.1).
+    """Whether each picture is nearer to its own text than to `candidates` - 1 others by lot (Xu et al. 2018).
 
     `texts` are all different captions, and `own` says which is each picture's. A tie is no hit. ConfigError when there
     are not as many texts.
@@ -373,7 +373,7 @@ class ObjectAccuracy:
 def object_accuracy(
     asked: Int[np.ndarray, " n"], answers: Int[np.ndarray, "n top"], *, seed: int = 0
 ) -> ObjectAccuracy:
-    """SOA-I and SOA-C of Hinz et al. 2022, section 4, a classifier's best `top` answers in the place of a detector.
+    """SOA-I and SOA-C of Hinz et al. 2022, a classifier's best `top` answers in the place of a detector.
 
     `asked` is the class that each picture should show. The interval of the second is over classes.
     """
@@ -403,7 +403,7 @@ def hits(
 def reciprocal_ranks(
     found: Sequence[Sequence[Hashable]], relevant: Sequence[Collection[Hashable]]
 ) -> Float64[np.ndarray, " q"]:
-    """1 over the place of each query's first relevant item, 0 where none was found (Voorhees 1999, section 3)."""
+    """1 over the place of each query's first relevant item, 0 where none was found (Voorhees 1999)."""
 
     def reciprocal(ids: Sequence[Hashable], wanted: Collection[Hashable]) -> float:
         return next((1 / rank for rank, each in enumerate(ids, start=1) if each in wanted), 0.0)

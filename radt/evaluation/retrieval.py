@@ -244,5 +244,5 @@ def _caption(report: RetrievalReport) -> str:
 
 def _cell(score: Score) -> str:
     if score.low is None:
-        return f"{score.value:.3f}"
-    return f"{score.value:.3f} ({score.low:.3f} to {score.high:.3f})"
+        return f"{score.value:.2f}"
+    return f"{score.value:.2f} ({score.low:.2f} to {score.high:.2f})"

@@ -186,6 +186,22 @@ def test_timm_takes_a_checkpoint(tmp_path):
     assert all(torch.equal(weights[name], value) for name, value in network.state_dict().items())
 
 
+def test_timm_takes_a_folder_of_its_hub(tmp_path):
+    import timm
+    from timm.models import save_for_hf
+
+    torch.manual_seed(6)
+    network = timm.create_model("test_vit", num_classes=7)
+    save_for_hf(network, tmp_path / "mine", safe_serialization=True)
+    extractor = load_extractor(f"timm:{tmp_path / 'mine'}")
+    found = extractor.extract([draw(0)])
+    assert found.logits is not None
+    assert found.logits.shape == (1, 7)
+    assert dict(extractor.class_words) == {}  # seven classes are not ImageNet's
+    weights = extractor._network.state_dict()
+    assert all(torch.equal(weights[name], value) for name, value in network.state_dict().items())
+
+
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
