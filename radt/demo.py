@@ -17,8 +17,9 @@ from radt.bundle import find_bundle
 from radt.corpora.emoji import Entity, load_entities, select, write_emoji
 from radt.corpora.scenes import PALETTE, benchmark_prompt
 from radt.generate import drawn_pictures, neighbor_pictures, subtitle
+from radt.neighbors import with_pictures_of
 from radt.pipeline import GeneratedImage, TextToImage, file_name
-from radt.sheet import Row, Sheet, write_sheet
+from radt.sheet import Picture, Row, Sheet, write_sheet
 
 if TYPE_CHECKING:
     from index.embedder import ClipEmbedder
@@ -61,14 +62,15 @@ def run_demo(
     kb = make_knowledge_base(out / "kb", corpus, folder, say)
     query_page = query(kb, out / "query.html", say)
     pipeline = TextToImage.load(folder, kb=kb)
-    rows = []
+    rows: list[list[GeneratedImage]] = []
     started = time.perf_counter()
     prompts = held_out_prompts(num_entities)
     for number, prompt in enumerate(prompts):
         rows.append(draw_row(pipeline, prompt, out / "pictures", number=number, n=num_pictures, k=k, seed=seed))
         say(f"drawn {number + 1} of {len(prompts)}: {prompt}")
-    say(f"{len(prompts) * (num_pictures + 1)} pictures in {time.perf_counter() - started:.0f} s")
-    png, page = write_sheet(demo_sheet(rows), out / "sheet.png")
+    swapped = draw_swapped(pipeline, rows, out / "pictures", seed=seed)
+    say(f"{len(prompts) * (num_pictures + 2)} pictures in {time.perf_counter() - started:.0f} s")
+    png, page = write_sheet(demo_sheet(rows, swapped), out / "sheet.png")
     return DemoReport(
         corpus=corpus, kb=kb.directory, pictures=out / "pictures", query_page=query_page, sheet_png=png, sheet_html=page
     )
@@ -146,18 +148,36 @@ def draw_row(
     return drawn
 
 
-def demo_sheet(rows: Sequence[Sequence[GeneratedImage]]) -> Sheet:
-    """Prompt, neighbours, without, with."""
+def draw_swapped(
+    pipeline: TextToImage, rows: Sequence[Sequence[GeneratedImage]], folder: Path, *, seed: int
+) -> list[GeneratedImage]:
+    """Every prompt once more, from the next row's pictures under its own captions, and from the same noise."""
+    drawn = []
+    for number, (row, other) in enumerate(zip(rows, [*rows[1:], *rows[:1]], strict=True)):
+        references = with_pictures_of(row[-1].neighbors, other[-1].neighbors)
+        (picture,) = pipeline(row[-1].prompt, k=len(references), references=references, seed=seed)
+        picture.save(folder / "pictures-of-the-next" / file_name(number, picture.prompt, picture.seed))
+        drawn.append(picture)
+    return drawn
+
+
+def demo_sheet(rows: Sequence[Sequence[GeneratedImage]], swapped: Sequence[GeneratedImage]) -> Sheet:
+    """Prompt, neighbours, without, with, and with another's pictures."""
     return Sheet(
         title="Drawing what was never trained on",
         subtitle=subtitle(rows[0][-1]),
-        columns=("Neighbours found", "Without retrieval", "With retrieval"),
+        columns=("Neighbours found", "Without retrieval", "With retrieval", "From the next row's pictures"),
         rows=tuple(
             Row(
                 prompt=row[0].prompt,
                 note="held out of all training",
-                cells=(neighbor_pictures(row[-1]), drawn_pictures(row[:1]), drawn_pictures(row[1:])),
+                cells=(
+                    neighbor_pictures(row[-1]),
+                    drawn_pictures(row[:1]),
+                    drawn_pictures(row[1:]),
+                    (Picture(image=other.image, lines=("under these captions",)),),
+                ),
             )
-            for row in rows
+            for row, other in zip(rows, swapped, strict=True)
         ),
     )

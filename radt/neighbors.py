@@ -95,6 +95,14 @@ class Neighbor:
         return {name: getattr(self, name) for name in (*kept, "attention", "similarity")}
 
 
+def with_pictures_of(neighbors: Sequence[Neighbor], others: Sequence[Neighbor]) -> list[Reference]:
+    """The pictures of `others` under the captions of `neighbors`, in pairs: tells pictures from words."""
+    return [
+        Reference(image=other.original or other.image, caption=own.caption, name=f"swapped-{place}")
+        for place, (own, other) in enumerate(zip(neighbors, others, strict=False))
+    ]
+
+
 def neighbors_of(hits: Iterable["Hit"], references: Iterable[Reference], size: Size) -> list[Neighbor]:
     """The user's references first, then the hits by rank, each resized to `size`."""
     hits = list(hits)

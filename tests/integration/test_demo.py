@@ -25,6 +25,7 @@ def test_the_demo_draws_held_out_entities_and_uses_again_what_is_there(tiny_bund
     assert all(prompt in report.sheet_html.read_text() for prompt in held_out_prompts(2))
     assert len(list(report.pictures.glob("text-only/*.png"))) == 2
     assert len(list(report.pictures.glob("with-neighbours/*.png"))) == 4
+    assert len(list(report.pictures.glob("pictures-of-the-next/*.png"))) == 2
     assert report.query_page.exists()
     said.clear()
     before = drawn(report.pictures)
