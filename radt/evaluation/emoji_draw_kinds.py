@@ -187,6 +187,7 @@ def _outcome(
     columns = [int(column) for column in recognizer.columns(list(prompt.class_ids))]
     guesses = tuple(recognizer.classes[column] for column in scores.argmax(axis=1)) if len(scores) else ()
     agrees = _agreement(prompt.scene, reading, names_ground=prompt.kind != "alone")
+    ranks: tuple[int, ...]
     if len(columns) == 1:
         ranks = (rank_of(_scores_of_all(prompt, reading, scores), columns[0]),)
     else:

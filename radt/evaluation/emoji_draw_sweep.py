@@ -46,7 +46,7 @@ from radt.evaluation.emoji_draw_kinds import (
 )
 from radt.evaluation.emoji_recognizer import EmojiRecognizer
 from radt.pipeline import DrawRequest, TextToImage
-from radt.settings import GenerateSettings
+from radt.settings import By, GenerateSettings
 
 if TYPE_CHECKING:
     from radt.evaluation.emoji_draw import AnyKnowledgeBase
@@ -57,7 +57,7 @@ OnUnit: TypeAlias = Callable[[str, int, int], None]  # what is drawn, network st
 
 SWEEP_K = (0, 1, 2, 4, 8)
 SWEEP_TEXT_SHARE = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
-SWEEP_BY = ("clip", "bm25", "hybrid")
+SWEEP_BY: tuple[By, ...] = ("clip", "bm25", "hybrid")
 UNITS = "points"  # the folder of what is kept
 ROWS_KEPT = 12  # prompts a sheet
 

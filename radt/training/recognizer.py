@@ -237,7 +237,8 @@ def train_recognizer(
     torch.manual_seed(config.seed)
     pictures = GlyphPictures(entities, glyphs, config=config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network = RecognizerNetwork(config.network, len(pictures.classes)).to(device, memory_format=torch.channels_last)
+    network = RecognizerNetwork(config.network, len(pictures.classes)).to(device)
+    network = network.to(memory_format=torch.channels_last)  # twice as fast on a CPU
     run = RecognizerRun(network=network, optimizer=make_optimizer(network, config.optim))
     run.load(out / STATE_FILE)
     forget_after(out / METRICS_FILE, run.step)
@@ -267,7 +268,7 @@ def _take_step(config: RecognizerTrainConfig, run: RecognizerRun, pictures: Glyp
         logits = run.network(pixels.to(memory_format=torch.channels_last))
     loss = cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing)
     run.optimizer.zero_grad()
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     torch.nn.utils.clip_grad_norm_(run.network.parameters(), config.optim.max_grad_norm)
     run.optimizer.step()
     run.step += 1
