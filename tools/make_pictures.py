@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw
 from radt.explain import explain_file
 from radt.explain_sheet import make_sheet
 from radt.generate import neighbor_pictures
+from radt.neighbors import with_pictures_of
 from radt.pipeline import TextToImage
 from radt.sheet import Picture, Row, Sheet, draw_sheet
 
@@ -24,6 +25,14 @@ PROMPTS = (  # of entities that no training saw
     "a flag of India on a blue background",
     "a crown on a purple background",
     "a sunflower on a pink background",
+)
+# Flags with an emblem, and faces: what is small in them can come from nowhere but the neighbours.
+DETAILS = (
+    "a flag of India on a blue background",
+    "a flag of Mongolia on a purple background",
+    "a flag of Tuvalu on a red background",
+    "a smiling face with smiling eyes on a pink background",
+    "a sleeping face on a green background",
 )
 Ways = Mapping[str, Mapping[str, Any]]
 
@@ -57,6 +66,7 @@ def main() -> None:
     model = TextToImage.load(given.model, kb=given.kb, device="cpu")
     OUT.mkdir(parents=True, exist_ok=True)
     save("cascade", cascade(model, given.seed))
+    save("details", details(model, given.seed))
     one = PROMPTS[-1:]
     for name, title, ways, prompts in (
         ("samplers", "One noise, five samplers, 20 steps", SAMPLERS, one),
@@ -82,6 +92,27 @@ def cascade(model: TextToImage, seed: int) -> Sheet:
         ]
         rows.append(Row(prompt=prompt, cells=(neighbor_pictures(large), tuple(drawn))))
     return Sheet(title="Two stages, both with neighbours", columns=("Neighbours", "Drawn"), rows=tuple(rows))
+
+
+def details(model: TextToImage, seed: int) -> Sheet:
+    """Each prompt from its own neighbours, and from the next row's pictures under its own captions."""
+    drawn = [model(prompt, seed=seed)[0] for prompt in DETAILS]
+    rows = []
+    for prompt, picture, other in zip(DETAILS, drawn, [*drawn[1:], drawn[0]], strict=True):
+        references = with_pictures_of(picture.neighbors, other.neighbors)
+        (swapped,) = model(prompt, k=len(references), references=references, seed=seed)
+        cells = (
+            neighbor_pictures(picture),
+            (Picture(image=picture.image),),
+            tuple(Picture(image=each.image) for each in references),
+            (Picture(image=swapped.image),),
+        )
+        rows.append(Row(prompt=prompt, note="held out of all training", cells=cells))
+    return Sheet(
+        title="What comes from the pictures: the captions stay, the pictures are exchanged",
+        columns=("Neighbours found", "Drawn", "The next row's pictures, same captions", "Drawn"),
+        rows=tuple(rows),
+    )
 
 
 def strip(model: TextToImage, title: str, ways: Ways, *, prompts: Sequence[str], seed: int) -> Sheet:
