@@ -80,8 +80,8 @@ def add_commands(evaluate: typer.Typer, *, progress: Progress) -> None:
             copy_limit=copy_limit,
             seed=seed,
         )
-        found = find_pictures(pictures, captions=captions, but=out)
-        reals = None if real is None else find_pictures(real, but=out, limit=limit_real, seed=seed)
+        found = find_pictures(pictures, captions=captions, out=out)
+        reals = None if real is None else find_pictures(real, out=out, limit=limit_real, seed=seed)
         extractors = [load_extractor(name) for name in dict.fromkeys(extractor or ["inception"])]
         with progress("measuring") as on_step:
             report = measure_images(

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"})
+PLOT = "plot.png"  # that an evaluation writes
 RECORD_CHUNK = "radt"  # of a PNG (radt/provenance.py)
 BATCH_ROWS = 32  # pictures decoded at once
 FLUSH_ROWS = 256  # pictures, or seconds, that a kill may cost
@@ -78,11 +79,11 @@ def find_pictures(
     source: str,
     *,
     captions: Path | None = None,
-    but: Path | None = None,
+    out: Path | None = None,
     limit: int | None = None,
     seed: int = 0,
 ) -> list[PictureFile]:
-    """The pictures of a source, by name; nothing below the folder `but`. CorpusError where there is none.
+    """The pictures of a source, by name; nothing that an evaluation wrote to `out`. CorpusError where there is none.
 
     At most `limit` of them, by lot. What a picture of a folder should show is told by `captions`, else by its own
     record, else by a `.txt` beside it.
@@ -90,7 +91,7 @@ def find_pictures(
     folder = Path(source)
     if (folder / "kb.json").is_file():
         return _of_knowledge_base(source, limit, seed)
-    files = sorted(_files(folder, but)) if folder.is_dir() else []
+    files = sorted(_files(folder, out)) if folder.is_dir() else []
     if not files:
         return choose(_of_corpus(source), limit, seed=seed)
     found = [_of_file(path, path.relative_to(folder).as_posix()) for path in choose(files, limit, seed=seed)]
@@ -104,11 +105,15 @@ def choose(items: Sequence[T], limit: int | None, *, seed: int) -> list[T]:
     return [items[i] for i in sorted(np.random.default_rng(seed).permutation(len(items))[:limit].tolist())]
 
 
-def _files(folder: Path, but: Path | None) -> Iterator[Path]:
-    hidden = None if but is None else but.resolve()
+def _files(folder: Path, out: Path | None) -> Iterator[Path]:
+    """Pictures below a folder, hidden files and what an earlier run wrote to `out` left aside."""
+    root, own = folder.resolve(), None if out is None else out.resolve()
     for path in folder.rglob("*"):
-        is_ours = hidden is not None and hidden != folder.resolve() and hidden in path.resolve().parents
-        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file() and not is_ours:
+        if path.suffix.lower() not in SUFFIXES or path.name.startswith(".") or not path.is_file():
+            continue
+        place = path.resolve()
+        is_own = own is not None and (place == own / PLOT or (root in own.parents and own in place.parents))
+        if not is_own:
             yield path
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from index.atomic import write_bytes
 from index.errors import MissingExtraError
 from radt.evaluation.extractors import HINT
+from radt.evaluation.image_set import PLOT
 from radt.evaluation.images import LOWER_IS_BETTER, SHARES, ExtractorFacts, ImagesReport, Row
 from radt.evaluation.metrics import Score
 from radt.evaluation.results import Estimate, Picture, Result, Table, typed_command
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
 COLUMNS = ("measure", "over", "value", "95 % interval", "N", "reals")
-RESULTS, PAGE, PLOT = "results.json", "results.md", "plot.png"
+RESULTS, PAGE = "results.json", "results.md"
 SHORT = 8  # digits of a digest
 NAMED = 5  # pictures left out that are named
 FROM_ZERO = ("fd", "kid", "cmmd", "density")
@@ -74,7 +75,9 @@ def remarks(report: ImagesReport) -> list[str]:
         f"{_letter(report, each)}: {each.name}, {each.width} features of {each.resize}" for each in report.extractors
     ]
     lines += [f"[{number}] {note}" for number, note in enumerate(all_notes(report), start=1)]
-    lines += [f"not measured: {measure}: {reason}" for measure, reason in report.skipped.items()]
+    for reason in dict.fromkeys(report.skipped.values()):
+        those = ", ".join(measure for measure, why in report.skipped.items() if why == reason)
+        lines.append(f"not measured: {those}: {reason}")
     for what, left_out in (("pictures", report.left_out), ("reals", report.left_out_real)):
         if left_out:
             named = "; ".join(f"{each.name} ({each.reason})" for each in left_out[:NAMED])

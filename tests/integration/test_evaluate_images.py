@@ -333,6 +333,13 @@ def test_a_measure_that_nobody_knows(error, pictures, clip):
     assert "fd cannot be measured: it compares with real pictures; name them with --real" in error(*words, "fd")
 
 
+def test_what_is_not_measured_for_one_reason_is_told_in_one_line(radt, pictures, clip):
+    code, out, _ = radt("images", pictures, "--extractor", clip)
+    assert code == 0
+    named = "fd, kid, cmmd, precision, recall, density, coverage"
+    assert f"not measured: {named}: it compares with real pictures; name them with --real\n" in out
+
+
 def test_measures_without_what_they_need(error, tmp_path, clip):
     bare = write_pictures(tmp_path / "bare", range(3), captions=False)
     words = ["images", bare, "--extractor"]
@@ -358,11 +365,13 @@ def test_features_that_are_not_finite_name_the_picture(pictures):
         measure_set(find_pictures(str(pictures)), Counting(broken=True), on_step=lambda done, of: None)
 
 
-def test_own_results_are_not_measured_as_pictures(radt, pictures, clip):
-    words = ["images", pictures, "--extractor", clip, "--metrics", "clip-score", "--json", "--out", pictures / "out"]
+@pytest.mark.parametrize("place", ["pictures/out", "pictures", "."])
+def test_own_results_are_not_measured_as_pictures(radt, pictures, clip, tmp_path, place):
+    out = tmp_path / place
+    words = ["images", pictures, "--extractor", clip, "--metrics", "clip-score", "--json", "--out", out]
     for _ in range(2):
         assert json.loads(radt(*words)[1])["n"] == N
-    assert (pictures / "out" / "plot.png").is_file()
+    assert (out / "plot.png").is_file()
 
 
 def test_reading_a_file_that_went_away(tmp_path):

@@ -257,6 +257,31 @@ def test_precision_and_recall_beside_torch_fidelity(monkeypatch):
         np.testing.assert_array_equal(getattr(small, name), getattr(found, name))
 
 
+def test_density_and_coverage_equal_their_definitions():
+    """Naeem et al. 2020, equations 3 and 4, pair by pair; the others as Kynkaanniemi et al. 2019, equation 2."""
+    pictures, reals = normal(25, 3), normal(30, 3, seed=1, mean=0.3)
+
+    def distance(a, b):
+        return float(np.linalg.norm(a.astype(np.float64) - b))
+
+    def radius(points, i, k):
+        return sorted(distance(points[i], points[j]) for j in range(len(points)) if j != i)[k - 1]
+
+    found = neighborhoods(pictures, reals, k=2, k_density=4)
+    wide = [radius(reals, i, 4) for i in range(30)]
+    narrow, own = [radius(reals, i, 2) for i in range(30)], [radius(pictures, i, 2) for i in range(25)]
+    inside = np.array([[distance(x, y) <= r for y, r in zip(reals, wide, strict=True)] for x in pictures])
+    np.testing.assert_allclose(found.density, inside.sum(axis=1) / 4)
+    np.testing.assert_array_equal(found.coverage, inside.any(axis=0))
+    precise = [any(distance(x, y) <= r for y, r in zip(reals, narrow, strict=True)) for x in pictures]
+    recalled = [any(distance(x, y) <= r for x, r in zip(pictures, own, strict=True)) for y in reals]
+    np.testing.assert_array_equal(found.precision, precise)
+    np.testing.assert_array_equal(found.recall, recalled)
+    nearest = metrics.nearest_rows(pictures, reals, 3)
+    brute = [sorted(range(30), key=lambda j, x=x: distance(x, reals[j]))[:3] for x in pictures]
+    np.testing.assert_array_equal(nearest, brute)
+
+
 def test_too_few_pictures_for_balls():
     with pytest.raises(ConfigError, match="5th neighbour need more than 5 pictures in each set, and there are 5 and 9"):
         neighborhoods(normal(5, 2), normal(9, 2))
