@@ -68,8 +68,9 @@ def add_commands(evaluate: typer.Typer, *, progress: Progress) -> None:
     ) -> None:
         """Measure a folder of pictures: likeness to reals, diversity, agreement with captions, copies."""
         from radt.evaluation.extractors import load_extractor
+        from radt.evaluation.image_measures import Options
         from radt.evaluation.image_set import find_pictures
-        from radt.evaluation.images import Options, measure_images
+        from radt.evaluation.images import measure_images
         from radt.evaluation.images_report import print_report, write_report
 
         options = Options(

@@ -1,98 +1,18 @@
 """`radt evaluate images`: every measure of a set of pictures, over any extractors, with N and an interval each.
 
-Reads `image_set.py` for the features and `metrics.py` for the mathematics; `images_report.py` shows what comes of it.
+Reads `image_set.py` for the features and `image_measures.py` for each measure; `images_report.py` shows what comes of
+it.
 """
 
-import difflib
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from jaxtyping import Float64, Int
-
-from index.atomic import write_bytes
 from index.errors import ConfigError, QueryError
-from radt.copying import WARN_ABOVE, best_match
-from radt.evaluation import metrics
-from radt.evaluation.extractors import Extractor, OpenClipExtractor
-from radt.evaluation.image_set import LeftOut, MeasuredSet, OnStep, PictureFile, decode, measure_set
-from radt.evaluation.metrics import Score
-
-MEASURES = (
-    "fd",
-    "kid",
-    "cmmd",
-    "precision",
-    "recall",
-    "density",
-    "coverage",
-    "is",
-    "clip-score",
-    "r-precision",
-    "soa",
-    "copies",
-)
-OF_TWO_SETS = ("fd", "kid", "cmmd", "precision", "recall", "density", "coverage")
-MANIFOLD = ("precision", "recall", "density", "coverage")
-FRECHET_SUBSETS = 25
-COPY_CANDIDATES = 5  # reals nearest by features, compared pixel by pixel
-SIMILARITIES = "similarities.json"
-LOWER_IS_BETTER = ("fd", "kid", "cmmd", "copies")
-SHARES = ("precision", "recall", "coverage", "r-precision", "soa", "copies")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Options:
-    """What is measured and how. `measures` None: all that can be. Others None: by the number of pictures."""
-
-    measures: tuple[str, ...] | None = None
-    subset_size: int | None = None  # of a kernel distance
-    subsets: int | None = None  # that an error is taken over; 100, or 25 of a Frechet distance, which takes seconds
-    candidates: int | None = None  # of an R-precision; 100, or all captions where they are fewer
-    copy_limit: float = WARN_ABOVE
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in self.measures or ():
-            if name not in MEASURES:
-                near = difflib.get_close_matches(name, MEASURES, n=1)
-                hint = f"did you mean {near[0]!r}? " if near else ""
-                raise ConfigError(f"there is no measure {name!r}: {hint}It is one of {', '.join(MEASURES)}")
-        if self.subsets is not None and self.subsets < 2:
-            raise ConfigError(f"an error is taken over 2 or more subsets, got {self.subsets}")
-        if not 0 <= self.copy_limit <= 1:
-            raise ConfigError(f"the limit of a copy is a similarity between 0 and 1, got {self.copy_limit}")
-
-    def subsets_of(self, measure: str) -> int:
-        """Over how many subsets the error of a measure is taken."""
-        return self.subsets or (FRECHET_SUBSETS if measure == "fd" else metrics.SUBSETS)
-
-    def wants(self, measure: str) -> bool:
-        """Whether it is to be measured if it can be."""
-        return self.measures is None or measure in self.measures
-
-    def asks_for(self, measure: str) -> bool:
-        """Whether it was named, so that it is an error where it cannot be measured."""
-        return self.measures is not None and measure in self.measures
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Row:
-    """One score of `n` pictures. `extractor` is what it is over, empty for none; `notes` say what to mind.
-
-    The interval of recall and coverage rests on reals, and that of SOA-C on classes: `score.n` counts those.
-    """
-
-    measure: str
-    title: str
-    score: Score
-    n: int
-    n_real: int | None = None
-    extractor: str = ""
-    notes: tuple[str, ...] = ()
+from radt.evaluation.extractors import Extractor
+from radt.evaluation.image_measures import BY_NAME, MEASURES, OF_TWO_SETS, NotMeasurableError, Options, Row, Sets
+from radt.evaluation.image_set import LeftOut, MeasuredSet, OnStep, PictureFile, measure_set
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -160,21 +80,6 @@ class ImagesReport:
         }
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class _Sets:
-    """What one extractor made of the pictures and the reals."""
-
-    extractor: Extractor
-    pictures: MeasuredSet
-    reals: MeasuredSet | None
-    options: Options
-    neighborhoods: list[metrics.Neighborhoods] = field(default_factory=list)  # of both sets, once it is known
-
-
-class NotMeasurableError(Exception):
-    """Why a measure cannot be taken of these pictures: an error if it was named, else a line below the table."""
-
-
 def measure_images(
     pictures: Sequence[PictureFile],
     extractors: Sequence[Extractor],
@@ -198,7 +103,7 @@ def measure_images(
     skipped: dict[str, str] = {}
     for measure in MEASURES:
         if options.wants(measure):
-            _take(measure, sets, rows=rows, skipped=skipped, cache=cache)
+            _take(measure, sets, rows=rows, skipped=skipped)
     if not rows:
         reasons = "; ".join(dict.fromkeys(skipped.values()))
         raise QueryError(f"nothing can be measured of these pictures: {reasons}")
@@ -237,7 +142,7 @@ def _extract(
     options: Options,
     cache: Path | None,
     on_step: OnStep,
-) -> list[_Sets]:
+) -> list[Sets]:
     total, before = len(extractors) * (len(pictures) + len(reals or ())), 0
     sets = []
     for extractor in extractors:
@@ -245,7 +150,7 @@ def _extract(
         for some in (pictures, *([reals] if reals is not None else [])):
             both.append(measure_set(some, extractor, cache=cache, on_step=_part(on_step, before, total)))
             before += len(some)
-        sets.append(_Sets(extractor=extractor, pictures=both[0], reals=[*both, None][1], options=options))
+        sets.append(Sets(extractor=extractor, pictures=both[0], reals=[*both, None][1], options=options, cache=cache))
     return sets
 
 
@@ -253,13 +158,10 @@ def _part(on_step: OnStep, before: int, total: int) -> OnStep:
     return lambda done, of: on_step(before + done, total)
 
 
-def _take(measure: str, sets: Sequence[_Sets], *, rows: list[Row], skipped: dict[str, str], cache: Path | None) -> None:
+def _take(measure: str, sets: Sequence[Sets], *, rows: list[Row], skipped: dict[str, str]) -> None:
     """One measure by every extractor that can; the reason of the first that cannot counts where none can."""
-    if measure == "copies":
-        takers: list[Callable[[], list[Row]]] = [lambda: _copies(sets[0], cache)]
-    else:
-        takers = [lambda each=each: _MEASURES[measure](measure, each) for each in sets]  # type: ignore[misc]
-    outcomes = [_attempt(take) for take in takers]
+    takers = sets[:1] if measure == "copies" else sets
+    outcomes = [_attempt(measure, each) for each in takers]
     found = [row for outcome in outcomes if not isinstance(outcome, str) for row in outcome]
     if found:
         rows += found
@@ -270,271 +172,9 @@ def _take(measure: str, sets: Sequence[_Sets], *, rows: list[Row], skipped: dict
     skipped[measure] = reason
 
 
-def _attempt(take: Callable[[], list[Row]]) -> list[Row] | str:
+def _attempt(measure: str, sets: Sets) -> list[Row] | str:
     """Its rows, or why there are none."""
     try:
-        return take()
+        return BY_NAME[measure](measure, sets)
     except NotMeasurableError as reason:
         return str(reason)
-
-
-# Each measure
-
-
-def _both(sets: _Sets, least: int) -> tuple[np.ndarray, np.ndarray]:
-    if sets.reals is None:
-        raise NotMeasurableError("it compares with real pictures; name them with --real")
-    fewest = min(len(sets.pictures.pictures), len(sets.reals.pictures))
-    if fewest < least:
-        raise NotMeasurableError(f"it needs at least {least} pictures in each set, and the smaller has {fewest}")
-    return sets.pictures.features, sets.reals.features
-
-
-def _row(
-    measure: str, title: str, score: Score, sets: _Sets, *, n: int | None = None, notes: Sequence[str] = ()
-) -> Row:
-    return Row(
-        measure=measure,
-        title=title,
-        score=score,
-        n=len(sets.pictures.pictures) if n is None else n,
-        n_real=len(sets.reals.pictures) if measure in OF_TWO_SETS and sets.reals is not None else None,
-        extractor=sets.extractor.name,
-        notes=tuple(notes),
-    )
-
-
-def _frechet(measure: str, sets: _Sets) -> list[Row]:
-    a, b = _both(sets, 2)
-    score = metrics.frechet_score(a, b, subsets=sets.options.subsets_of(measure), seed=sets.options.seed)
-    title = "FID" if sets.extractor.kind == "inception" else "FD"
-    fewest, width = min(len(a), len(b)), sets.extractor.width
-    notes = []
-    if fewest < width:
-        half = "" if score.at_half is None else f", and {score.at_half:.4g} over half as many"
-        notes.append(
-            f"N too small: {fewest} pictures for {width} features{half}; it would fall further with more, so compare "
-            "it at the same N only, and rather by KID or CMMD"
-        )
-    return [_row(measure, title, score, sets, notes=notes)]
-
-
-def _kernel(measure: str, sets: _Sets) -> list[Row]:
-    a, b = _both(sets, 2)
-    options = sets.options
-    score = metrics.kernel_distance(
-        a, b, subset_size=options.subset_size, subsets=options.subsets_of(measure), seed=options.seed
-    )
-    return [_row(measure, "KID" if sets.extractor.kind == "inception" else "KD", score, sets)]
-
-
-def _gaussian(measure: str, sets: _Sets) -> list[Row]:
-    a, b = _both(sets, 1)
-    score = metrics.gaussian_mmd_score(a, b, subsets=sets.options.subsets_of(measure), seed=sets.options.seed)
-    if sets.extractor.kind == "open_clip":
-        return [_row(measure, "CMMD", score, sets)]
-    note = f"the kernel's width of {metrics.CMMD_SIGMA:g} is meant for features of length 1, as CLIP's are"
-    return [_row(measure, "MMD", score, sets, notes=[note])]
-
-
-def _manifold(measure: str, sets: _Sets) -> list[Row]:
-    a, b = _both(sets, 6)
-    if not sets.neighborhoods:
-        sets.neighborhoods.append(metrics.neighborhoods(a, b))
-    score = metrics.mean_score(getattr(sets.neighborhoods[0], measure), seed=sets.options.seed)
-    is_lopsided = measure in ("recall", "coverage") and 2 * len(a) < len(b)
-    notes = [f"{len(a)} pictures beside {len(b)} reals: give as many of both"] if is_lopsided else []
-    return [_row(measure, measure, score, sets, notes=notes)]
-
-
-def _inception_score(measure: str, sets: _Sets) -> list[Row]:
-    logits = sets.pictures.logits
-    if logits is None:
-        raise NotMeasurableError(f"{sets.extractor.name} is no classifier; inception and most timm models are")
-    if len(logits) < 2:
-        raise NotMeasurableError("one picture has no diversity")
-    options = sets.options
-    score = metrics.subset_score(
-        metrics.inception_score, (logits,), subsets=options.subsets_of(measure), seed=options.seed, floor=1.0
-    )
-    title = "inception score" if sets.extractor.kind == "inception" else "classifier score"
-    classes = logits.shape[1]
-    notes = [f"N too small: {len(logits)} pictures for {classes} classes"] if len(logits) < classes else []
-    return [_row(measure, title, score, sets, notes=notes)]
-
-
-def _captioned(sets: _Sets) -> tuple[OpenClipExtractor, Int[np.ndarray, " n"], list[str]]:
-    """The encoder, which pictures have captions, and those."""
-    if not isinstance(sets.extractor, OpenClipExtractor):
-        raise NotMeasurableError("it needs an image-text encoder: name one as --extractor open_clip:NAME_OR_FOLDER")
-    captions = [picture.caption for picture in sets.pictures.pictures]
-    places = np.array([place for place, caption in enumerate(captions) if caption], np.int64)
-    if not len(places):
-        raise NotMeasurableError(
-            "no picture has a caption: `radt generate` leaves prompts in its PNG, or give --captions FILE"
-        )
-    return sets.extractor, places, [caption for caption in captions if caption]
-
-
-def _text_notes(sets: _Sets, count: int) -> list[str]:
-    notes = []
-    if any(picture.encoder == sets.extractor.digest for picture in sets.pictures.pictures):
-        notes.append("not independent: the model looked its prompts up with this very encoder")
-    missing = len(sets.pictures.pictures) - count
-    return [*notes, f"{missing} pictures have no caption"] if missing else notes
-
-
-def _clip_score(measure: str, sets: _Sets) -> list[Row]:
-    encoder, places, captions = _captioned(sets)
-    values = metrics.clip_scores(sets.pictures.features[places], encoder.texts(captions))
-    score = metrics.mean_score(values, seed=sets.options.seed)
-    return [_row(measure, "CLIP score", score, sets, n=len(places), notes=_text_notes(sets, len(places)))]
-
-
-def _r_precision(measure: str, sets: _Sets) -> list[Row]:
-    encoder, places, captions = _captioned(sets)
-    different = sorted(set(captions))
-    if len(different) < 2:
-        raise NotMeasurableError("it needs two different captions or more")
-    candidates = sets.options.candidates or min(metrics.CANDIDATES, len(different))
-    own = np.array([different.index(caption) for caption in captions])
-    hits = metrics.r_precision_hits(
-        sets.pictures.features[places],
-        encoder.texts(different),
-        own,
-        candidates=candidates,
-        seed=sets.options.seed,
-    )
-    notes = _text_notes(sets, len(places))
-    if candidates < metrics.CANDIDATES:
-        notes.append(f"easier than among {metrics.CANDIDATES}: there are {len(different)} different captions")
-    title = f"R-precision of {candidates}"
-    return [_row(measure, title, metrics.mean_score(hits), sets, n=len(places), notes=notes)]
-
-
-def _object_accuracy(measure: str, sets: _Sets) -> list[Row]:
-    logits, words = sets.pictures.logits, sets.extractor.class_words
-    if logits is None:
-        raise NotMeasurableError(f"{sets.extractor.name} is no classifier")
-    asked = [asked_class(picture, words, logits.shape[1]) for picture in sets.pictures.pictures]
-    places = [place for place, each in enumerate(asked) if each is not None]
-    if not places:
-        raise NotMeasurableError(
-            f"no caption names a class that {sets.extractor.name} knows; give a `label` to each picture in --captions"
-        )
-    classes = np.array([each for each in asked if each is not None])
-    answers = logits[places].argmax(axis=1)[:, None]
-    found = metrics.object_accuracy(classes, answers, seed=sets.options.seed)
-    missing = len(asked) - len(places)
-    notes = [f"{missing} pictures ask for no class that it knows"] if missing else []
-    if not all(sets.pictures.pictures[place].label for place in places):
-        notes.append("classes are read off captions by their words: `label` in --captions says them surely")
-    return [
-        _row(measure, "SOA-I", found.by_picture, sets, n=len(places), notes=notes),
-        _row(measure, "SOA-C", found.by_class, sets, n=len(places), notes=[f"over {found.by_class.n} classes", *notes]),
-    ]
-
-
-def asked_class(picture: PictureFile, words: Mapping[str, int], classes: int) -> int | None:
-    """The column of the class that a picture should show: by its label, a name or a number, else by its caption.
-
-    Of the names that stand in the caption as whole words the first counts, the longest of those that begin there; Hinz
-    et al. 2022 choose captions by words, too. Words mislead: an orange background is no orange.
-    """
-    if picture.label is not None:
-        if picture.label.lower() in words:
-            return words[picture.label.lower()]
-        if picture.label.isascii() and picture.label.isdigit() and int(picture.label) < classes:
-            return int(picture.label)
-        raise QueryError(
-            f"{picture.name!r} is labelled {picture.label!r}, which is neither a name that this extractor knows nor a "
-            f"number below {classes}"
-        )
-    said = f" {' '.join(_words(picture.caption or ''))} "
-    places = {name: said.find(f" {' '.join(_words(name))} ") for name in words}
-    named = [name for name, place in places.items() if place >= 0]
-    return words[min(named, key=lambda name: (places[name], -len(name)))] if named else None
-
-
-def _words(text: str) -> list[str]:
-    return "".join(letter if letter.isalnum() else " " for letter in text.lower()).split()
-
-
-# Copies
-
-
-def _copies(sets: _Sets, cache: Path | None) -> list[Row]:
-    """Shares of pictures that are nearly their own neighbour, and nearly a real."""
-    limit, rows = sets.options.copy_limit, []
-    own = [each.copy_similarity for each in sets.pictures.pictures if each.copy_similarity is not None]
-    if own:
-        score = metrics.mean_score(np.array(own) > limit)
-        note = f"more like a neighbour it was drawn from than {limit:g}, as radt/copying.py measures it"
-        rows.append(Row(measure="copies", title="copy rate, neighbours", score=score, n=len(own), notes=(note,)))
-    if sets.reals is not None:
-        similarities = real_similarities(sets.pictures, sets.reals, cache)
-        rows.append(
-            Row(
-                measure="copies",
-                title="copy rate, reals",
-                score=metrics.mean_score(similarities > limit),
-                n=len(similarities),
-                n_real=len(sets.reals.pictures),
-                extractor=sets.extractor.name,
-                notes=(f"more like one of the {COPY_CANDIDATES} reals nearest by these features than {limit:g}",),
-            )
-        )
-    if not rows:
-        raise NotMeasurableError(
-            "no picture says what its neighbours were, and there are no reals; name them with --real"
-        )
-    return rows
-
-
-def real_similarities(pictures: MeasuredSet, reals: MeasuredSet, cache: Path | None) -> Float64[np.ndarray, " n"]:
-    """The largest similarity (radt/copying.py) of each picture to one of the reals nearest by features."""
-    from radt.neighbors import to_rgb8
-
-    path = None if cache is None else cache / SIMILARITIES
-    known = _read_similarities(path)
-    nearest = metrics.nearest_rows(pictures.features, reals.features, COPY_CANDIDATES)
-    best = np.zeros(len(nearest))
-    for place, rows in enumerate(nearest):
-        picture = None
-        for row in rows.tolist():
-            pair = f"{pictures.digests[place]} {reals.digests[row]}"
-            if pair not in known:
-                picture = picture or decode(pictures.pictures[place].read())
-                size = picture.height, picture.width
-                match = best_match(to_rgb8(picture, size), to_rgb8(decode(reals.pictures[row].read()), size))
-                known[pair] = match.similarity
-            best[place] = max(best[place], known[pair])
-        if path is not None and picture is not None and place % 50 == 49:
-            _write_similarities(path, known)
-    if path is not None:
-        _write_similarities(path, known)
-    return best
-
-
-def _read_similarities(path: Path | None) -> dict[str, float]:
-    try:
-        known = {} if path is None else json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return known if isinstance(known, dict) else {}
-
-
-def _write_similarities(path: Path, known: Mapping[str, float]) -> None:
-    write_bytes(path, json.dumps(known).encode())
-
-
-_MEASURES: Mapping[str, Callable[[str, _Sets], list[Row]]] = {
-    "fd": _frechet,
-    "kid": _kernel,
-    "cmmd": _gaussian,
-    **dict.fromkeys(MANIFOLD, _manifold),
-    "is": _inception_score,
-    "clip-score": _clip_score,
-    "r-precision": _r_precision,
-    "soa": _object_accuracy,
-}

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from index.atomic import write_bytes
 from index.errors import MissingExtraError
 from radt.evaluation.extractors import HINT
+from radt.evaluation.image_measures import LOWER_IS_BETTER, SHARES, Row
 from radt.evaluation.image_set import PLOT
-from radt.evaluation.images import LOWER_IS_BETTER, SHARES, ExtractorFacts, ImagesReport, Row
+from radt.evaluation.images import ExtractorFacts, ImagesReport
 from radt.evaluation.metrics import Score
 from radt.evaluation.results import Estimate, Picture, Result, Table, typed_command
 

@@ -13,8 +13,9 @@ from radt.cli import app
 from radt.copying import copy_similarity
 from radt.evaluation import image_set
 from radt.evaluation.extractors import Extracted, load_extractor
+from radt.evaluation.image_measures import COPY_CANDIDATES, MEASURES, Options, asked_class, real_similarities
 from radt.evaluation.image_set import PictureFile, find_pictures, measure_set
-from radt.evaluation.images import COPY_CANDIDATES, MEASURES, Options, asked_class, measure_images, real_similarities
+from radt.evaluation.images import measure_images
 from radt.evaluation.results import Result
 from radt.neighbors import Neighbor, to_rgb8
 from tests.fakes import caption_of, draw, encode, write_img2dataset
@@ -248,7 +249,7 @@ def test_a_copy_is_found_among_the_reals_and_once(tmp_path, monkeypatch):
         max(_similarity(draw(i), draw(j)) for j in [*range(40, 50), 1]) for i in range(3)
     ]  # all reals, not the nearest few
     assert (found <= np.array(brute) + 1e-9).all()
-    monkeypatch.setattr("radt.evaluation.images.best_match", None)  # all of them are known by now
+    monkeypatch.setattr("radt.evaluation.image_measures.best_match", None)  # all of them are known by now
     np.testing.assert_array_equal(real_similarities(sets[0], sets[1], tmp_path / "cache"), found)
     assert COPY_CANDIDATES < 11
 
