@@ -71,8 +71,10 @@ def add_commands(evaluate: typer.Typer, *, progress: Progress) -> None:
         from radt.evaluation.image_measures import Options
         from radt.evaluation.image_set import find_pictures
         from radt.evaluation.images import measure_images
-        from radt.evaluation.images_report import print_report, write_report
+        from radt.evaluation.images_report import need_matplotlib, print_report, write_report
 
+        if out is not None:
+            need_matplotlib()
         options = Options(
             measures=None if chosen is None else tuple(name.strip() for name in chosen.split(",") if name.strip()),
             subset_size=subset_size,

@@ -36,6 +36,10 @@ MEASURES = (
 )
 OF_TWO_SETS = ("fd", "kid", "cmmd", "precision", "recall", "density", "coverage")
 MANIFOLD = ("precision", "recall", "density", "coverage")
+OF_TEXTS = ("clip-score", "r-precision")
+NO_REALS = "it compares with real pictures; name them with --real"
+NO_ENCODER = "it needs an image-text encoder: name one as --extractor open_clip:NAME_OR_FOLDER"
+NO_CAPTION = "no picture has a caption: `radt generate` leaves prompts in its PNG, or give --captions FILE"
 FRECHET_SUBSETS = 25
 COPY_CANDIDATES = 5  # reals nearest by features, compared pixel by pixel
 SIMILARITIES = "similarities.json"
@@ -110,9 +114,32 @@ class NotMeasurableError(Exception):
     """Why a measure cannot be taken of these pictures: an error if it was named, else a line below the table."""
 
 
+def refuse_early(
+    options: Options,
+    pictures: Sequence[PictureFile],
+    reals: Sequence[PictureFile] | None,
+    extractors: Sequence[Extractor],
+) -> None:
+    """QueryError for a named measure that will be impossible, before hours go into features."""
+    lacks: dict[str, bool] = {
+        NO_REALS: reals is None,
+        NO_ENCODER: not any(isinstance(each, OpenClipExtractor) for each in extractors),
+        NO_CAPTION: not any(picture.caption for picture in pictures),
+    }
+    needs: dict[str, tuple[str, ...]] = dict.fromkeys(OF_TWO_SETS, (NO_REALS,))
+    needs.update(dict.fromkeys(OF_TEXTS, (NO_ENCODER, NO_CAPTION)))
+    for measure, reasons in needs.items():
+        for reason in reasons:
+            if options.asks_for(measure) and lacks[reason]:
+                raise QueryError(f"{measure} cannot be measured: {reason}")
+    fewest = min(len(pictures), len(pictures if reals is None else reals))
+    if options.asks_for("kid") and options.subset_size is not None and options.subset_size > fewest:
+        raise metrics.too_few_for_subsets(options.subset_size, fewest)
+
+
 def _both(sets: Sets, least: int) -> tuple[np.ndarray, np.ndarray]:
     if sets.reals is None:
-        raise NotMeasurableError("it compares with real pictures; name them with --real")
+        raise NotMeasurableError(NO_REALS)
     fewest = min(len(sets.pictures.pictures), len(sets.reals.pictures))
     if fewest < least:
         raise NotMeasurableError(f"it needs at least {least} pictures in each set, and the smaller has {fewest}")
@@ -193,13 +220,11 @@ def _inception_score(measure: str, sets: Sets) -> list[Row]:
 def _captioned(sets: Sets) -> tuple[OpenClipExtractor, Int[np.ndarray, " n"], list[str]]:
     """The encoder, which pictures have captions, and those."""
     if not isinstance(sets.extractor, OpenClipExtractor):
-        raise NotMeasurableError("it needs an image-text encoder: name one as --extractor open_clip:NAME_OR_FOLDER")
+        raise NotMeasurableError(NO_ENCODER)
     captions = [picture.caption for picture in sets.pictures.pictures]
     places = np.array([place for place, caption in enumerate(captions) if caption], np.int64)
     if not len(places):
-        raise NotMeasurableError(
-            "no picture has a caption: `radt generate` leaves prompts in its PNG, or give --captions FILE"
-        )
+        raise NotMeasurableError(NO_CAPTION)
     return sets.extractor, places, [caption for caption in captions if caption]
 
 

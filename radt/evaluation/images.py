@@ -11,7 +11,16 @@ from typing import Any
 
 from index.errors import ConfigError, QueryError
 from radt.evaluation.extractors import Extractor
-from radt.evaluation.image_measures import BY_NAME, MEASURES, OF_TWO_SETS, NotMeasurableError, Options, Row, Sets
+from radt.evaluation.image_measures import (
+    BY_NAME,
+    MEASURES,
+    OF_TWO_SETS,
+    NotMeasurableError,
+    Options,
+    Row,
+    Sets,
+    refuse_early,
+)
 from radt.evaluation.image_set import LeftOut, MeasuredSet, OnStep, PictureFile, measure_set
 
 
@@ -98,6 +107,7 @@ def measure_images(
     options = options or Options()
     if not extractors:
         raise ConfigError("nothing can be measured without an extractor: name one with --extractor")
+    refuse_early(options, pictures, reals, extractors)
     sets = _extract(pictures, reals, extractors, options=options, cache=cache, on_step=on_step)
     rows: list[Row] = []
     skipped: dict[str, str] = {}

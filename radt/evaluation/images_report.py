@@ -108,11 +108,16 @@ def _short_name(name: str) -> str:
     return f"{scheme}{colon}{Path(rest).name if '/' in rest and Path(rest).exists() else rest}"
 
 
-def write_report(report: ImagesReport, out: Path) -> list[Path]:
-    """Write `results.json`, `results.md`, `plot.png` and, for `radt report`, the result; each whole. What was written.
+def need_matplotlib() -> None:
+    """MissingExtraError without it, to be told before the work and not after."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError(f"the plot needs matplotlib, which is not installed: {HINT}") from error
 
-    MissingExtraError without matplotlib, before anything is written.
-    """
+
+def write_report(report: ImagesReport, out: Path) -> list[Path]:
+    """Write `results.json`, `results.md`, `plot.png` and the result for `radt report`, each whole. What was written."""
     plot = draw_plot(report)
     written = [out / PLOT, out / PAGE, out / RESULTS]
     document = {**report.to_json(), "command": typed_command()}
@@ -176,10 +181,8 @@ def _estimate(score: Score) -> Estimate | float:
 
 def draw_plot(report: ImagesReport) -> bytes:
     """A PNG: a panel for each measure, in it a point for each extractor, with its interval."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError(f"the plot needs matplotlib, which is not installed: {HINT}") from error
+    from matplotlib.figure import Figure
+
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in report.rows:  # distances over two extractors are two different numbers: each has its own axis
         groups.setdefault((row.title, "" if row.measure in SHARES else row.extractor), []).append(row)

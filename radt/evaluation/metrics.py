@@ -187,10 +187,7 @@ def kernel_distance(
     fewest = min(len(a), len(b))
     size = subset_size or max(2, min(SUBSET_SIZE, fewest // 2))
     if not 2 <= size <= fewest:
-        raise ConfigError(
-            f"a kernel distance over subsets of {size} needs 2 or more and as many pictures in both sets, and the "
-            f"smaller has {fewest}: give --subset-size {fewest} or less"
-        )
+        raise too_few_for_subsets(size, fewest)
     if len(a) == len(b) == size:
         value = polynomial_mmd(a, b)
         return Score(value=value, low=None, high=None, n=len(a), method="all pictures at once have no interval")
@@ -200,6 +197,14 @@ def kernel_distance(
     if size == fewest:
         return Score(value=value, low=None, high=None, n=len(a), method=f"no subset of {size} leaves any out")
     return _around(value, jackknife_error(values, (size, size), (len(a), len(b))), n=len(a), method=method)
+
+
+def too_few_for_subsets(size: int, fewest: int) -> ConfigError:
+    """What is wrong with subsets of `size` when the smaller set has `fewest` pictures."""
+    return ConfigError(
+        f"a kernel distance over subsets of {size} needs 2 or more and as many pictures in both sets, and the smaller "
+        f"has {fewest}: give --subset-size {fewest} or less"
+    )
 
 
 def gaussian_mmd(

@@ -1,6 +1,8 @@
 """`radt evaluate images` and `retrieval` as a user meets them: what they print, keep, take up again, and refuse."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 from PIL import Image
 
 from index.cli import run
-from index.errors import CorpusError, ModelError, QueryError
+from index.errors import ConfigError, CorpusError, ModelError, QueryError
 from radt.cli import app
 from radt.copying import copy_similarity
 from radt.evaluation import image_set
@@ -328,6 +330,23 @@ def test_fewer_pictures_than_a_subset(error, pictures, reals, clip):
     assert "the smaller has 14: give --subset-size 14 or less" in sentence
 
 
+def test_what_cannot_be_measured_is_refused_before_the_work(pictures):
+    found, idle = find_pictures(str(pictures)), Counting()
+    for options in (Options(measures=("fd",)), Options(measures=("clip-score",))):
+        with pytest.raises(QueryError, match="cannot be measured"):
+            measure_images(found, [idle], options=options)
+    with pytest.raises(ConfigError, match="the smaller has 3"):
+        measure_images(found, [idle], reals=found[:3], options=Options(measures=("kid",), subset_size=9))
+    assert idle.count == 0
+
+
+def test_without_matplotlib_the_extra_is_named_before_the_work(error, monkeypatch, pictures, clip, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    words = ["images", pictures, "--extractor", clip, "--out", tmp_path / "out"]
+    assert "needs matplotlib, which is not installed: the extra brings it: pip install 'radt[eval]'" in error(*words)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_measure_that_nobody_knows(error, pictures, clip):
     words = ["images", pictures, "--extractor", clip, "--metrics"]
     assert "there is no measure 'fdd': did you mean 'fd'? It is one of fd, kid" in error(*words, "fdd")
@@ -386,8 +405,6 @@ def test_reading_a_file_that_went_away(tmp_path):
 
 
 def test_without_an_extractor_nothing_is_measured(pictures):
-    from index.errors import ConfigError
-
     with pytest.raises(ConfigError, match="without an extractor"):
         measure_images(find_pictures(str(pictures)), [], options=Options())
     with pytest.raises(ConfigError, match="2 or more subsets"):
@@ -478,9 +495,6 @@ def test_a_kind_of_search_that_there_is_not(ask):
 
 
 def test_neither_command_imports_torch_to_show_its_help():
-    import subprocess
-    import sys
-
     script = (
         "import sys\nfrom radt.cli import app\ntry:\n    app(['evaluate', 'images', '--help'])\nexcept SystemExit:\n"
         "    pass\nprint([name for name in ('torch', 'numpy', 'matplotlib', 'timm') if name in sys.modules])"
