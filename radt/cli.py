@@ -18,6 +18,7 @@ import typer
 from index.cli import make_app, run
 from radt import __version__
 from radt.evaluation.commands import add_commands
+from radt.evaluation.references_command import add_command as add_references
 from radt.settings import BranchOrder, By, Decompose, Fusion, GuidanceRule, ThresholdRule
 
 app = typer.Typer(
@@ -459,6 +460,19 @@ def evaluate_emoji_draw(
 
 
 @app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="Folders that `radt evaluate ... --out` wrote, or above them.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for report.html and report.md.")],
+    as_json: Json = False,
+) -> None:
+    """Put every table, curve and sheet of stored results on one page, with the commands that made them."""
+    from radt.evaluation.report import write_report
+
+    page, text = write_report(folders, out)
+    _print_json({"html": str(page), "markdown": str(text)}) if as_json else typer.echo(f"{page}\n{text}")
+
+
+@app.command()
 def doctor(
     run: Annotated[Path | None, typer.Argument(help="A run folder of `radt train`; none: the installation.")] = None,
     model: Model = None,
@@ -539,6 +553,7 @@ def _overwrite_line(text: str) -> None:
 
 
 add_commands(evaluate, progress=_progress)
+add_references(evaluate, progress=_progress)
 
 if __name__ == "__main__":
     main()

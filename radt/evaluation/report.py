@@ -1,0 +1,219 @@
+"""`radt report RESULTS_DIR... --out DIR`: one page of everything that was measured, as HTML and as Markdown.
+
+Reads what benchmarks stored (`radt/evaluation/results.py`), whatever they measured: every table, every plot and every
+picture, with the command that made it and its date. The HTML is one file that needs nothing else; beside the Markdown
+lie its plots, as SVG, and its pictures.
+"""
+
+import base64
+import html
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from index.atomic import new_folder, write_bytes
+from index.errors import CorpusError, QueryError
+from radt.evaluation.results import Cell, Estimate, Picture, Result, Table, find_results, now
+from radt.evaluation.svg_plot import draw_plot, number_text
+
+TITLE = "What was measured"
+MIMES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg"}
+STYLE = """
+:root { color-scheme: light; }
+body { margin: 36px auto; max-width: 1100px; padding: 0 24px; background: #fff; color: #1b1f24;
+  font: 15px/1.45 system-ui, sans-serif; }
+h1 { font-size: 24px; font-weight: 600; margin: 0 0 4px; }
+h2 { font-size: 19px; font-weight: 600; margin: 44px 0 4px; padding-top: 18px; border-top: 1px solid #e3e6ea; }
+h3 { font-size: 15px; font-weight: 600; margin: 22px 0 6px; }
+p.facts { color: #57606a; font-size: 13px; margin: 2px 0; }
+pre { background: #f6f8fa; padding: 8px 12px; font-size: 13px; overflow-x: auto; margin: 8px 0; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th { text-align: right; font-size: 12px; font-weight: 500; color: #6e7781; padding: 0 0 6px 28px; }
+td { text-align: right; padding: 5px 0 5px 28px; border-top: 1px solid #e3e6ea; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; }
+td small { color: #6e7781; font-size: 12px; }
+img, svg { max-width: 100%; height: auto; }
+ul.contents { padding-left: 18px; }
+a { color: #0b61a4; text-decoration: none; }
+""".strip()
+
+
+def write_report(folders: Sequence[Path], out: Path) -> tuple[Path, Path]:
+    """Write `report.html` and `report.md` into `out`, and what the Markdown shows into `out/report/`.
+
+    Returns (html, md). A CorpusError where the folders hold no result, or a picture of one is gone.
+    """
+    found = sorted(find_results(folders), key=lambda each: (each[1].kind, each[1].date))
+    if not found:
+        names = ", ".join(str(folder) for folder in folders)
+        raise CorpusError(f"there is no stored result below {names}: `radt evaluate ... --out DIR` writes one")
+    for folder, result in found:
+        for picture in result.pictures:
+            if not (folder / picture.file).is_file():
+                raise CorpusError(f"{folder / picture.file} is gone, and a result shows it: measure that again")
+    if out.is_file():
+        raise QueryError(f"--out {str(out)!r} is a file; name a folder for report.html and report.md")
+    names = name_results([result for _, result in found])
+    with new_folder(out / "report") as beside:
+        for (folder, result), name in zip(found, names, strict=True):
+            for number, plot in enumerate(result.plots, 1):
+                (beside / f"{name}-{number}.svg").write_text(draw_plot(plot) + "\n", encoding="utf-8")
+            for number, picture in enumerate(result.pictures, 1):
+                shutil.copyfile(folder / picture.file, beside / picture_name(name, number, picture))
+    page, text = out / "report.html", out / "report.md"
+    write_bytes(page, render_html(found, names).encode())
+    write_bytes(text, render_markdown([result for _, result in found], names).encode())
+    return page, text
+
+
+def name_results(results: Sequence[Result]) -> list[str]:
+    """A short name for each, of its kind, no two alike."""
+    names: list[str] = []
+    for result in results:
+        taken = sum(name.partition(".")[0] == result.kind for name in names)
+        names.append(result.kind if not taken else f"{result.kind}.{taken + 1}")
+    return names
+
+
+def picture_name(name: str, number: int, picture: Picture) -> str:
+    """What a picture's copy beside the Markdown is called."""
+    return f"{name}-picture-{number}{Path(picture.file).suffix.lower()}"
+
+
+# Cells
+
+
+def cell_text(cell: Cell) -> str:
+    """A number in few figures, an estimate with its interval, a dash for nothing."""
+    if cell is None:
+        return "-"
+    if isinstance(cell, Estimate):
+        places = _places(cell)
+        return f"{cell.value:.{places}f} ({cell.low:.{places}f} to {cell.high:.{places}f})"
+    return number_text(cell) if isinstance(cell, int | float) else cell
+
+
+def _places(cell: Estimate) -> int:
+    """Decimals at which an interval has two figures of width, two for shares."""
+    width = cell.high - cell.low
+    return 2 if width <= 0 else min(6, max(0, 1 - math.floor(math.log10(width))))
+
+
+def table_lines(table: Table) -> list[str]:
+    """A table for the terminal: columns as wide as they need."""
+    rows = [table.columns, *(tuple(map(cell_text, row)) for row in table.rows)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(table.columns))]
+    lines = ["  ".join(_aligned(row[i], width, i) for i, width in enumerate(widths)) for row in rows]
+    return [table.title, *(line.rstrip() for line in lines), *([table.note] if table.note else [])]
+
+
+def _aligned(text: str, width: int, column: int) -> str:
+    return text.ljust(width) if column == 0 else text.rjust(width)
+
+
+# Markdown
+
+
+def render_markdown(results: Sequence[Result], names: Sequence[str]) -> str:
+    """The page for a repository."""
+    parts = [f"# {TITLE}", f"{len(results)} results, put together {now()}."]
+    for result, name in zip(results, names, strict=True):
+        parts += [f"## {_escape_md(result.title)}", _facts_line(result), f"```\n{result.command}\n```"]
+        parts += [_escape_md(result.note)] if result.note else []
+        for table in result.tables:
+            parts += [f"### {_escape_md(table.title)}", _md_table(table)]
+            parts += [_escape_md(table.note)] if table.note else []
+        for number, plot in enumerate(result.plots, 1):
+            parts += [f"### {_escape_md(plot.title)}", f"![{_escape_md(plot.title)}](report/{name}-{number}.svg)"]
+            parts += [_escape_md(plot.note)] if plot.note else []
+        for number, picture in enumerate(result.pictures, 1):
+            file = picture_name(name, number, picture)
+            parts += [f"### {_escape_md(picture.title)}", f"![{_escape_md(picture.title)}](report/{file})"]
+    return "\n\n".join(parts) + "\n"
+
+
+def _md_table(table: Table) -> str:
+    head = "| " + " | ".join(map(_escape_md, table.columns)) + " |"
+    rule = "|" + "|".join(["---", *["---:"] * (len(table.columns) - 1)]) + "|"
+    rows = ["| " + " | ".join(_escape_md(cell_text(cell)) for cell in row) + " |" for row in table.rows]
+    return "\n".join([head, rule, *rows])
+
+
+def _escape_md(text: str) -> str:
+    return " ".join(text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").split())
+
+
+def _facts_line(result: Result) -> str:
+    return _escape_md("; ".join([result.date, *(f"{name} {text}" for name, text in _plain_facts(result))]))
+
+
+def _plain_facts(result: Result) -> list[tuple[str, str]]:
+    """The facts that a line can say."""
+    return [(name, cell_text(value)) for name, value in result.facts.items() if isinstance(value, str | int | float)]
+
+
+# HTML
+
+
+def render_html(found: Sequence[tuple[Path, Result]], names: Sequence[str]) -> str:
+    """The page as one file: pictures are inside, every text is escaped."""
+    contents = "".join(
+        f'<li><a href="#{html.escape(name)}">{html.escape(result.title)}</a></li>'
+        for (_, result), name in zip(found, names, strict=True)
+    )
+    shown = [_html_result(folder, result, name) for (folder, result), name in zip(found, names, strict=True)]
+    sections = "\n".join(shown)
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{TITLE}</title>\n'
+        f"<style>\n{STYLE}\n</style></head>\n<body><h1>{TITLE}</h1>\n"
+        f'<p class="facts">{len(found)} results, put together {now()}</p>\n<ul class="contents">{contents}</ul>\n'
+        f"{sections}\n</body></html>\n"
+    )
+
+
+def _html_result(folder: Path, result: Result, name: str) -> str:
+    parts = [
+        f'<h2 id="{html.escape(name)}">{html.escape(result.title)}</h2>',
+        f'<p class="facts">{_facts_html(result)}</p>',
+        f"<pre>{html.escape(result.command)}</pre>",
+        *([f"<p>{html.escape(result.note)}</p>"] if result.note else []),
+    ]
+    for table in result.tables:
+        parts += [f"<h3>{html.escape(table.title)}</h3>", _html_table(table), _note(table.note)]
+    for plot in result.plots:
+        parts += [f"<h3>{html.escape(plot.title)}</h3>", draw_plot(plot), _note(plot.note)]
+    for picture in result.pictures:
+        title = html.escape(picture.title)
+        parts += [f"<h3>{title}</h3>", f'<img alt="{title}" src="{_data_uri(folder / picture.file)}">']
+    return "\n".join(part for part in parts if part)
+
+
+def _facts_html(result: Result) -> str:
+    told = [f"{html.escape(name)} <b>{html.escape(text)}</b>" for name, text in _plain_facts(result)]
+    return " &middot; ".join([html.escape(result.date), *told])
+
+
+def _html_table(table: Table) -> str:
+    head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in table.columns)
+    rows = "\n".join("<tr>" + "".join(f"<td>{_html_cell(cell)}</td>" for cell in row) + "</tr>" for row in table.rows)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>\n{rows}\n</tbody></table>"
+
+
+def _html_cell(cell: Cell) -> str:
+    text = cell_text(cell)
+    if isinstance(cell, Estimate):
+        value, _, interval = text.partition(" ")
+        return f"{value} <small>{interval}</small>"
+    return html.escape(text)
+
+
+def _note(text: str) -> str:
+    return f'<p class="facts">{html.escape(text)}</p>' if text else ""
+
+
+def _data_uri(path: Path) -> str:
+    mime = MIMES.get(path.suffix.lower())
+    if mime is None:
+        raise CorpusError(f"{path} is no PNG or JPEG, and a result shows it: store its pictures as one of these")
+    return f"data:{mime};base64,{base64.b64encode(path.read_bytes()).decode('ascii')}"

@@ -1,0 +1,138 @@
+"""The protocol for things that a user brings: how pictures become things, and how a drawing is judged."""
+
+from functools import partial
+from io import BytesIO
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from radt.evaluation.image_set import PictureFile, find_pictures
+from radt.evaluation.references import (
+    FIGURE_SIDE,
+    GRAY,
+    MEASURES,
+    Judge,
+    Thing,
+    figure,
+    find_things,
+    is_figure,
+    prompt_for,
+    squared_distances,
+)
+
+
+def badge(*, color="red", box=(10, 10, 50, 50), ground="white", size=64) -> Image.Image:
+    """A square with a dark bar."""
+    image = Image.new("RGB", (size, size), ground)
+    draw = ImageDraw.Draw(image)
+    left, top, right, bottom = box
+    draw.rectangle((left, top, right - 1, bottom - 1), fill=color)
+    draw.rectangle((left, top, left + (right - left) // 2 - 1, top + (bottom - top) // 2 - 1), fill="black")
+    return image
+
+
+class Colors:
+    """Embeds a picture as the mean of its pixels that are no white, as a unit vector."""
+
+    def images(self, images):
+        means = [np.asarray(image, dtype=float).reshape(-1, 3).mean(axis=0) for image in images]
+        return np.stack([mean / np.linalg.norm(mean) for mean in means]).astype(np.float32)
+
+
+def test_a_figure_is_the_same_wherever_it_stands_and_on_whatever_ground():
+    one = figure(np.asarray(badge()))
+    assert one.shape == (FIGURE_SIDE, FIGURE_SIDE, 3)
+    for other in (
+        badge(box=(20, 4, 60, 44)),
+        badge(ground="blue"),
+        badge(box=(30, 30, 110, 110), size=128, ground=(30, 200, 90)),
+    ):
+        np.testing.assert_allclose(figure(np.asarray(other)), one, atol=1)
+    assert np.abs(figure(np.asarray(badge(color="green"))) - one).max() > 100
+
+
+def test_a_figure_that_is_wide_lies_on_gray():
+    image = Image.new("RGB", (64, 64), "white")
+    ImageDraw.Draw(image).rectangle((8, 24, 55, 39), fill="red")
+    found = figure(np.asarray(image))
+    assert (found[0] == GRAY).all()
+    np.testing.assert_array_equal(found[FIGURE_SIDE // 2], [[255, 0, 0]] * FIGURE_SIDE)
+
+
+def test_a_picture_that_is_all_ground_is_all_figure_and_specks_are_none():
+    plain = np.full((20, 20, 3), 90, dtype=np.uint8)
+    assert is_figure(plain).all()
+    picture = np.asarray(badge(size=128, box=(40, 40, 90, 90))).copy()
+    without = figure(picture)
+    picture[2, 2] = (0, 0, 0)
+    np.testing.assert_array_equal(figure(picture), without)
+
+
+def test_distances_are_those_of_the_rows():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(4, 6)), rng.normal(size=(5, 6))
+    slow = [[((x - y) ** 2).sum() for y in b] for x in a]
+    np.testing.assert_allclose(squared_distances(a, b), slow)
+    assert (squared_distances(a, a).diagonal() < 1e-12).all()
+
+
+def thing(name, color, count=2):
+    known = tuple(badge(color=color, ground=ground) for ground in ("white", "lightblue", "pink")[:count])
+    return Thing(caption=f"{name}: a badge", known=known, left_out=badge(color=color, box=(15, 20, 55, 60)))
+
+
+def test_a_picture_shows_the_thing_whose_known_pictures_it_is_nearest_to():
+    things = [thing("Ruba", "red", 3), thing("Gola", "green"), thing("Bimo", "blue")]
+    judge = Judge(things, Colors())
+    true = judge([each.left_out for each in things])
+    assert all(true.ranks[measure].tolist() == [1, 1, 1] for measure in MEASURES)
+    assert true.share("pixels", 1) == 1.0
+    turned = judge([things[1].left_out, things[2].left_out, things[0].left_out])
+    for measure in MEASURES:
+        assert (turned.ranks[measure] > 1).all()
+        assert turned.guesses[measure].tolist() == [1, 2, 0]
+    assert turned.share("clip", 1) == 0.0
+    assert turned.share("clip", 5) == 1.0
+
+
+def test_a_thing_as_near_as_the_asked_one_goes_before_it():
+    twins = [thing("Ruba", "red"), thing("Rubo", "red"), thing("Bimo", "blue")]
+    judged = Judge(twins, Colors())([each.left_out for each in twins])
+    assert judged.ranks["pixels"].tolist() == [2, 2, 1]
+
+
+def encoded(image):
+    buffer = BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_things_are_captions_or_subfolders_of_two_pictures_at_least():
+    def file(name, caption, color):
+        return PictureFile(name=name, caption=caption, read=partial(encoded, badge(color=color)))
+
+    things = find_things([
+        file("a/1.png", "Zorbo: my robot", "red"),
+        file("b/2.png", "Zorbo: my robot", "green"),
+        file("b/3.png", "Zorbo: my robot", "blue"),
+        file("blue_dog/1.png", None, "red"),
+        file("blue_dog/2.png", None, "green"),
+        file("single/1.png", None, "red"),
+        file("top.png", None, "red"),
+    ])
+    assert [(each.caption, each.name, len(each.known)) for each in things] == [
+        ("Zorbo: my robot", "Zorbo", 2),
+        ("blue dog", "blue dog", 1),
+    ]
+    assert things[0].left_out.getpixel((45, 45)) == (0, 0, 255)
+    assert prompt_for(things[0], "orange") == "Zorbo on an orange background"
+
+
+@pytest.mark.parametrize("names", [("robot/1.png", "robot/2.png")])
+def test_a_folder_of_subfolders_is_read_from_disk(tmp_path, names):
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        badge().save(tmp_path / name)
+    (found,) = find_things(find_pictures(str(tmp_path)))
+    assert (found.caption, len(found.known)) == ("robot", 1)

@@ -1,0 +1,142 @@
+"""The page of everything measured: nothing of a result is lost, every text is escaped, every link leads somewhere."""
+
+import re
+from xml.etree import ElementTree
+
+import pytest
+from PIL import Image
+
+from index.errors import CorpusError
+from radt.evaluation.report import cell_text, table_lines, write_report
+from radt.evaluation.results import Estimate, Line, Picture, Plot, Result, Table
+from radt.evaluation.svg_plot import draw_plot, number_text
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def result(kind="emoji-draw", **changes):
+    values = {
+        "title": "Bench <&> one",
+        "command": "radt evaluate emoji-draw --where 'a < b'",
+        "date": "2026-11-22T00:00:00+00:00",
+        "facts": {"n": 1824, "model": "demo|x"},
+        "tables": (
+            Table(
+                title="By <arm>",
+                columns=("arm", "top-1", "n"),
+                rows=(("with|<b>", Estimate(value=0.84, low=0.76, high=0.9), 100), ("without", None, 1234)),
+                note="a <note>",
+            ),
+        ),
+        "plots": (Plot(title="The dial", x="eta <x>", y="share", lines=(line("entity"), line("ground", bounds=True))),),
+        "pictures": (Picture(file="sheet.png", title="Twenty & more"),),
+    }
+    return Result(kind=kind, **(values | changes))
+
+
+def line(name, *, bounds=False):
+    extra = {"low": (0.5, 0.3, 0.1), "high": (0.9, 0.7, 0.5)} if bounds else {}
+    return Line(name=name, x=(0.0, 0.5, 1.0), y=(0.8, 0.5, 0.2), **extra)
+
+
+@pytest.fixture
+def stored(tmp_path):
+    folder = tmp_path / "results"
+    result().save(folder)
+    Image.new("RGB", (8, 8), "red").save(folder / "sheet.png")
+    return folder
+
+
+def test_everything_is_on_both_pages(stored, tmp_path):
+    page, text = write_report([stored], tmp_path / "out")
+    html, markdown = page.read_text(), text.read_text()
+    assert "Bench &lt;&amp;&gt; one" in html
+    assert "radt evaluate emoji-draw --where &#x27;a &lt; b&#x27;" in html
+    assert "<b>|" not in html.replace("demo|x", "")
+    assert "with|&lt;b&gt;" in html
+    assert "0.84 <small>(0.76 to 0.90)</small>" in html
+    assert "1,824" in html
+    assert html.count("<svg") == 1
+    assert 'src="data:image/png;base64,' in html
+    assert not re.search(r'(src|href)="(?!data:|#)', html)  # nothing from elsewhere
+    assert "| with\\|&lt;b> | 0.84 (0.76 to 0.90) | 100 |" in markdown
+    assert "```\nradt evaluate emoji-draw --where 'a < b'\n```" in markdown
+    assert "2026-11-22" in markdown
+    for link in re.findall(r"!\[.*?\]\((.*?)\)", markdown):
+        assert (tmp_path / "out" / link).is_file(), link
+    assert len(list((tmp_path / "out" / "report").iterdir())) == 2
+
+
+def test_results_of_one_kind_are_told_apart_and_an_old_page_is_replaced_whole(stored, tmp_path):
+    again = tmp_path / "more"
+    result(title="another", pictures=()).save(again)
+    _, text = write_report([stored, again], tmp_path / "out")
+    assert text.read_text().count("report/emoji-draw-1.svg") == 1
+    assert text.read_text().count("report/emoji-draw.2-1.svg") == 1
+    write_report([again], tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out" / "report").iterdir()] == ["emoji-draw-1.svg"]
+
+
+def test_what_cannot_be_shown_is_one_sentence(stored, tmp_path):
+    with pytest.raises(CorpusError, match="there is no stored result below"):
+        (tmp_path / "empty").mkdir()
+        write_report([tmp_path / "empty"], tmp_path / "out")
+    (stored / "sheet.png").unlink()
+    with pytest.raises(CorpusError, match=r"sheet\.png is gone"):
+        write_report([stored], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (1824, "1,824"),
+        (0.84, "0.84"),
+        (0.1, "0.1"),
+        (2.5, "2.50"),
+        (3.1e-5, "3.1e-05"),
+        (0.0, "0"),
+        (1234.5, "1,234.50"),
+    ],
+)
+def test_numbers_are_short(value, text):
+    assert number_text(value) == text
+
+
+def test_an_estimate_has_as_many_decimals_as_its_interval_deserves():
+    assert cell_text(Estimate(value=0.84, low=0.757, high=0.9)) == "0.84 (0.76 to 0.90)"
+    assert cell_text(Estimate(value=12.345, low=11.0, high=13.7)) == "12.3 (11.0 to 13.7)"
+    assert cell_text(Estimate(value=0.00123, low=0.0011, high=0.0013)) == "0.00123 (0.00110 to 0.00130)"
+    assert cell_text(None) == "-"
+
+
+def test_the_terminal_has_columns():
+    head, *rows = table_lines(Table(title="T", columns=("", "n"), rows=(("long name", 5), ("b", 1234))))
+    assert head == "T"
+    assert rows == ["               n", "long name      5", "b          1,234"]
+
+
+def test_a_plot_is_svg_with_every_line_and_point_in_its_place():
+    root = ElementTree.fromstring(draw_plot(result().plots[0]))
+    circles = [(float(c.get("cx")), float(c.get("cy"))) for c in root.iter(f"{SVG}circle")]
+    assert len(circles) == 6
+    first = circles[:3]
+    assert first[0][0] < first[1][0] < first[2][0]
+    assert first[0][1] < first[1][1] < first[2][1]  # shares fall, and y grows downwards
+    assert first[1][0] == pytest.approx((first[0][0] + first[2][0]) / 2, abs=0.1)
+    assert len(list(root.iter(f"{SVG}polygon"))) == 1
+    words = [each.text for each in root.iter(f"{SVG}text")]
+    assert {"entity", "ground", "eta <x>", "share"} <= set(words)
+
+
+def test_a_logarithmic_axis_spaces_powers_alike_and_leaves_out_what_it_cannot_show():
+    plot = Plot(title="t", x="calls", y="y", log_x=True, lines=(Line(name="a", x=(0, 1, 10, 100), y=(1, 2, 3, 4)),))
+    root = ElementTree.fromstring(draw_plot(plot))
+    x = [float(c.get("cx")) for c in root.iter(f"{SVG}circle")]
+    assert len(x) == 3
+    assert x[1] - x[0] == pytest.approx(x[2] - x[1], abs=0.1)
+
+
+def test_a_plot_of_one_point_or_none_is_drawn():
+    for lines in ((), (Line(name="a", x=(1.0,), y=(0.5,)),), (Line(name="a", x=(1.0, 2.0), y=(0.5, 0.5)),)):
+        ElementTree.fromstring(draw_plot(Plot(title="t", x="x", y="y", lines=lines)))
