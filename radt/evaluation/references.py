@@ -31,7 +31,7 @@ from radt.corpora.wording import with_article
 from radt.evaluation.color import border_color, nearest_color
 from radt.evaluation.image_set import PictureFile, find_pictures
 from radt.evaluation.intervals import wilson
-from radt.evaluation.results import Estimate, Picture, Result, Table, typed_command
+from radt.evaluation.results import Cell, Estimate, Picture, Result, Table, typed_command
 from radt.pipeline import DrawRequest, OnStep, TextToImage, ignore
 from radt.settings import GenerateSettings
 from radt.sheet import Picture as SheetPicture
@@ -127,7 +127,7 @@ class ReferencesReport:
 
     def table(self) -> Table:
         """The figures, as a page and the terminal show them."""
-        rows = []
+        rows: list[tuple[Cell, ...]] = []
         for arm, judged in self.judged.items():
             shares = [judged.share(measure, best) for measure in MEASURES for best in (1, 5)]
             rows.append((TITLES[arm], *(estimate(share, self.n) for share in shares)))
@@ -327,7 +327,8 @@ def estimate(share: float, n: int) -> Estimate:
 
 def write_report(report: ReferencesReport, out: Path) -> list[Path]:
     """Write sheets of what was drawn and, last, `references.result.json`. What was written."""
-    written, pictures = [], []
+    written: list[Path] = []
+    pictures: list[Picture] = []
     for number, start in enumerate(range(0, report.n, ROWS_A_SHEET), 1):
         rows = tuple(_rows(report, range(start, min(start + ROWS_A_SHEET, report.n))))
         title = f"Things of {report.folder}, sheet {number}"

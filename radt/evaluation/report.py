@@ -46,8 +46,8 @@ def write_report(folders: Sequence[Path], out: Path) -> tuple[Path, Path]:
     """
     found = sorted(find_results(folders), key=lambda each: (each[1].kind, each[1].date))
     if not found:
-        names = ", ".join(str(folder) for folder in folders)
-        raise CorpusError(f"there is no stored result below {names}: `radt evaluate ... --out DIR` writes one")
+        below = ", ".join(str(folder) for folder in folders)
+        raise CorpusError(f"there is no stored result below {below}: `radt evaluate ... --out DIR` writes one")
     for folder, result in found:
         for picture in result.pictures:
             if not (folder / picture.file).is_file():

@@ -78,8 +78,8 @@ def test_results_of_one_kind_are_told_apart_and_an_old_page_is_replaced_whole(st
 
 
 def test_what_cannot_be_shown_is_one_sentence(stored, tmp_path):
+    (tmp_path / "empty").mkdir()
     with pytest.raises(CorpusError, match="there is no stored result below"):
-        (tmp_path / "empty").mkdir()
         write_report([tmp_path / "empty"], tmp_path / "out")
     (stored / "sheet.png").unlink()
     with pytest.raises(CorpusError, match=r"sheet\.png is gone"):
