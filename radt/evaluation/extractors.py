@@ -8,6 +8,7 @@ al. 2022): by Pillow's bicubic filter with antialiasing, in floating point, noth
 """
 
 import difflib
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -387,7 +388,7 @@ def _downloaded_inception() -> Path:
     if not path.is_file():
         try:
             torch.hub.load_state_dict_from_url(
-                URL_INCEPTION_V3, map_location="cpu", progress=False, check_hash=True, weights_only=True
+                URL_INCEPTION_V3, map_location="cpu", progress=sys.stderr.isatty(), check_hash=True, weights_only=True
             )
         except (OSError, RuntimeError) as error:
             raise ModelError(
