@@ -151,10 +151,12 @@ class KindsBench:
 
     @cached_property
     def ceiling(self) -> dict[str, dict[str, float]]:
-        """By kind what the measure gives to the true scenes: no model can do better, but by luck."""
-        return {
-            kind: shares(self.of_kind(kind), judge(self.recognizer, self.of_kind(kind), self.truths[kind]))
-            for kind in self.kinds
+        """What the measure gives to the true scenes, by kind and over `all`: no model can do better, but by luck."""
+        found = {kind: judge(self.recognizer, self.of_kind(kind), self.truths[kind]) for kind in self.kinds}
+        prompts = [prompt for kind in self.kinds for prompt in self.of_kind(kind)]
+        outcomes = [outcome for kind in self.kinds for outcome in found[kind]]
+        return {"all": shares(prompts, outcomes)} | {
+            kind: shares(self.of_kind(kind), found[kind]) for kind in self.kinds
         }
 
     def neighbors(self, model: TextToImage, point: Point, prompts: Sequence[Prompt]) -> list[tuple[Shown, ...]]:
@@ -286,7 +288,7 @@ class SweepReport:
     points: tuple[Point, ...]
     by_kind: Mapping[str, Mapping[str, Mapping[str, Any]]]  # of a point, of a kind
     overall: Mapping[str, Mapping[str, Any]]  # of a point
-    ceiling: Mapping[str, Mapping[str, float]]  # of a kind
+    ceiling: Mapping[str, Mapping[str, float]]  # of a kind, and of "all"
     facts: Mapping[str, Any]
 
     def to_json(self) -> dict[str, Any]:
@@ -394,7 +396,7 @@ def _key(bench: KindsBench, model: TextToImage, point: Point, kind: BenchKind) -
     return digest(
         _KeyParts(
             model=model.digest,
-            kb=json.dumps(kb_facts(check(model)), sort_keys=True, default=str),
+            kb=json.dumps(kb_facts(check(model, point.settings)), sort_keys=True, default=str),
             point=to_dict(replace(point, settings=replace(point.settings, batch_size=1))),
             recognizer=bench.recognizer.digest,
             size=bench.size,

@@ -59,11 +59,8 @@ NAMES = {
 
 def tables(report: SweepReport) -> list[Table]:
     """A table over all kinds with a row a point, one for each kind, and what the true scenes score."""
-    made = [
-        _table(
-            f"EmojiDrawBench {TITLES[report.sweep]}: all kinds", [report.overall[p.name] for p in report.points], report
-        )
-    ]
+    overall = [report.overall[point.name] for point in report.points]
+    made = [_table(f"EmojiDrawBench {TITLES[report.sweep]}: all kinds", overall, report, ceiling=report.ceiling["all"])]
     for kind in report.kinds:
         found = [report.by_kind[point.name][kind] for point in report.points]
         made.append(_table(f"Prompts of kind {kind!r}", found, report, ceiling=report.ceiling[kind]))
@@ -75,7 +72,7 @@ def _table(
     rows: Sequence[Mapping[str, Any]],
     report: SweepReport,
     *,
-    ceiling: Mapping[str, float] | None = None,
+    ceiling: Mapping[str, float],
 ) -> Table:
     keys = [key for key in MEASURES if any(key in row for row in rows)]
     columns = ("", *(MEASURES[key] for key in keys), "likeness to a neighbour", "s/picture")
@@ -88,8 +85,7 @@ def _table(
         )
         for point, row in zip(report.points, rows, strict=True)
     ]
-    if ceiling is not None:
-        cells.append(("true scenes", *(ceiling.get(key) for key in keys), None, None))
+    cells.append(("true scenes", *(ceiling.get(key) for key in keys), None, None))
     return Table(title=title, columns=columns, rows=tuple(cells), note=f"{rows[0]['n']} prompts a row; 95 % intervals.")
 
 
