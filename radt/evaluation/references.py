@@ -31,7 +31,8 @@ from radt.corpora.wording import with_article
 from radt.evaluation.color import border_color, nearest_color
 from radt.evaluation.image_set import PictureFile, find_pictures
 from radt.evaluation.intervals import wilson
-from radt.evaluation.results import Cell, Estimate, Picture, Result, Table, typed_command
+from radt.evaluation.plain_results import share as share_of
+from radt.evaluation.results import Cell, Picture, Result, Table, typed_command
 from radt.pipeline import DrawRequest, OnStep, TextToImage, ignore
 from radt.settings import GenerateSettings
 from radt.sheet import Picture as SheetPicture
@@ -130,7 +131,7 @@ class ReferencesReport:
         rows: list[tuple[Cell, ...]] = []
         for arm, judged in self.judged.items():
             shares = [judged.share(measure, best) for measure in MEASURES for best in (1, 5)]
-            rows.append((TITLES[arm], *(estimate(share, self.n) for share in shares)))
+            rows.append((TITLES[arm], *(share_of(each, self.n) for each in shares)))
         columns = ("", "pixels: top-1", "top-5", "CLIP: top-1", "top-5")
         note = (
             f"nearest of {self.n} things; a picture of the asked one was found for {self.recall():.2f} of the prompts; "
@@ -317,12 +318,6 @@ def is_figure(picture: UInt8[np.ndarray, "h w 3"]) -> Bool[np.ndarray, "h w"]:
 def squared_distances(a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"]) -> Float[np.ndarray, "n m"]:
     """Of every row of the one from every row of the other."""
     return np.maximum(0, (a**2).sum(1)[:, None] - 2 * a @ b.T + (b**2).sum(1))
-
-
-def estimate(share: float, n: int) -> Estimate:
-    """A share of n trials with its 95 % interval."""
-    low, high = wilson(share, n)
-    return Estimate(value=share, low=low, high=high)
 
 
 def write_report(report: ReferencesReport, out: Path) -> list[Path]:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from index.atomic import new_folder, write_bytes
 from index.errors import CorpusError, QueryError
+from radt.evaluation.plain_results import find_plain_results
 from radt.evaluation.results import Cell, Estimate, Picture, Result, Table, find_results, now
 from radt.evaluation.svg_plot import draw_plot, number_text
 
@@ -44,7 +45,8 @@ def write_report(folders: Sequence[Path], out: Path) -> tuple[Path, Path]:
 
     Returns (html, md). A CorpusError where the folders hold no result, or a picture of one is gone.
     """
-    found = sorted(find_results(folders), key=lambda each: (each[1].kind, each[1].date))
+    stored = [*find_results(folders), *find_plain_results(folders)]
+    found = sorted(stored, key=lambda each: (each[1].kind, each[1].date))
     if not found:
         below = ", ".join(str(folder) for folder in folders)
         raise CorpusError(f"there is no stored result below {below}: `radt evaluate ... --out DIR` writes one")

@@ -1,5 +1,6 @@
 """The page of everything measured: nothing of a result is lost, every text is escaped, every link leads somewhere."""
 
+import json
 import re
 from xml.etree import ElementTree
 
@@ -7,6 +8,7 @@ import pytest
 from PIL import Image
 
 from index.errors import CorpusError
+from radt.evaluation.plain_results import find_plain_results
 from radt.evaluation.report import cell_text, table_lines, write_report
 from radt.evaluation.results import Estimate, Line, Picture, Plot, Result, Table
 from radt.evaluation.svg_plot import draw_plot, number_text
@@ -140,3 +142,43 @@ def test_a_logarithmic_axis_spaces_powers_alike_and_leaves_out_what_it_cannot_sh
 def test_a_plot_of_one_point_or_none_is_drawn():
     for lines in ((), (Line(name="a", x=(1.0,), y=(0.5,)),), (Line(name="a", x=(1.0, 2.0), y=(0.5, 0.5)),)):
         ElementTree.fromstring(draw_plot(Plot(title="t", x="x", y="y", lines=lines)))
+
+
+def emoji_draw_document():
+    shares = {"entity_top1": 0.84, "entity_top5": 0.87, "ground_color": 0.98, "copy_similarity": None}
+    return {
+        "n": 100,
+        **dict.fromkeys(("with_retrieval", "without_retrieval", "with_one_wrong"), shares),
+        "recognizer_ceiling": shares,
+        "retrieval": {"recall_at_k": 0.99, "all_right": 0.98},
+        "settings": {"seed": 3, "k": 2, "by": "bm25"},
+        "model": {"name": "demo", "digest": "ab", "image_size": 128},
+        "kb": {"path": "my kb"},
+    }
+
+
+def test_what_was_stored_before_the_common_form_is_read_too(tmp_path):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "results.json").write_text(json.dumps(emoji_draw_document()))
+    points = [
+        {"label": "ddim", "steps": s, "calls": s, "rows": 2 * s, "top1": 0.5, "discrepancy": 1.5, "seconds": 0.1}
+        for s in (4, 8)
+    ]
+    quality = {"facts": {"n": 50, "seed": 0, "model": "ab"}, "points": points}
+    (tmp_path / "quality.json").write_text(json.dumps(quality))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "results.json").write_text('{"some": "thing else"}')
+    found = {result.kind: result for _, result in find_plain_results([tmp_path, tmp_path / "one"])}
+    assert set(found) == {"emoji-draw", "quality"}
+    assert found["emoji-draw"].command == "radt evaluate emoji-draw --kb 'my kb' -n 100 --seed 3"
+    row = found["emoji-draw"].tables[0].rows[0]
+    assert row[0] == "with retrieval"
+    assert cell_text(row[1]) == "0.84 (0.76 to 0.90)"
+    assert found["quality"].plots[0].lines[0].x == (4, 8)
+    page, _ = write_report([tmp_path], tmp_path / "out")
+    assert "MMD2" in page.read_text()
+
+
+def test_of_two_forms_in_one_folder_the_newer_is_shown(stored):
+    (stored / "results.json").write_text(json.dumps(emoji_draw_document()))
+    assert list(find_plain_results([stored])) == []
