@@ -73,6 +73,8 @@ def add_commands(evaluate: typer.Typer, *, progress: Progress) -> None:
         from radt.evaluation.images import measure_images
         from radt.evaluation.images_report import need_matplotlib, print_report, write_report
 
+        if limit_real is not None and real is None:
+            raise typer.BadParameter("--limit-real is about the pictures of --real; name those")
         if out is not None:
             need_matplotlib()
         options = Options(

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from hashlib import blake2b
+from hashlib import blake2b, sha256
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
@@ -32,6 +32,7 @@ Kind: TypeAlias = Literal["inception", "open_clip", "timm", "recognizer"]
 BATCH_ROWS = 16
 INCEPTION_SIDE = 299
 INCEPTION_WIDTH = 2048
+INCEPTION_SHA256 = "6726825d"  # how the digest of torch-fidelity's file begins, as its name has it
 UNTRAINED = "untrained"  # fixed random weights in the place of WEIGHTS, for tests
 FORMS = "inception[:WEIGHTS.pth], open_clip:NAME_OR_FOLDER, timm:NAME[:WEIGHTS], timm:FOLDER or recognizer[:FOLDER]"
 HINT = "the extra brings it: pip install 'radt[eval]'"
@@ -111,15 +112,18 @@ def clean_resize_words(side: int) -> str:
 
 
 class InceptionExtractor:
-    """Inception-v3 of 2015 with 2048 features and 1008 logits without bias: torch-fidelity's port, as in FID."""
+    """Inception-v3 of 2015 with 2048 features and 1008 logits without bias: torch-fidelity's port, as in FID.
+
+    `is_published`: its weights are the file that FIDs are measured with, and no others of the same shape.
+    """
 
     kind: Kind = "inception"
     side = INCEPTION_SIDE
     width = INCEPTION_WIDTH
     class_words: Mapping[str, int] = MappingProxyType({})
 
-    def __init__(self, network: Any, *, name: str) -> None:
-        self.name = name
+    def __init__(self, network: Any, *, name: str, is_published: bool) -> None:
+        self.name, self.is_published = name, is_published
         self.resize = clean_resize_words(self.side)
         self._device = _device()
         self._network = network.eval().to(self._device)
@@ -141,7 +145,9 @@ class InceptionExtractor:
                 f"{str(path)!r} holds no weights of this Inception ({_line(error)}): name torch-fidelity's file "
                 "weights-inception-2015-12-05-6726825d.pth"
             ) from error
-        return cls(network, name="inception" if weights is None else f"inception:{weights}")
+        digest = sha256(path.read_bytes()).hexdigest()
+        name = "inception" if weights is None else f"inception:{weights}"
+        return cls(network, name=name, is_published=digest.startswith(INCEPTION_SHA256))
 
     def extract(self, pictures: Sequence["Image"]) -> Extracted:
         """The pool features and the logits."""

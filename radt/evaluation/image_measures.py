@@ -7,6 +7,7 @@ import difflib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from index.atomic import write_bytes
 from index.errors import ConfigError, QueryError
 from radt.copying import WARN_ABOVE, best_match
 from radt.evaluation import metrics
-from radt.evaluation.extractors import Extractor, OpenClipExtractor
+from radt.evaluation.extractors import Extractor, InceptionExtractor, OpenClipExtractor
 from radt.evaluation.image_set import MeasuredSet, PictureFile, decode
 from radt.evaluation.metrics import Score
 
@@ -158,10 +159,15 @@ def _row(measure: str, title: str, score: Score, sets: Sets, *, n: int | None = 
     )
 
 
+def _is_inception(sets: Sets) -> bool:
+    """Whether it is the one network that FID, KID and the inception score are named after."""
+    return isinstance(sets.extractor, InceptionExtractor) and sets.extractor.is_published
+
+
 def _frechet(measure: str, sets: Sets) -> list[Row]:
     a, b = _both(sets, 2)
     score = metrics.frechet_score(a, b, subsets=sets.options.subsets_of(measure), seed=sets.options.seed)
-    title = "FID" if sets.extractor.kind == "inception" else "FD"
+    title = "FID" if _is_inception(sets) else "FD"
     fewest, width = min(len(a), len(b)), sets.extractor.width
     notes = []
     if fewest < width:
@@ -179,7 +185,7 @@ def _kernel(measure: str, sets: Sets) -> list[Row]:
     score = metrics.kernel_distance(
         a, b, subset_size=options.subset_size, subsets=options.subsets_of(measure), seed=options.seed
     )
-    return [_row(measure, "KID" if sets.extractor.kind == "inception" else "KD", score, sets)]
+    return [_row(measure, "KID" if _is_inception(sets) else "KD", score, sets)]
 
 
 def _gaussian(measure: str, sets: Sets) -> list[Row]:
@@ -211,7 +217,7 @@ def _inception_score(measure: str, sets: Sets) -> list[Row]:
     score = metrics.subset_score(
         metrics.inception_score, (logits,), subsets=options.subsets_of(measure), seed=options.seed, floor=1.0
     )
-    title = "inception score" if sets.extractor.kind == "inception" else "classifier score"
+    title = "inception score" if _is_inception(sets) else "classifier score"
     classes = logits.shape[1]
     notes = [f"N too small: {len(logits)} pictures for {classes} classes"] if len(logits) < classes else []
     return [_row(measure, title, score, sets, notes=notes)]
@@ -302,14 +308,17 @@ def asked_class(picture: PictureFile, words: Mapping[str, int], classes: int) ->
             f"{picture.name!r} is labelled {picture.label!r}, which is neither a name that this extractor knows nor a "
             f"number below {classes}"
         )
-    said = f" {' '.join(_words(picture.caption or ''))} "
-    places = {name: said.find(f" {' '.join(_words(name))} ") for name in words}
+    said = _spaced(picture.caption or "")
+    places = {name: said.find(_spaced(name)) for name in words}
     named = [name for name, place in places.items() if place >= 0]
     return words[min(named, key=lambda name: (places[name], -len(name)))] if named else None
 
 
-def _words(text: str) -> list[str]:
-    return "".join(letter if letter.isalnum() else " " for letter in text.lower()).split()
+@lru_cache(16_384)  # of thousands of names, asked of every caption
+def _spaced(text: str) -> str:
+    """Its words in small letters, a blank around each."""
+    words = "".join(letter if letter.isalnum() else " " for letter in text.lower()).split()
+    return f" {' '.join(words)} "
 
 
 # Copies

@@ -89,9 +89,12 @@ def find_pictures(
     record, else by a `.txt` beside it.
     """
     folder = Path(source)
-    if (folder / "kb.json").is_file():
+    is_base = (folder / "kb.json").is_file()
+    files = sorted(_files(folder, out)) if folder.is_dir() and not is_base else []
+    if captions is not None and not files:
+        raise QueryError(f"captions of a file go to a folder of pictures, and {source!r} is none: leave --captions out")
+    if is_base:
         return _of_knowledge_base(source, limit, seed)
-    files = sorted(_files(folder, out)) if folder.is_dir() else []
     if not files:
         return choose(_of_corpus(source), limit, seed=seed)
     found = [_of_file(path, path.relative_to(folder).as_posix()) for path in choose(files, limit, seed=seed)]

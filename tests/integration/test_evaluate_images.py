@@ -347,6 +347,12 @@ def test_without_matplotlib_the_extra_is_named_before_the_work(error, monkeypatc
     assert not (tmp_path / "out").exists()
 
 
+def test_a_limit_of_no_reals_is_wrong_usage(radt, pictures, clip):
+    code, _, err = radt("images", pictures, "--extractor", clip, "--limit-real", 5)
+    assert code == 2
+    assert "--limit-real is about the pictures of --real" in err
+
+
 def test_a_measure_that_nobody_knows(error, pictures, clip):
     words = ["images", pictures, "--extractor", clip, "--metrics"]
     assert "there is no measure 'fdd': did you mean 'fd'? It is one of fd, kid" in error(*words, "fdd")
@@ -369,12 +375,13 @@ def test_measures_without_what_they_need(error, tmp_path, clip):
     assert "nothing can be measured of these pictures: it compares with real pictures" in error(*words, clip)
 
 
-def test_captions_that_speak_of_other_pictures(error, pictures, clip, tmp_path):
+def test_captions_that_speak_of_other_pictures(error, pictures, clip, tiny_kb, tmp_path):
     table = tmp_path / "captions.csv"
     table.write_text("file,caption\nelsewhere.png,a wolf\n")
     words = ["images", pictures, "--extractor", clip, "--captions"]
     assert "names none of the pictures" in error(*words, table)
     assert "cannot read the captions" in error(*words, tmp_path / "absent.csv")
+    assert "is none: leave --captions out" in error("images", tiny_kb, "--extractor", clip, "--captions", table)
     table = tmp_path / "captions.jsonl"
     table.write_text("no json\n")
     assert "is no csv, tsv or jsonl file of captions" in error(*words, table)

@@ -20,6 +20,9 @@ from radt.evaluation.extractors import (
     load_extractor,
     resize_clean,
 )
+from radt.evaluation.image_measures import Options
+from radt.evaluation.image_set import find_pictures
+from radt.evaluation.images import measure_images
 from tests.fakes import draw
 
 
@@ -86,6 +89,24 @@ def test_inception_gives_what_torch_fidelity_gives(inception):
     np.testing.assert_allclose(found.features, features.numpy(), rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(found.logits, logits.numpy(), rtol=1e-4, atol=1e-5)
     assert np.std(found.features, axis=0).max() > 0
+
+
+def test_only_over_the_published_weights_a_distance_is_called_fid(inception, tmp_path):
+    _, path = inception
+    extractor = InceptionExtractor.load(path)
+    assert not extractor.is_published
+    for i in range(5):
+        draw(i).save(tmp_path / f"{i}.png")
+    pictures = find_pictures(str(tmp_path))
+
+    def titles():
+        options = Options(measures=("fd", "kid", "is"), subsets=2)
+        report = measure_images(pictures, [extractor], reals=pictures, options=options, cache=tmp_path / "cache")
+        return [row.title for row in report.rows]
+
+    assert titles() == ["FD", "KD", "classifier score"]
+    extractor.is_published = True
+    assert titles() == ["FID", "KID", "inception score"]
 
 
 def test_weights_of_something_else_are_one_sentence(tmp_path):
