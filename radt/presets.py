@@ -37,6 +37,7 @@ class BaseConfig:
     below: str | None = None  # the bundle whose stages come first; None: this is the first stage
     augmentation: float = 0.5  # the most noise over the picture below, as a time of the schedule
     warp: float = 0.0  # the most that the picture below is bent, in its own pixels
+    time_shift: float = 1.0  # above 1: noisy times, at which a picture is laid out, are trained more often
     start: str | None = None  # the folder of a stage that training goes on from, as `bundle/stage0`; None: from nothing
     text_tuning: TextTuning = field(default_factory=TextTuning)  # of the text encoder, after the network
 

@@ -118,6 +118,7 @@ def objective_of(config: BaseConfig) -> "Objective":
         weighting=config.weighting,
         augmentation=config.augmentation,
         warp=config.warp,
+        time_shift=config.time_shift,
     )
 
 
