@@ -108,12 +108,15 @@ def measure_images(
     if not extractors:
         raise ConfigError("nothing can be measured without an extractor: name one with --extractor")
     refuse_early(options, pictures, reals, extractors)
-    sets = _extract(pictures, reals, extractors, options=options, cache=cache, on_step=on_step)
+    measures = [measure for measure in MEASURES if options.wants(measure)]
+    work = len(extractors) * (len(pictures) + len(reals or ()))
+    steps = _part(on_step, 0, work + len(measures))  # a measure counts as one picture
+    sets = _extract(pictures, reals, extractors, options=options, cache=cache, on_step=steps)
     rows: list[Row] = []
     skipped: dict[str, str] = {}
-    for measure in MEASURES:
-        if options.wants(measure):
-            _take(measure, sets, rows=rows, skipped=skipped)
+    for done, measure in enumerate(measures, start=work + 1):
+        _take(measure, sets, rows=rows, skipped=skipped)
+        steps(done, 0)
     if not rows:
         reasons = "; ".join(dict.fromkeys(skipped.values()))
         raise QueryError(f"nothing can be measured of these pictures: {reasons}")
@@ -153,12 +156,11 @@ def _extract(
     cache: Path | None,
     on_step: OnStep,
 ) -> list[Sets]:
-    total, before = len(extractors) * (len(pictures) + len(reals or ())), 0
-    sets = []
+    sets, before = [], 0
     for extractor in extractors:
         both: list[MeasuredSet] = []
         for some in (pictures, *([reals] if reals is not None else [])):
-            both.append(measure_set(some, extractor, cache=cache, on_step=_part(on_step, before, total)))
+            both.append(measure_set(some, extractor, cache=cache, on_step=_part(on_step, before, 0)))
             before += len(some)
         sets.append(Sets(extractor=extractor, pictures=both[0], reals=[*both, None][1], options=options, cache=cache))
     return sets

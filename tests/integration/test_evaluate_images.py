@@ -330,6 +330,15 @@ def test_fewer_pictures_than_a_subset(error, pictures, reals, clip):
     assert "the smaller has 14: give --subset-size 14 or less" in sentence
 
 
+def test_the_bar_is_told_how_far_it_is(pictures):
+    found, steps = find_pictures(str(pictures)), []
+    options = Options(measures=("fd", "cmmd"), subsets=2)
+    two = [Counting(), Counting()]
+    measure_images(found, two, reals=found[:8], options=options, on_step=lambda done, of: steps.append((done, of)))
+    total = 2 * (N + 8) + 2
+    assert steps == [(14, total), (22, total), (36, total), (44, total), (45, total), (46, total)]
+
+
 def test_what_cannot_be_measured_is_refused_before_the_work(pictures):
     found, idle = find_pictures(str(pictures)), Counting()
     for options in (Options(measures=("fd",)), Options(measures=("clip-score",))):
