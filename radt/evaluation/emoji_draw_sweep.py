@@ -60,6 +60,7 @@ SWEEP_TEXT_SHARE = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 SWEEP_BY: tuple[By, ...] = ("clip", "bm25", "hybrid")
 UNITS = "points"  # the folder of what is kept
 ROWS_KEPT = 12  # prompts a sheet
+JUDGING = 2  # goes up whenever reading or judging a picture changes, so that what was judged before is drawn anew
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -400,6 +401,7 @@ def _key(bench: KindsBench, model: TextToImage, point: Point, kind: BenchKind) -
             point=to_dict(replace(point, settings=replace(point.settings, batch_size=1))),
             recognizer=bench.recognizer.digest,
             size=bench.size,
+            judging=JUDGING,
             prompts=[[prompt.text, prompt.seed, list(prompt.class_ids), prompt.wrong.position] for prompt in prompts],
         )
     )
@@ -412,6 +414,7 @@ class _KeyParts:
     point: Mapping[str, Any]
     recognizer: str
     size: int
+    judging: int
     prompts: Sequence[Any]
 
 
