@@ -97,9 +97,10 @@ def cell_text(cell: Cell) -> str:
 
 
 def _places(cell: Estimate) -> int:
-    """Decimals at which an interval has two figures of width, two for shares."""
+    """Decimals at which an interval has two figures of width; shares of so many trials as one has get two."""
     width = cell.high - cell.low
-    return 2 if width <= 0 else min(6, max(0, 1 - math.floor(math.log10(width))))
+    is_share = cell.low >= 0 and cell.high <= 1 and width > 0.02
+    return 2 if is_share or width <= 0 else min(6, max(0, 1 - math.floor(math.log10(width))))
 
 
 def table_lines(table: Table) -> list[str]:

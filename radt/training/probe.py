@@ -23,7 +23,7 @@ from radt.training.pack import Pack
 from radt.unet.unet import UNet
 
 PROBE_FILE = "probe.jsonl"
-EXAMPLES, LARGEST = 32, 64  # so many up to this side; fewer of larger pictures, so that a probe costs what a step does
+EXAMPLES, LARGEST = 32, 64  # so many up to this side, fewer of larger pictures: about six training steps of time
 RANKS = -2, -3  # generators of their own, which no process of training and no sheet uses
 
 
