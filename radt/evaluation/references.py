@@ -124,7 +124,16 @@ class ReferencesReport:
             "settings": {"seed": self.seed, **to_dict(self.settings)},
             "model": dict(self.model),
             "folder": self.folder,
+            "things": [self._thing(place) for place in range(self.n)],
         }
+
+    def _thing(self, place: int) -> dict[str, Any]:
+        """One thing's prompt, and its rank among all by each measure, in each arm."""
+        ranks = {
+            arm: {measure: int(judged.ranks[measure][place]) for measure in MEASURES}
+            for arm, judged in self.judged.items()
+        }
+        return {"caption": self.things[place].caption, "prompt": self.prompts[place], "ranks": ranks}
 
     def table(self) -> Table:
         """The figures, as a page and the terminal show them."""
