@@ -42,7 +42,6 @@ SMALL, LARGE = (PLACED_SIDE + ALONE_SIDE) / 2, (ALONE_SIDE + SIZED_SIDES["large"
 ONE = 0.075  # what one figure costs beyond its misfit: where several fit as well and do not touch, there are several
 ONE_OF_TWO_SQUARES = 0.05  # and where it is large and half as high as wide, or half as wide as high: hardly any is
 TOUCHING = 0.14  # what several cost where the emptiest line between them is as full of ink as the others
-COARSE = 0.8  # of that, where a pixel is wider than the space between figures and so part of them
 BETWEEN = 0.025  # how far from the middle of the frame that line may lie
 
 
@@ -175,8 +174,7 @@ def _fitted(mask: Mask, contrast: Contrast, arrangement: Arrangement) -> tuple[l
         MISSING if figure is None else _misfit(figure, Figure(center=center, side=arrangement.side))
         for figure, center in zip(found, arrangement.centers, strict=True)
     ]
-    weight = TOUCHING * (COARSE if 1 / min(mask.shape) > BETWEEN else 1.0)
-    touching = weight * max(_ink_on_line(mask, contrast, *line) for line in arrangement.lines)
+    touching = TOUCHING * max(_ink_on_line(mask, contrast, *line) for line in arrangement.lines)
     return [figure for figure in found if figure is not None], sum(costs) / len(costs) + touching
 
 
