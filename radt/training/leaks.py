@@ -43,7 +43,9 @@ class HeldOutWords:
         held_out = {phrase for entity in table if entity.held_out for phrase in phrases_of(entity)}
         self.phrases = frozenset(phrase for phrase in held_out if phrase not in inside)
         self.words = frozenset(word for phrase in held_out for word in phrase if word not in common)
-        self.with_commas = [entity.name for entity in table if entity.held_out and "," in entity.name]
+        names = " / ".join(entity.name for entity in table if not entity.held_out)
+        with_commas = [entity.name for entity in table if entity.held_out and "," in entity.name]
+        self.with_commas = [name for name in with_commas if name not in names]  # "family: woman, boy" is in "..., boy"
         self._longest = max(map(len, self.phrases), default=0)
 
     def found_in(self, text: str) -> list[str]:
