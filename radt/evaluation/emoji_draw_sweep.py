@@ -45,14 +45,16 @@ from radt.evaluation.emoji_draw_kinds import (
     with_intervals,
 )
 from radt.evaluation.emoji_recognizer import EmojiRecognizer
+from radt.neighbors import neighbors_of, with_pictures_of
 from radt.pipeline import DrawRequest, TextToImage
+from radt.resizing import Size
 from radt.settings import By, GenerateSettings
 
 if TYPE_CHECKING:
     from radt.evaluation.emoji_draw import AnyKnowledgeBase
 
 Sweep: TypeAlias = Literal["arms", "k", "text-share", "by", "neighbors", "new-entity"]
-Source: TypeAlias = Literal["found", "none", "one_wrong", "removed", "by_hand", "by_hand_one_wrong"]
+Source: TypeAlias = Literal["found", "none", "one_wrong", "swapped", "removed", "by_hand", "by_hand_one_wrong"]
 OnUnit: TypeAlias = Callable[[str, int, int], None]  # what is drawn, network steps done, of how many
 
 SWEEP_K = (0, 1, 2, 4, 8)
@@ -106,7 +108,15 @@ def plan_points(sweep: Sweep, settings: GenerateSettings) -> list[Point]:
     if sweep == "by":
         return [Point(name=f"by={by}", source="found", settings=replace(settings, by=by)) for by in SWEEP_BY]
     if sweep == "neighbors":
-        sources: tuple[Source, ...] = ("by_hand", "found", "by_hand_one_wrong", "one_wrong", "removed", "none")
+        sources: tuple[Source, ...] = (
+            "by_hand",
+            "found",
+            "by_hand_one_wrong",
+            "one_wrong",
+            "swapped",
+            "removed",
+            "none",
+        )
         return [Point(name=source, source=source, settings=settings) for source in sources]
     if sweep == "new-entity":
         return [Point(name=name, source="found", settings=settings, kb=name) for name in ("before", "after")]
@@ -172,6 +182,8 @@ class KindsBench:
             rows = show_classes(kb, [_retrieve(model, point, prompt, excluded) for prompt in prompts])
             if point.source != "removed" and point.kb is None:  # where the entity is not there, nothing may be found
                 rows = found_emoji(kb, rows)
+        if point.source == "swapped":
+            return [swap(own, other, model.size) for own, other in zip(rows, [*rows[1:], *rows[:1]], strict=True)]
         if point.source.endswith("one_wrong"):
             return [mislead(self.glyphs, prompt, row, model.size) for prompt, row in zip(prompts, rows, strict=True)]
         return rows
@@ -239,6 +251,13 @@ class KindsBench:
         }, drawn
 
 
+def swap(own: Sequence[Shown], other: Sequence[Shown], size: Size) -> tuple[Shown, ...]:
+    """The pictures of `other` under the captions of `own`: what is then drawn comes from the one or from the other."""
+    references = with_pictures_of([each.neighbor for each in own], [each.neighbor for each in other])
+    swapped = neighbors_of([], references, size)
+    return tuple(Shown(neighbor=new, class_id=each.class_id) for new, each in zip(swapped, other, strict=False))
+
+
 def _retrieve(model: TextToImage, point: Point, prompt: Prompt, excluded: Mapping[int, Sequence[int]]) -> Any:
     ids = [str(each) for class_id in prompt.class_ids for each in excluded.get(class_id, ())]
     return model.retrieve(prompt.text, settings=replace(point.settings, exclude=(*point.settings.exclude, *ids)))
@@ -261,6 +280,9 @@ def summary(prompts: Sequence[Prompt], unit: Mapping[str, Any]) -> dict[str, Any
     measured = shares(prompts, [Outcome.from_json(row) for row in rows])
     copies = [row["copy_similarity"] for row in rows if row["copy_similarity"] is not None]
     measured["found"] = sum(set(row["class_ids"]) <= set(row["shown"]) for row in rows) / n
+    shown = [row for row in rows if row["shown"]]
+    if shown:
+        measured["drew_shown"] = sum(_drew(row) in row["shown"] for row in shown) / n
     if copies:
         measured["copied"] = sum(copy > WARN_ABOVE for copy in copies) / n
     return {
@@ -270,6 +292,12 @@ def summary(prompts: Sequence[Prompt], unit: Mapping[str, Any]) -> dict[str, Any
         "seconds_per_image": unit["seconds_to_draw"] / n,
         "seconds_per_query": unit["seconds_to_find"] / n,
     }
+
+
+def _drew(row: Mapping[str, Any]) -> int | None:
+    """The class of a picture's largest figure; None where there is none."""
+    largest = max(row["figures"], key=lambda figure: figure["side"], default=None)
+    return None if largest is None else largest["class_id"]
 
 
 def pooled(units: Sequence[tuple[Sequence[Prompt], Mapping[str, Any]]]) -> dict[str, Any]:

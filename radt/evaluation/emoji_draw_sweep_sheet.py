@@ -32,6 +32,7 @@ MEASURES = {
     "agreement": "all facts",
     "all_right": "all right",
     "found": "neighbours found",
+    "drew_shown": "drew what neighbours show",
     "copied": "copied",
 }
 CURVES = ("entity_top1", "both_entities", "ground", "place", "count", "size", "agreement")
@@ -51,6 +52,7 @@ NAMES = {
     "found": "found",
     "none": "none",
     "one_wrong": "found, one wrong",
+    "swapped": "others' pictures, own captions",
     "removed": "found, entity removed",
     "by_hand": "right, by hand",
     "by_hand_one_wrong": "by hand, one wrong",

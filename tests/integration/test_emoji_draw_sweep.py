@@ -134,6 +134,11 @@ class TestPoints:
             found = rows("found", kind)
             asked = [set(prompt.class_ids) for prompt in bench.of_kind(kind)]
             assert all({each.class_id for each in row} & ids for ids, row in zip(asked, found, strict=True))
+            for own, other, swapped in zip(found, [*found[1:], *found[:1]], rows("swapped", kind), strict=True):
+                assert [each.neighbor.caption for each in swapped] == [each.neighbor.caption for each in own]
+                assert [each.class_id for each in swapped] == [each.class_id for each in other]
+                pixels = [(a.neighbor.pixels, b.neighbor.pixels) for a, b in zip(swapped, other, strict=True)]
+                assert all(torch.equal(a, b) for a, b in pixels)
 
 
 class TestRun:
