@@ -18,7 +18,8 @@ CAPTIONS = [
     ),
     *("man with veil: wedding", "man", "page facing up: document", "tangerine: fruit, orange", "skateboard: board"),
     *("family: woman, boy", "left arrow curving right: return", "ON! arrow: mark", "black cat: animal", "bread: loaf"),
-    "woman and man holding hands: couple",
+    *("woman and man holding hands: couple", "two hearts: love", "keycap: 3", "small airplane", "money bag: dollar"),
+    *("shopping bags: bag", "man in lotus position: yoga", "strawberry: berry, fruit", "red square"),
 ]
 
 
@@ -57,6 +58,22 @@ def corpus() -> Corpus:
         ("on a pink background", ["on a pink background"]),
         ("a black-and-white wolf", ["a black-and-white wolf"]),
         ("a wolf beside", ["a wolf"]),
+        ("three wolves on pink", ["wolf"]),
+        ("3 x wolf, purple ground", ["wolf"]),
+        ("a picture of four of: dove against gray", ["dove"]),
+        ("pink ground, 2 strawberries", ["strawberry"]),
+        ("two small doves", ["dove"]),
+        ("a pair of doves left of 3 wolves", ["dove", "wolf"]),
+        ("a large wolf in the middle", ["wolf"]),
+        ("two hearts on a red ground", ["two hearts"]),
+        ("a small airplane on brown", ["a small airplane"]),
+        ("two small airplanes", ["small airplane"]),
+        ("3 x man in lotus position, brown ground", ["man in lotus position"]),
+        ("four money bags", ["money bag"]),
+        ("shopping bags", ["shopping bags"]),
+        ("two red squares against teal", ["red square"]),
+        ("three zorblaxes", ["three zorblaxes"]),
+        ("3", ["3"]),
     ],
 )
 def test_a_prompt_is_cut_into_its_things(corpus: Corpus, prompt: str, parts: list[str]) -> None:
