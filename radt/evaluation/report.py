@@ -8,7 +8,7 @@ lie its plots, as SVG, and its pictures.
 import base64
 import html
 import math
-import shutil
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +19,8 @@ from radt.evaluation.results import Cell, Estimate, Picture, Result, Table, find
 from radt.evaluation.svg_plot import draw_plot, number_text
 
 TITLE = "What was measured"
+FILES = "report.files"  # the folder of what the Markdown shows
+OWN_FILE = re.compile(r".+-\d+\.svg|.+-picture-\d+\.(png|jpe?g)")
 MIMES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg"}
 STYLE = """
 :root { color-scheme: light; }
@@ -41,32 +43,63 @@ a { color: #0b61a4; text-decoration: none; }
 
 
 def write_report(folders: Sequence[Path], out: Path) -> tuple[Path, Path]:
-    """Write `report.html` and `report.md` into `out`, and what the Markdown shows into `out/report/`.
+    """Write `report.html` and `report.md` into `out`, and what the Markdown shows into `out/report.files/`.
 
-    Returns (html, md). A CorpusError where the folders hold no result, or a picture of one is gone.
+    Everything is read and drawn before anything is written. Returns (html, md). A CorpusError where the folders hold no
+    result, or a picture of one is gone; a QueryError where `out/report.files` holds what no report wrote.
     """
     stored = [*find_results(folders), *find_plain_results(folders)]
     found = sorted(stored, key=lambda each: (each[1].kind, each[1].date))
     if not found:
         below = ", ".join(str(folder) for folder in folders)
         raise CorpusError(f"there is no stored result below {below}: `radt evaluate ... --out DIR` writes one")
-    for folder, result in found:
-        for picture in result.pictures:
-            if not (folder / picture.file).is_file():
-                raise CorpusError(f"{folder / picture.file} is gone, and a result shows it: measure that again")
     if out.is_file():
         raise QueryError(f"--out {str(out)!r} is a file; name a folder for report.html and report.md")
     names = name_results([result for _, result in found])
-    with new_folder(out / "report") as beside:
-        for (folder, result), name in zip(found, names, strict=True):
-            for number, plot in enumerate(result.plots, 1):
-                (beside / f"{name}-{number}.svg").write_text(draw_plot(plot) + "\n", encoding="utf-8")
-            for number, picture in enumerate(result.pictures, 1):
-                shutil.copyfile(folder / picture.file, beside / picture_name(name, number, picture))
+    files = _files_beside(found, names)
+    html_page, markdown = render_html(found, names), render_markdown([result for _, result in found], names)
+    _check_ours(out / FILES)
+    with new_folder(out / FILES) as beside:
+        for name, content in files.items():
+            (beside / name).write_bytes(content)
     page, text = out / "report.html", out / "report.md"
-    write_bytes(page, render_html(found, names).encode())
-    write_bytes(text, render_markdown([result for _, result in found], names).encode())
+    write_bytes(page, html_page.encode())
+    write_bytes(text, markdown.encode())
     return page, text
+
+
+def _files_beside(found: Sequence[tuple[Path, Result]], names: Sequence[str]) -> dict[str, bytes]:
+    """The plots and pictures that the Markdown shows, by file name."""
+    files: dict[str, bytes] = {}
+    for (folder, result), name in zip(found, names, strict=True):
+        for number, plot in enumerate(result.plots, 1):
+            files[f"{name}-{number}.svg"] = (draw_plot(plot) + "\n").encode()
+        for number, picture in enumerate(result.pictures, 1):
+            files[picture_name(name, number, picture)] = _read_picture(folder / picture.file)
+    return files
+
+
+def _read_picture(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CorpusError(f"{path} is gone, and a result shows it: measure that again") from error
+
+
+def _check_ours(folder: Path) -> None:
+    """Refuse to replace a folder that holds anything but plots and pictures of an earlier report."""
+    if not folder.exists() and not folder.is_symlink():
+        return
+    is_folder = folder.is_dir() and not folder.is_symlink()
+    others = [path for path in folder.iterdir() if not _is_ours(path)] if is_folder else [folder]
+    if others:
+        raise QueryError(
+            f"{min(others)} was not written by `radt report`, which would replace it: choose another --out"
+        )
+
+
+def _is_ours(path: Path) -> bool:
+    return path.is_file() and OWN_FILE.fullmatch(path.name) is not None
 
 
 def name_results(results: Sequence[Result]) -> list[str]:
@@ -128,11 +161,11 @@ def render_markdown(results: Sequence[Result], names: Sequence[str]) -> str:
             parts += [f"### {_escape_md(table.title)}", _md_table(table)]
             parts += [_escape_md(table.note)] if table.note else []
         for number, plot in enumerate(result.plots, 1):
-            parts += [f"### {_escape_md(plot.title)}", f"![{_escape_md(plot.title)}](report/{name}-{number}.svg)"]
+            parts += [f"### {_escape_md(plot.title)}", f"![{_escape_md(plot.title)}]({FILES}/{name}-{number}.svg)"]
             parts += [_escape_md(plot.note)] if plot.note else []
         for number, picture in enumerate(result.pictures, 1):
             file = picture_name(name, number, picture)
-            parts += [f"### {_escape_md(picture.title)}", f"![{_escape_md(picture.title)}](report/{file})"]
+            parts += [f"### {_escape_md(picture.title)}", f"![{_escape_md(picture.title)}]({FILES}/{file})"]
     return "\n\n".join(parts) + "\n"
 
 
@@ -219,4 +252,4 @@ def _data_uri(path: Path) -> str:
     mime = MIMES.get(path.suffix.lower())
     if mime is None:
         raise CorpusError(f"{path} is no PNG or JPEG, and a result shows it: store its pictures as one of these")
-    return f"data:{mime};base64,{base64.b64encode(path.read_bytes()).decode('ascii')}"
+    return f"data:{mime};base64,{base64.b64encode(_read_picture(path)).decode('ascii')}"

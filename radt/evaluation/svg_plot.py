@@ -116,9 +116,11 @@ def _legend(line: Line, color: str, place: int) -> str:
 
 
 def number_text(value: float) -> str:
-    """As short as people want it: `1,824`, `0.84`, `3.1e-05`."""
+    """As short as people want it: `1,824`, `0.84`, `3.1e-05`; what is no finite number by its name."""
+    if not math.isfinite(value):
+        return str(value)
     if isinstance(value, int) or (value == round(value) and abs(value) < 1e15):
         return f"{value:,.0f}"
     if 0.01 <= abs(value) < 1:
-        return f"{value:.3f}".rstrip("0")
+        return f"{value:.3f}".rstrip("0").rstrip(".")
     return f"{value:,.2f}" if 1 <= abs(value) < 1e6 else f"{value:.3g}"

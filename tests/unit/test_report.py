@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 import pytest
 from PIL import Image
 
-from index.errors import CorpusError
+from index.errors import CorpusError, QueryError
 from radt.evaluation.plain_results import find_plain_results
 from radt.evaluation.report import cell_text, table_lines, write_report
 from radt.evaluation.results import Estimate, Line, Picture, Plot, Result, Table
@@ -66,17 +66,17 @@ def test_everything_is_on_both_pages(stored, tmp_path):
     assert "2026-11-22" in markdown
     for link in re.findall(r"!\[.*?\]\((.*?)\)", markdown):
         assert (tmp_path / "out" / link).is_file(), link
-    assert len(list((tmp_path / "out" / "report").iterdir())) == 2
+    assert len(list((tmp_path / "out" / "report.files").iterdir())) == 2
 
 
 def test_results_of_one_kind_are_told_apart_and_an_old_page_is_replaced_whole(stored, tmp_path):
     again = tmp_path / "more"
     result(title="another", pictures=()).save(again)
     _, text = write_report([stored, again], tmp_path / "out")
-    assert text.read_text().count("report/emoji-draw-1.svg") == 1
-    assert text.read_text().count("report/emoji-draw.2-1.svg") == 1
+    assert text.read_text().count("report.files/emoji-draw-1.svg") == 1
+    assert text.read_text().count("report.files/emoji-draw.2-1.svg") == 1
     write_report([again], tmp_path / "out")
-    assert [path.name for path in (tmp_path / "out" / "report").iterdir()] == ["emoji-draw-1.svg"]
+    assert [path.name for path in (tmp_path / "out" / "report.files").iterdir()] == ["emoji-draw-1.svg"]
 
 
 def test_what_cannot_be_shown_is_one_sentence(stored, tmp_path):
@@ -89,6 +89,54 @@ def test_what_cannot_be_shown_is_one_sentence(stored, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_report_beside_the_results_leaves_them_alone(stored):
+    folder = stored / "report"  # as results may be called
+    result(title="another").save(folder)
+    Image.new("RGB", (8, 8), "blue").save(folder / "sheet.png")
+    before = contents(stored)
+    for _ in range(2):
+        page, _ = write_report([stored], stored)
+    after = contents(stored)
+    assert {name: after.get(name) for name in before} == before
+    assert page.read_text().count("<h2") == 2
+
+
+@pytest.mark.parametrize("name", ["my.result.json", "notes/a-1.svg", "holiday.png", "drawing.svg"])
+def test_a_folder_with_what_no_report_wrote_is_not_replaced(stored, tmp_path, name):
+    out = tmp_path / "out"
+    write_report([stored], out)
+    path = out / "report.files" / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("mine")
+    before = contents(out)
+    with pytest.raises(QueryError, match="was not written by `radt report`"):
+        write_report([stored], out)
+    assert contents(out) == before
+
+
+def test_a_folder_elsewhere_that_a_link_leads_to_is_not_replaced(stored, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out" / "report.files").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(QueryError, match="was not written by `radt report`"):
+        write_report([stored], tmp_path / "out")
+
+
+def test_what_cannot_be_rendered_leaves_the_old_report_whole(stored, tmp_path):
+    out = tmp_path / "out"
+    write_report([stored], out)
+    before = contents(out)
+    result(title="another", pictures=(Picture(file="sheet.gif", title="a GIF"),)).save(stored)
+    (stored / "sheet.gif").write_bytes(b"GIF89a")
+    with pytest.raises(CorpusError, match="is no PNG or JPEG"):
+        write_report([stored], out)
+    assert contents(out) == before
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [
@@ -99,6 +147,10 @@ def test_what_cannot_be_shown_is_one_sentence(stored, tmp_path):
         (3.1e-5, "3.1e-05"),
         (0.0, "0"),
         (1234.5, "1,234.50"),
+        (0.9996, "1"),
+        (-0.9996, "-1"),
+        (float("nan"), "nan"),
+        (float("-inf"), "-inf"),
     ],
 )
 def test_numbers_are_short(value, text):
