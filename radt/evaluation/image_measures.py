@@ -297,14 +297,15 @@ def asked_class(picture: PictureFile, words: Mapping[str, int], classes: int) ->
     """The column of the class that a picture should show: by its label, a name or a number, else by its caption.
 
     Of the names that stand in the caption as whole words the first counts, the longest of those that begin there; Hinz
-    et al. 2022 choose captions by words, too. Words mislead: an orange background is no orange.
+    et al. 2022 choose captions by words, too. Words mislead: an orange background is no orange. NotMeasurableError for
+    a label that is neither.
     """
     if picture.label is not None:
         if picture.label.lower() in words:
             return words[picture.label.lower()]
         if picture.label.isascii() and picture.label.isdigit() and int(picture.label) < classes:
             return int(picture.label)
-        raise QueryError(
+        raise NotMeasurableError(
             f"{picture.name!r} is labelled {picture.label!r}, which is neither a name that this extractor knows nor a "
             f"number below {classes}"
         )

@@ -15,7 +15,14 @@ from radt.cli import app
 from radt.copying import copy_similarity
 from radt.evaluation import image_set
 from radt.evaluation.extractors import Extracted, load_extractor
-from radt.evaluation.image_measures import COPY_CANDIDATES, MEASURES, Options, asked_class, real_similarities
+from radt.evaluation.image_measures import (
+    COPY_CANDIDATES,
+    MEASURES,
+    NotMeasurableError,
+    Options,
+    asked_class,
+    real_similarities,
+)
 from radt.evaluation.image_set import PictureFile, find_pictures, measure_set
 from radt.evaluation.images import measure_images
 from radt.evaluation.results import Result
@@ -279,8 +286,20 @@ def test_the_first_and_longest_class_that_a_caption_names_as_whole_words_is_aske
     assert asked(None) is None
     assert asked("a cat", "bear") == 2
     assert asked("a cat", "9") == 9
-    with pytest.raises(QueryError, match=r"labelled '10', which is neither a name .* nor a number below 10"):
+    with pytest.raises(NotMeasurableError, match=r"labelled '10', which is neither a name .* nor a number below 10"):
         asked("a cat", "10")
+
+
+def test_a_label_of_another_extractor_costs_soa_alone(radt, error, pictures, reals, tmp_path):
+    table = tmp_path / "captions.csv"
+    table.write_text("file,caption,label\n000.png,a wolf,wolf in red socks\n")
+    words = ["images", pictures, "--real", reals, "--extractor", "timm:test_vit:untrained", "--captions", table]
+    code, out, err = radt(*words, "--json", "--subsets", 2)
+    assert code == 0, err
+    document = json.loads(out)
+    assert {"fd", "kid", "is"} <= {score["measure"] for score in document["scores"]}
+    assert "'000.png' is labelled 'wolf in red socks'" in document["not_measured"]["soa"]
+    assert "soa cannot be measured: '000.png' is labelled" in error(*words, "--metrics", "soa")
 
 
 # What cannot be measured
