@@ -32,6 +32,7 @@ from radt.training.checkpoint import (
     with_prefix,
     without_prefix,
 )
+from radt.training.divergence import check_finite
 from radt.training.interrupt import StopOnInterrupt
 from radt.training.metrics import append_metrics, forget_after
 from radt.training.optim import OptimConfig, learning_rate, make_optimizer
@@ -79,6 +80,11 @@ class RecognizerTrainConfig:
             raise ConfigError("batch_size must be at least 2: a batch is normalised by its own spread")
         if not 0 < self.least_scale <= self.most_scale:
             raise ConfigError(f"scales go from above 0 up, got {self.least_scale} to {self.most_scale}")
+        for name in ("clutter_prob", "palette_prob", "label_smoothing"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} is a share between 0 and 1, got {getattr(self, name)}")
+        if self.precision not in ("bf16", "no"):
+            raise ConfigError(f"precision is bf16 or no, got {self.precision!r}")
 
 
 def recognizer_emoji() -> RecognizerTrainConfig:
@@ -226,6 +232,7 @@ def train_recognizer(
     Raises:
         KeyboardInterrupt: after Ctrl-C, once the state is saved.
         ConfigError: `out` holds a run of another configuration.
+        DivergedError: the loss or the gradient is not finite; the last good state stays.
     """
     if glyphs is None:
         from radt.corpora.emoji import GlyphRenderer, load_entities
@@ -245,6 +252,7 @@ def train_recognizer(
     with StopOnInterrupt() as interrupt:
         while run.step < config.num_steps:
             metrics = _take_step(config, run, pictures)
+            check_finite(metrics, state=out / STATE_FILE, log=out / METRICS_FILE)
             if on_step is not None:
                 on_step(metrics)
             _keep(config, run, metrics, out=out, is_last=interrupt.requested or run.step == config.num_steps)
@@ -269,13 +277,14 @@ def _take_step(config: RecognizerTrainConfig, run: RecognizerRun, pictures: Glyp
     loss = cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing)
     run.optimizer.zero_grad()
     loss.backward()  # type: ignore[no-untyped-call]
-    torch.nn.utils.clip_grad_norm_(run.network.parameters(), config.optim.max_grad_norm)
+    grad_norm = torch.nn.utils.clip_grad_norm_(run.network.parameters(), config.optim.max_grad_norm)
     run.optimizer.step()
     run.step += 1
     return {
         "step": run.step,
         "images_seen": run.step * config.batch_size,
         "loss": loss.item(),
+        "grad_norm": grad_norm.item(),
         "accuracy": (logits.argmax(1) == labels).float().mean().item(),
         "lr": lr,
         "images_per_second": config.batch_size / (time.monotonic() - began),
@@ -340,14 +349,14 @@ def _ranks(
     entities: "Sequence[Entity]",
     crops: UInt8[np.ndarray, "n side side 3"],
 ) -> Int[np.ndarray, " n"]:
-    """The place of each entity's own class, from 1."""
+    """The place of each entity's own class, from 1; behind all where its score is not a number."""
     logits: Pooled = torch.cat([
         network(to_frame(crops[start : start + CHUNK], network.config.image_size))
         for start in range(0, len(crops), CHUNK)
     ])
     columns = torch.tensor(np.searchsorted(classes, [entity.class_id for entity in entities]))
     own = logits.gather(1, columns[:, None])
-    return (logits >= own).sum(1).numpy()
+    return (~(logits < own)).sum(1).numpy()  # so that NaN is never right
 
 
 def _claim_folder(out: Path, config: RecognizerTrainConfig) -> None:

@@ -25,6 +25,8 @@ from radt.recognizer_network import (
     to_frame,
 )
 from radt.training import recognizer as training
+from radt.training.checkpoint import load_state
+from radt.training.divergence import DivergedError
 from radt.training.optim import OptimConfig
 from radt.training.recognizer import GlyphPictures, RecognizerTrainConfig, recognizer_emoji, train_recognizer
 
@@ -93,10 +95,40 @@ class TestTraining:
     def test_the_preset_is_one_of_those_of_train(self) -> None:
         assert PRESETS["recognizer-emoji"]() == recognizer_emoji()
 
+    def test_a_run_that_diverges_says_so_and_keeps_nothing_of_it(self, glyphs: GlyphRenderer, tmp_path: Path) -> None:
+        wild = replace(TINY, optim=replace(TINY.optim, lr=1e30, warmup_steps=0), save_every=1)
+        with pytest.raises(DivergedError, match="training diverged at step"):
+            train_recognizer(wild, tmp_path, entities=ENTITIES, glyphs=glyphs)
+        assert not (tmp_path / training.MODEL_FOLDER).exists()
+        assert not (tmp_path / training.ACCURACY_FILE).exists()
+        last = json.loads((tmp_path / training.METRICS_FILE).read_text().splitlines()[-1])
+        assert not all(np.isfinite([last["loss"], last["grad_norm"]]))
+        _, facts = load_state(tmp_path / training.STATE_FILE)
+        assert facts["step"] == last["step"] - 1
+
+    def test_an_answer_that_is_not_a_number_is_never_right(
+        self, glyphs: GlyphRenderer, recognizer: EmojiRecognizer
+    ) -> None:
+        spoiled = RecognizerNetwork(recognizer.network.config, len(recognizer.classes)).eval()
+        with torch.no_grad():
+            spoiled.to_classes.bias.fill_(torch.nan)
+        found = training.measure_accuracy(spoiled, recognizer.classes, ENTITIES, glyphs)
+        assert (found["alone_128"]["top1"], found["alone_128"]["top5"]) == (0, 0)
+
     @pytest.mark.parametrize(
-        "change", [{"batch_size": 1}, {"num_steps": 0}, {"least_scale": 0.0}, {"least_scale": 2.0}]
+        "change",
+        [
+            {"batch_size": 1},
+            {"num_steps": 0},
+            {"least_scale": 0.0},
+            {"least_scale": 2.0},
+            {"label_smoothing": 2.0},
+            {"clutter_prob": -0.1},
+            {"palette_prob": float("nan")},
+            {"precision": "fp16"},
+        ],
     )
-    def test_what_cannot_be_trained_is_refused(self, change: dict[str, float]) -> None:
+    def test_what_cannot_be_trained_is_refused(self, change: dict[str, object]) -> None:
         with pytest.raises(ConfigError):
             replace(TINY, **change)
 
