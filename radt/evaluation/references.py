@@ -13,6 +13,7 @@ The picture that was left out is judged likewise: that is the most that a measur
 
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -25,11 +26,11 @@ from PIL import Image
 
 from index.config import to_dict
 from index.embedder import decode_image
-from index.errors import CorpusError, QueryError
+from index.errors import CorpusError, QueryError, UserError
 from radt.corpora.scenes import PALETTE
 from radt.corpora.wording import with_article
 from radt.evaluation.color import border_color, nearest_color
-from radt.evaluation.image_set import PictureFile, find_pictures
+from radt.evaluation.image_set import LeftOut, PictureFile, find_pictures
 from radt.evaluation.intervals import wilson
 from radt.evaluation.plain_results import share as share_of
 from radt.evaluation.results import Cell, Picture, Result, Table, typed_command
@@ -47,6 +48,7 @@ FIGURE_SIDE = 24  # of a figure that is compared
 GROUND_REACH = 36  # of 8 bits, in any channel: what differs less from the border's median is ground
 GRAY = 128
 ROWS_A_SHEET = 24
+NAMED = 3  # broken pictures that a sentence names
 ARMS = ("with_retrieval", "without_retrieval")
 MEASURES = ("pixels", "clip")
 TITLES = {"with_retrieval": "with retrieval", "without_retrieval": "without", "left_out": "the pictures left out"}
@@ -93,6 +95,7 @@ class ReferencesReport:
     settings: GenerateSettings
     seed: int
     model: Mapping[str, Any]
+    unread: tuple[LeftOut, ...] = ()  # pictures that are broken
 
     @property
     def n(self) -> int:
@@ -124,6 +127,7 @@ class ReferencesReport:
             "settings": {"seed": self.seed, **to_dict(self.settings)},
             "model": dict(self.model),
             "folder": self.folder,
+            "unread": [{"name": each.name, "reason": each.reason} for each in self.unread],
             "things": [self._thing(place) for place in range(self.n)],
         }
 
@@ -144,7 +148,7 @@ class ReferencesReport:
         columns = ("", "pixels: top-1", "top-5", "CLIP: top-1", "top-5")
         note = (
             f"nearest of {self.n} things; a picture of the asked one was found for {self.recall():.2f} of the prompts; "
-            f"ground as asked {self.ground_share(ARMS[0]):.2f} with retrieval"
+            f"ground as asked {self.ground_share(ARMS[0]):.2f} with retrieval{_told_unread(self.unread)}"
         )
         return Table(title=f"Things of {self.folder}", columns=columns, rows=tuple(rows), note=note)
 
@@ -154,6 +158,7 @@ def evaluate_references(
     *,
     model: str | Path | None = None,
     kb: Path | None = None,
+    out: Path | None = None,
     settings: Mapping[str, Any] | None = None,
     n: int | None = None,
     seed: int = 0,
@@ -166,6 +171,7 @@ def evaluate_references(
         source: a folder of pictures with captions, of subfolders, or whatever `radt index build` reads.
         model: the bundle; None is the demonstration model.
         kb: where the knowledge base goes; a folder that is not there yet. None: it vanishes afterwards.
+        out: where results are kept; what lies below it is none of the source's pictures.
         settings: changes of the bundle's own.
         n: the first so many things of the source; None is all.
         seed: of the noise; thing i takes seed + i.
@@ -175,11 +181,12 @@ def evaluate_references(
     Raises:
         CorpusError: the source has fewer than two things of two pictures.
     """
-    things = find_things(find_pictures(source))[:n]
+    things, unread = find_things(find_pictures(source, out=out))
+    things = things[:n]
     if len(things) < 2:
         raise CorpusError(
             f"{source!r} has {len(things)} things with two pictures or more, and two are needed to tell apart: put "
-            "pictures of one thing under one caption, or into one subfolder"
+            f"pictures of one thing under one caption, or into one subfolder{_told_unread(unread)}"
         )
     with TemporaryDirectory() as temporary:
         folder = make_knowledge_base(things, Path(temporary) / "kb" if kb is None else kb, model)
@@ -187,26 +194,57 @@ def evaluate_references(
         asked = pipeline.settings(**{"batch_size": BATCH_SIZE, **(settings or {})})
         if asked.k < 1:
             raise QueryError("references compares with and without neighbours, so k must be at least 1, got 0")
-        return measure(pipeline, things, asked, source=source, seed=seed, on_step=on_step)
+        return measure(pipeline, things, asked, source=source, seed=seed, unread=unread, on_step=on_step)
 
 
-def find_things(pictures: Sequence[PictureFile]) -> list[Thing]:
-    """Pictures grouped by caption, or by subfolder where they have none; things of one picture are passed over.
+def find_things(pictures: Sequence[PictureFile]) -> tuple[list[Thing], list[LeftOut]]:
+    """Pictures grouped by caption, or by subfolder where they have none; and those among them that cannot be read.
 
-    The last picture of a thing, by name, is the one that is left out.
+    Things of one picture are passed over. The last picture of a thing, by name, is the one that is left out.
     """
+    titles = _folder_titles(pictures)
     groups: dict[str, list[PictureFile]] = {}
     for picture in pictures:
-        folder = PurePosixPath(picture.name).parent.name
-        title = picture.caption or re.sub(r"[_-]+", " ", folder).strip()
+        title = picture.caption or titles[PurePosixPath(picture.name).parent]
         if title:
             groups.setdefault(title, []).append(picture)
-    things = []
+    things: list[Thing] = []
+    unread: list[LeftOut] = []
     for caption, files in groups.items():
-        if len(files) > 1:
-            images = [decode_image(file.read()) for file in files]
-            things.append(Thing(caption=caption, known=tuple(images[:-1]), left_out=images[-1]))
-    return things
+        images = [_decode(file, unread) for file in files] if len(files) > 1 else []
+        readable = [image for image in images if image is not None]
+        if len(readable) > 1:
+            things.append(Thing(caption=caption, known=tuple(readable[:-1]), left_out=readable[-1]))
+    return things, unread
+
+
+def _folder_titles(pictures: Sequence[PictureFile]) -> dict[PurePosixPath, str]:
+    """Each subfolder's name as words, or its whole path where others have the same name; none for the top."""
+    folders = {PurePosixPath(picture.name).parent for picture in pictures}
+    names = {folder: _as_words(folder.name) for folder in folders}
+    times = Counter(names.values())
+    return {folder: name if not name or times[name] == 1 else _as_words(str(folder)) for folder, name in names.items()}
+
+
+def _as_words(path: str) -> str:
+    return re.sub(r"[/_-]+", " ", path).strip()
+
+
+def _decode(file: PictureFile, unread: list[LeftOut]) -> Image.Image | None:
+    """A picture, or None for a broken one, which is then noted."""
+    try:
+        return decode_image(file.read())
+    except UserError as error:
+        unread.append(LeftOut(name=file.name, reason=str(error)))
+        return None
+
+
+def _told_unread(unread: Sequence[LeftOut]) -> str:
+    if not unread:
+        return ""
+    named = "; ".join(f"{each.name} ({each.reason})" for each in unread[:NAMED])
+    more = f"; and {len(unread) - NAMED} more" if len(unread) > NAMED else ""
+    return f"; {len(unread)} of the pictures left out, for they cannot be read: {named}{more}"
 
 
 def make_knowledge_base(things: Sequence[Thing], folder: Path, model: str | Path | None) -> Path:
@@ -230,6 +268,7 @@ def measure(
     *,
     source: str,
     seed: int = 0,
+    unread: Sequence[LeftOut] = (),
     on_step: OnStep = ignore,
 ) -> ReferencesReport:
     """Draw everything with neighbours and without, and judge it. The pipeline has the knowledge base of the things."""
@@ -263,6 +302,7 @@ def measure(
         settings=settings,
         seed=seed,
         model={"name": pipeline.name, "digest": pipeline.digest},
+        unread=tuple(unread),
     )
 
 

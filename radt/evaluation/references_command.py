@@ -40,6 +40,7 @@ def add_command(evaluate: typer.Typer, *, progress: Progress) -> None:
                 folder,
                 model=model,
                 kb=None if out is None else out / "kb",
+                out=out,
                 settings=settings,
                 n=n,
                 seed=seed,

@@ -8,6 +8,7 @@ from PIL import Image
 
 from index.cli import run
 from radt.cli import app
+from radt.evaluation import references
 from radt.evaluation.results import Result
 from tests.fakes import draw
 
@@ -89,3 +90,17 @@ def test_mistakes_are_one_sentence(radt, folder, tiny_bundle, tmp_path):
     code, _, err = radt("report", tmp_path / "nowhere", "--out", tmp_path / "page")
     assert code == 1
     assert "there is no folder" in err
+
+
+def test_neither_own_output_nor_a_broken_picture_is_measured(radt, folder, tiny_bundle, monkeypatch):
+    monkeypatch.setattr(references, "ROWS_A_SHEET", 1)  # so that there are pictures enough of `results` for a thing
+    (folder / "zorbo" / "broken.png").write_bytes(b"\x89PNG and no more")
+    words = ("evaluate", "references", folder, "--model", tiny_bundle, "-k", 1, "--out", folder / "results")
+    assert radt(*words)[0] == 0
+    assert len(list((folder / "results").glob("*.png"))) == 3
+    code, text, err = radt(*words, "--json")
+    assert code == 0, err
+    told = json.loads(text)
+    assert sorted(thing["caption"] for thing in told["things"]) == ["bimo", "tuki", "zorbo"]
+    assert [each["name"] for each in told["unread"]] == ["zorbo/broken.png"]
+    assert "zorbo/broken.png" in radt(*words)[1]

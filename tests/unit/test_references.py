@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from index.errors import CorpusError
 from radt.evaluation.image_set import PictureFile, find_pictures
 from radt.evaluation.references import (
     FIGURE_SIDE,
@@ -14,6 +15,7 @@ from radt.evaluation.references import (
     MEASURES,
     Judge,
     Thing,
+    evaluate_references,
     figure,
     find_things,
     is_figure,
@@ -112,7 +114,7 @@ def test_things_are_captions_or_subfolders_of_two_pictures_at_least():
     def file(name, caption, color):
         return PictureFile(name=name, caption=caption, read=partial(encoded, badge(color=color)))
 
-    things = find_things([
+    things, unread = find_things([
         file("a/1.png", "Zorbo: my robot", "red"),
         file("b/2.png", "Zorbo: my robot", "green"),
         file("b/3.png", "Zorbo: my robot", "blue"),
@@ -125,6 +127,7 @@ def test_things_are_captions_or_subfolders_of_two_pictures_at_least():
         ("Zorbo: my robot", "Zorbo", 2),
         ("blue dog", "blue dog", 1),
     ]
+    assert unread == []
     assert things[0].left_out.getpixel((45, 45)) == (0, 0, 255)
     assert prompt_for(things[0], "orange") == "Zorbo on an orange background"
 
@@ -134,5 +137,28 @@ def test_a_folder_of_subfolders_is_read_from_disk(tmp_path, names):
     for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         badge().save(tmp_path / name)
-    (found,) = find_things(find_pictures(str(tmp_path)))
+    ((found,), _) = find_things(find_pictures(str(tmp_path)))
     assert (found.caption, len(found.known)) == ("robot", 1)
+
+
+def test_subfolders_of_one_name_are_two_things(tmp_path):
+    for name in ("p/one", "q/one", "q/blue_dog"):
+        (tmp_path / name).mkdir(parents=True)
+        for number in range(2):
+            badge().save(tmp_path / name / f"{number}.png")
+    things, _ = find_things(find_pictures(str(tmp_path)))
+    assert sorted((each.caption, len(each.known)) for each in things) == [("blue dog", 1), ("p one", 1), ("q one", 1)]
+
+
+def test_a_broken_picture_is_named_and_left_out(tmp_path):
+    for name, good in (("robot", 2), ("dog", 1)):
+        (tmp_path / name).mkdir()
+        for number in range(good):
+            badge().save(tmp_path / name / f"{number}.png")
+        (tmp_path / name / "broken.png").write_bytes(encoded(badge())[:80])
+    things, unread = find_things(find_pictures(str(tmp_path)))
+    assert [(each.caption, len(each.known)) for each in things] == [("robot", 1)]
+    assert [each.name for each in unread] == ["dog/broken.png", "robot/broken.png"]
+    assert all("image" in each.reason for each in unread)
+    with pytest.raises(CorpusError, match=r"has 1 things .*; 2 of the pictures left out.*dog/broken\.png"):
+        evaluate_references(str(tmp_path))
