@@ -52,7 +52,11 @@ def add_commands(evaluate: typer.Typer, *, progress: Progress) -> None:
         ] = None,
         subsets: Annotated[
             int | None,
-            typer.Option("--subsets", min=2, help="Subsets that errors are taken over. Default: 100, of FD 25."),
+            typer.Option(
+                "--subsets",
+                min=2,
+                help="Subsets that errors are taken over. Default: 100; 25 of FD, precision to coverage.",
+            ),
         ] = None,
         candidates: Annotated[
             int | None, typer.Option("--candidates", min=2, help="Captions of R-precision. Default: 100, if there are.")

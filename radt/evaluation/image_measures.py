@@ -36,12 +36,13 @@ MEASURES = (
     "copies",
 )
 OF_TWO_SETS = ("fd", "kid", "cmmd", "precision", "recall", "density", "coverage")
-MANIFOLD = ("precision", "recall", "density", "coverage")
+MANIFOLD = metrics.NEIGHBORHOODS
 OF_TEXTS = ("clip-score", "r-precision")
 NO_REALS = "it compares with real pictures; name them with --real"
 NO_ENCODER = "it needs an image-text encoder: name one as --extractor open_clip:NAME_OR_FOLDER"
 NO_CAPTION = "no picture has a caption: `radt generate` leaves prompts in its PNG, or give --captions FILE"
-FRECHET_SUBSETS = 25
+FEW_SUBSETS = 25  # of what takes seconds
+SLOW = ("fd", *MANIFOLD)
 COPY_CANDIDATES = 5  # reals nearest by features, compared pixel by pixel
 SIMILARITIES = "similarities.json"
 LOWER_IS_BETTER = ("fd", "kid", "cmmd", "copies")
@@ -54,7 +55,7 @@ class Options:
 
     measures: tuple[str, ...] | None = None
     subset_size: int | None = None  # of a kernel distance
-    subsets: int | None = None  # that an error is taken over; 100, or 25 of a Frechet distance, which takes seconds
+    subsets: int | None = None  # that an error is taken over; 100, or 25 of what takes seconds
     candidates: int | None = None  # of an R-precision; 100, or all captions where they are fewer
     copy_limit: float = WARN_ABOVE
     seed: int = 0
@@ -72,7 +73,7 @@ class Options:
 
     def subsets_of(self, measure: str) -> int:
         """Over how many subsets the error of a measure is taken."""
-        return self.subsets or (FRECHET_SUBSETS if measure == "fd" else metrics.SUBSETS)
+        return self.subsets or (FEW_SUBSETS if measure in SLOW else metrics.SUBSETS)
 
     def wants(self, measure: str) -> bool:
         """Whether it is to be measured if it can be."""
@@ -87,7 +88,7 @@ class Options:
 class Row:
     """One score of `n` pictures. `extractor` is what it is over, empty for none; `notes` say what to mind.
 
-    The interval of recall and coverage rests on reals, and that of SOA-C on classes: `score.n` counts those.
+    The interval of SOA-C rests on classes: `score.n` counts those.
     """
 
     measure: str
@@ -108,7 +109,7 @@ class Sets:
     reals: MeasuredSet | None
     options: Options
     cache: Path | None = None
-    neighborhoods: list[metrics.Neighborhoods] = field(default_factory=list)  # of both sets, once it is known
+    of_manifold: dict[str, Score] = field(default_factory=dict)  # all four, once they are known
 
 
 class NotMeasurableError(Exception):
@@ -198,13 +199,13 @@ def _gaussian(measure: str, sets: Sets) -> list[Row]:
 
 
 def _manifold(measure: str, sets: Sets) -> list[Row]:
-    a, b = _both(sets, 6)
-    if not sets.neighborhoods:
-        sets.neighborhoods.append(metrics.neighborhoods(a, b))
-    score = metrics.mean_score(getattr(sets.neighborhoods[0], measure), seed=sets.options.seed)
+    a, b = _both(sets, metrics.LEAST_OF_BALLS)
+    if not sets.of_manifold:
+        subsets, seed = sets.options.subsets_of(measure), sets.options.seed
+        sets.of_manifold.update(metrics.neighborhood_scores(a, b, subsets=subsets, seed=seed))
     is_lopsided = measure in ("recall", "coverage") and 2 * len(a) < len(b)
     notes = [f"{len(a)} pictures beside {len(b)} reals: give as many of both"] if is_lopsided else []
-    return [_row(measure, measure, score, sets, notes=notes)]
+    return [_row(measure, measure, sets.of_manifold[measure], sets, notes=notes)]
 
 
 def _inception_score(measure: str, sets: Sets) -> list[Row]:

@@ -10,6 +10,7 @@ import torch
 
 from index.errors import ConfigError, ModelError
 from radt.evaluation import metrics
+from radt.evaluation.intervals import wilson
 from radt.evaluation.metrics import (
     clip_scores,
     frechet_distance,
@@ -20,6 +21,7 @@ from radt.evaluation.metrics import (
     inception_score,
     kernel_distance,
     mean_score,
+    neighborhood_scores,
     neighborhoods,
     object_accuracy,
     polynomial_mmd,
@@ -285,6 +287,33 @@ def test_density_and_coverage_equal_their_definitions():
 def test_too_few_pictures_for_balls():
     with pytest.raises(ConfigError, match="5th neighbour need more than 5 pictures in each set, and there are 5 and 9"):
         neighborhoods(normal(5, 2), normal(9, 2))
+
+
+@pytest.mark.parametrize(("n", "m"), [(100, 100), (40, 200)])
+def test_the_intervals_of_all_four_hold_the_mean_over_fresh_pictures_and_reals(n, m):
+    def both(i):
+        return normal(n, 6, seed=2 * i) + 0.7 * (np.arange(6) == 0), normal(m, 6, seed=2 * i + 1)
+
+    fresh = [neighborhoods(*both(i)) for i in range(1000, 1150)]
+    drawn = [neighborhood_scores(*both(i), subsets=25, seed=i) for i in range(150)]
+    for name in metrics.NEIGHBORHOODS:
+        mean = np.mean([getattr(each, name).mean() for each in fresh])
+        assert np.mean([each[name].low <= mean <= each[name].high for each in drawn]) >= 0.88, name
+        assert np.mean([each[name].high - each[name].low for each in drawn]) < 0.6, name  # by being narrow enough
+
+
+def test_the_four_scores_are_the_means_and_shares_of_1_have_width():
+    x, y = normal(40, 3), normal(60, 3, seed=1)
+    found, values = neighborhood_scores(x, y, subsets=5), neighborhoods(x, y)
+    for name in metrics.NEIGHBORHOODS:
+        assert found[name].value == getattr(values, name).mean()
+        assert found[name].low <= found[name].value <= found[name].high
+    same = neighborhood_scores(x, x, subsets=5)
+    assert (same["recall"].value, same["recall"].high) == (1.0, 1.0)
+    assert same["recall"].low <= wilson(1.0, 40)[0] < 1
+    few = neighborhood_scores(x[:11], y)
+    assert {(each.low, each.high) for each in few.values()} == {(None, None)}
+    assert "fewer than 12 pictures" in few["density"].method
 
 
 # Inception score
