@@ -73,10 +73,9 @@ def _convert(hint: Any, value: Any) -> Any:
     if origin in (types.UnionType, typing.Union):
         return _convert_union(typing.get_args(hint), value)
     if origin is tuple:
-        if not isinstance(value, list | tuple):
-            raise ConfigError(f"expected a list, got {value!r}")
         element = typing.get_args(hint)[0]
-        return tuple(_convert(element, item) for item in value)
+        items = value if isinstance(value, list | tuple) else [value]  # one item need not stand in brackets
+        return tuple(_convert(element, item) for item in items)
     if origin is typing.Literal:
         if value not in typing.get_args(hint):
             raise ConfigError(f"expected one of {', '.join(map(str, typing.get_args(hint)))}, got {value!r}")

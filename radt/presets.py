@@ -1,8 +1,10 @@
 """Presets: functions that return a complete run configuration. `radt train PRESET --set key=value` changes a field."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+from index.errors import ConfigError
 from radt.bundle import CLIP_FOLDER, default_bundle, read_info
 from radt.diffusion.denoiser import Prediction
 from radt.diffusion.loss import Weighting
@@ -40,6 +42,14 @@ class BaseConfig:
     time_shift: float = 1.0  # above 1: noisy times, at which a picture is laid out, are trained more often
     start: str | None = None  # the folder of a stage that training goes on from, as `bundle/stage0`; None: from nothing
     text_tuning: TextTuning = field(default_factory=TextTuning)  # of the text encoder, after the network
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.augmentation <= 1:
+            raise ConfigError(f"augmentation is a time from 0 to 1, got {self.augmentation}")
+        if not (math.isfinite(self.warp) and self.warp >= 0):
+            raise ConfigError(f"warp is in pixels and 0 or more, got {self.warp}")
+        if not (math.isfinite(self.time_shift) and self.time_shift > 0):
+            raise ConfigError(f"time_shift must be above 0 (1 leaves times as they are), got {self.time_shift}")
 
 
 def emoji_demo() -> BaseConfig:

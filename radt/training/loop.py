@@ -40,7 +40,7 @@ from radt.training.optim import OptimConfig, learning_rate, make_optimizer
 from radt.training.pack import Pack
 from radt.unet.unet import UNet
 
-METRICS_FILE = "metrics.jsonl"
+METRICS_FILE, STATE_FILE = "metrics.jsonl", "state.safetensors"
 BEND_CELL = 4  # pixels from knot to knot of a bend
 
 OnStep = Callable[[dict[str, float]], None]
@@ -184,7 +184,7 @@ class Run:
     @property
     def state_path(self) -> Path:
         """The file a run resumes from."""
-        return self.out / "state.safetensors"
+        return self.out / STATE_FILE
 
     def train(self, *, on_step: OnStep = lambda _: None, on_save: Callable[["Run"], None] = lambda _: None) -> None:
         """Train to the last step. At Ctrl-C the step in hand is finished and saved before the interruption goes on.

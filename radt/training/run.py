@@ -71,14 +71,10 @@ def train_base(
     import torch
     from accelerate import PartialState
 
+    from radt.training.loop import STATE_FILE as RUN_STATE
     from radt.training.loop import Run
 
     _check_tunable(config, out)
-    if config.data.most_candidates > config.pack.candidates:
-        raise ConfigError(
-            f"data asks for {config.data.most_candidates} candidates a scene (candidates, num_neighbors), and "
-            f"pack.candidates is {config.pack.candidates}"
-        )
     _check_pack_can_be_made(config, out)
     _check_below(config)
     with PartialState(cpu=not torch.cuda.is_available()).main_process_first():  # of several, one prepares
@@ -90,7 +86,7 @@ def train_base(
     torch.manual_seed(config.loop.seed)
     objective = objective_of(config)
     run = Run(
-        _first_network(config),
+        _first_network(config, resumes=(out / RUN_STATE).exists()),
         pack,
         out,
         data=config.data,
@@ -122,13 +118,16 @@ def objective_of(config: BaseConfig) -> "Objective":
     )
 
 
-def _first_network(config: BaseConfig) -> "UNet":
-    """The network as training starts: by lot, or with the weights of a stage that was trained before."""
+def _first_network(config: BaseConfig, *, resumes: bool) -> "UNet":
+    """The network as training starts: by lot, or with the weights of a stage that was trained before.
+
+    A run that resumes has weights of its own, and needs that stage no more.
+    """
     from radt.bundle import load_unet
     from radt.unet.unet import UNet
 
     network = UNet(config.unet)
-    if config.start is not None:
+    if config.start is not None and not resumes:
         trained = load_unet(Path(config.start))
         if trained.config != config.unet:
             raise ConfigError(f"the stage in {config.start!r} is another network than unet asks for; name one like it")
@@ -154,6 +153,7 @@ def train_twin(
         text_encoder=text_encoder_of(bundle, read_info(bundle)),
         unet=teacher.config,
         pack=config.pack,
+        data=config.data,
     )
     if config.pack_file is None:
         _check_pack_can_be_made(base, out)
@@ -263,9 +263,18 @@ def _tune_text(config: BaseConfig, out: Path, *, objective: "Objective", on_step
 
 
 def _check_pack_can_be_made(config: BaseConfig, out: Path) -> None:
-    """Refuse a rectangular network before its pack of squares is made."""
+    """Refuse a rectangular network, and too many neighbours, before a pack of squares is made with fewer."""
     if not (out / "pack.safetensors").exists():
+        _check_candidates(config, config.pack.candidates)
         _check_size((config.unet.image_size, config.unet.image_size), config.unet)
+
+
+def _check_candidates(config: BaseConfig, held: int) -> None:
+    if config.data.most_candidates > held:
+        raise ConfigError(
+            f"data asks for {config.data.most_candidates} candidates a scene (candidates, num_neighbors), and the pack "
+            f"holds {held} (pack.candidates)"
+        )
 
 
 def _check_size(found: "Size", network: "UNetConfig") -> None:
@@ -280,6 +289,7 @@ def _check_size(found: "Size", network: "UNetConfig") -> None:
 def _check_fits(pack: "Pack", config: BaseConfig) -> None:
     network = config.unet
     _check_size(pack.size, network)
+    _check_candidates(config, pack.scene_neighbors.shape[1])
     for what, found, taken in (
         ("text tokens", pack.scene_text.tokens.shape[1], network.text_width),
         ("pooled text", pack.scene_text.pooled.shape[1], network.pooled_width),

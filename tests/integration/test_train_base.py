@@ -79,7 +79,12 @@ def assert_same_weights(one: Path, two: Path) -> None:
 
 def test_a_run_leaves_what_it_promises(finished: Path) -> None:
     promised = ["bundle", "captions.json", "config.json", "corpus", "kb", "metrics.jsonl", "pack.safetensors"]
-    assert sorted(path.name for path in finished.iterdir()) == [*promised, "samples", "state.safetensors"]
+    assert sorted(path.name for path in finished.iterdir()) == [
+        *promised,
+        "probe.jsonl",
+        "samples",
+        "state.safetensors",
+    ]
     assert [path.name for path in sorted((finished / "samples").iterdir())] == ["0000003.png", "0000006.png"]
     lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
@@ -206,6 +211,8 @@ def test_training_may_start_from_a_stage_that_was_trained_before(
         train("tiny", settings(tiny_clip, f"start={stage}", "unet.heads=4"), prepared / "new")
     with pytest.raises(ModelError, match="nowhere"):
         train("tiny", settings(tiny_clip, "start=nowhere"), prepared / "newer")
+    gone = [each.replace(str(stage), "gone") for each in asked]
+    train("tiny", [*gone, "loop.num_steps=2"], prepared)  # it has weights of its own now
 
 
 def test_t5_can_read_the_prompts(tiny_clip: Path, tmp_path: Path) -> None:
@@ -258,8 +265,8 @@ def test_mistakes_are_one_sentence(finished: Path, prepared: Path, tiny_clip: Pa
     ):
         train("tiny", settings(tiny_clip, "unet.image_width=64"), prepared / "new")
     assert list((prepared / "new").iterdir()) == [prepared / "new" / "config.json"]  # of the one above
-    with pytest.raises(ConfigError, match=r"data asks for 7 candidates a scene .* pack.candidates is 6"):
-        train("tiny", settings(tiny_clip, "data.num_neighbors=[2, 7]"), prepared)
+    with pytest.raises(ConfigError, match=r"data asks for 7 candidates a scene .* the pack holds 6"):
+        train("tiny", settings(tiny_clip, "data.num_neighbors=[2, 7]"), prepared / "newest")
     (prepared / "config.json").write_text("{")
     with pytest.raises(ConfigError, match="is not the configuration of such a run"):
         train("tiny", settings(tiny_clip), prepared)

@@ -1,4 +1,4 @@
-"""The tower that is read without open_clip agrees with the one that open_clip reads, and takes nothing it may mistake."""
+"""The tower that is read without open_clip agrees with open_clip's, and takes nothing that it may mistake."""
 
 import json
 import shutil

@@ -53,7 +53,13 @@ def test_an_unknown_field_is_answered_with_the_nearest() -> None:
 
 @pytest.mark.parametrize(
     "values",
-    [{}, {"name": 3}, {"name": "x", "kind": "c"}, {"name": "x", "limit": "many"}, {"name": "x", "inner": {"sizes": 3}}],
+    [
+        {},
+        {"name": 3},
+        {"name": "x", "kind": "c"},
+        {"name": "x", "limit": "many"},
+        {"name": "x", "inner": {"sizes": "3"}},
+    ],
 )
 def test_values_of_another_type_are_refused(values: dict[str, object]) -> None:
     with pytest.raises(UserError):
@@ -64,6 +70,7 @@ def test_override() -> None:
     config = Outer(name="x")
     assert override(config, "inner.rate=1").inner.rate == 1.0
     assert override(config, "inner.sizes=[4, 5]").inner.sizes == (4, 5)
+    assert override(config, "inner.sizes=4").inner.sizes == (4,)
     assert override(config, "limit=7").limit == 7
     assert override(override(config, "limit=7"), "limit=null").limit is None
     assert override(config, "name=a=b").name == "a=b"

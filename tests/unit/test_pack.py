@@ -102,8 +102,8 @@ def wrong_files(folder: Path) -> Iterator[tuple[str, str]]:
     tensors = load_file(folder / "whole")
     with safe_open(folder / "whole", framework="pt") as file:
         metadata = file.metadata()
-    save_file(tensors, folder / "newer", metadata={**metadata, "format": "3"})
-    yield "newer", "has pack format 3, not 2"
+    save_file(tensors, folder / "newer", metadata={**metadata, "format": "4"})
+    yield "newer", "has pack format 4, not 3"
     save_file({n: t for n, t in tensors.items() if n != "pictures"}, folder / "part", metadata=metadata)
     yield "part", "is a damaged training pack"
     save_file(tensors | {"layers": tensors["layers"].flip(0)}, folder / "garbled", metadata=metadata)

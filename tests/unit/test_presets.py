@@ -62,6 +62,9 @@ def test_one_field_changes() -> None:
         ("loop.precision=fp16", "expected one of no, bf16"),
         ("prediction=noise", "expected one of eps, x0, v"),
         ("pack.num_entities=1", "num_entities must be at least 2"),
+        ("augmentation=1.5", "augmentation is a time from 0 to 1, got 1.5"),
+        ("warp=-1", "warp is in pixels and 0 or more, got -1.0"),
+        ("time_shift=0", "time_shift must be above 0"),
     ],
 )
 def test_a_mistake_is_one_sentence(assignment: str, said: str) -> None:
@@ -70,7 +73,7 @@ def test_a_mistake_is_one_sentence(assignment: str, said: str) -> None:
     assert said in str(caught.value)
 
 
-@pytest.mark.parametrize("changes", [{"num_scenes": 0}, {"candidates": 0}, {"num_entities": 1}])
+@pytest.mark.parametrize("changes", [{"num_scenes": 0}, {"candidates": 0}, {"num_entities": 1}, {"kinds": {}}])
 def test_impossible_packs_are_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(changes))):
         PackConfig(**changes)

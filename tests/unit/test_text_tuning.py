@@ -163,7 +163,9 @@ def test_captions_are_recorded_in_the_order_of_the_packs_rows(encoder, tmp_path)
 
 def test_the_report_counts_what_there_is(encoder):
     captions = replace(CAPTIONS, pictures=("two foxes on blue ground and a wolf", *CAPTIONS.pictures[1:]))
-    report = report_text(small_pack(), captions, encoder, data=DataConfig(batch_size=2), num_steps=1000)
+    report = report_text(
+        small_pack(), captions, encoder, data=DataConfig(batch_size=2, num_neighbors=(1, 2)), num_steps=1000
+    )
     assert report.captions == NUM_SCENES + NUM_PICTURES
     assert report.captions_of_a_batch == 2 * 3
     assert report.truncated == 1
