@@ -4,7 +4,7 @@
     gradient    neither growing nor leaping
     neighbours  worth something, and told apart: read off a fixed batch (`radt/training/probe.py`)
     dropping    text and neighbours are left out as often as was asked for, so that guidance has both branches
-    leaks       nothing of a held-out entity in any input, no scene's own record among its neighbours: an error
+    leaks       nothing held out in any input or target, no scene's own record among its neighbours: an error
 
 What it compares with is in `radt/training/reference.py`. docs/training.md says what to do about each finding.
 """
@@ -26,7 +26,7 @@ from radt.presets import PRESETS, BaseConfig
 from radt.training.checkpoint import load_state, without_prefix
 from radt.training.data import DataConfig, draw_batch
 from radt.training.distill_run import DistillConfig
-from radt.training.leaks import Leak, leaks_in_corpus, leaks_in_pictures, leaks_in_texts, own_records
+from radt.training.leaks import Leak, leaks_in_corpus, leaks_in_pictures, leaks_in_targets, leaks_in_texts, own_records
 from radt.training.loop import METRICS_FILE
 from radt.training.pack import Pack
 from radt.training.precompute import Captions
@@ -371,6 +371,12 @@ def judge_leaks(run: RunFolder) -> Iterator[Finding]:
 
         return leaks_in_pictures(run.pack, GlyphRenderer())
 
+    def targets() -> Iterator[Leak]:
+        from radt.corpora.emoji import GlyphRenderer
+
+        assert isinstance(run.config, BaseConfig | DistillConfig)
+        return leaks_in_targets(run.pack, Captions.load(folder, run.pack), run.config.pack, GlyphRenderer())
+
     def own() -> Iterator[Leak]:
         from radt.corpora.emoji import GlyphRenderer
 
@@ -381,6 +387,7 @@ def judge_leaks(run: RunFolder) -> Iterator[Finding]:
         "corpus": lambda: leaks_in_corpus(folder / "corpus"),
         "captions": captions,
         "pictures": pictures,
+        "targets": targets,
         "own records": own,
     }
     for name, source in sources.items():

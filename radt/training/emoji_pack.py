@@ -10,6 +10,7 @@ from itertools import islice
 
 import numpy as np
 import torch
+from jaxtyping import UInt8
 from PIL import Image
 
 from index.errors import ConfigError, CorpusError
@@ -121,9 +122,15 @@ def _draw_layers(scenes: Sequence[Scene], glyphs: GlyphRenderer, size: int) -> t
         arrangement = tuple((placement.entity, placement.box) for placement in scene.placements)
         if arrangement not in rows:
             rows[arrangement] = len(layers)
-            layers.append(_stack_layers([placement_layer(glyphs[e], box, size) for e, box in arrangement]))
+            layers.append(draw_layer(scene, glyphs, size))
         scene_layer.append(rows[arrangement])
     return torch.from_numpy(np.stack(layers)), torch.tensor(scene_layer)
+
+
+def draw_layer(scene: Scene, glyphs: GlyphRenderer, size: int) -> UInt8[np.ndarray, "size size 4"]:
+    """What a scene shows, without its ground, as it lies in a pack: premultiplied RGBA."""
+    drawn = [placement_layer(glyphs[placement.entity], placement.box, size) for placement in scene.placements]
+    return _stack_layers(drawn)
 
 
 def _stack_layers(layers: Sequence[np.ndarray]) -> np.ndarray:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from PIL import Image
@@ -17,12 +17,14 @@ from index.errors import CorpusError
 from radt.corpora import scenes
 from radt.corpora.emoji import Entity, GlyphRenderer, load_entities, render_rendition, rendition, select
 from radt.corpora.wording import COUNT_WORDS, noun, plural
-from radt.training.emoji_pack import PackConfig
+from radt.training.emoji_pack import PackConfig, draw_layer
 from radt.training.pack import Pack
 from radt.training.precompute import Captions
 
 RENDITIONS = 4  # of an entity, as `radt corpus emoji` draws by default
 CORPUS_SIZE = 128
+SHADE = 8  # of 8 bits, in any channel of any pixel
+Arrangement: TypeAlias = tuple[tuple[int, tuple[float, ...]], ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,7 +81,7 @@ def leaks_in_records(records: Iterable[Mapping[str, Any]], *, where: str) -> Ite
 
 
 def leaks_in_corpus(folder: Path) -> Iterator[Leak]:
-    """Records, captions and pictures of a corpus folder in img2dataset's layout; pictures by their files' hashes."""
+    """Records and captions of a corpus folder in img2dataset's layout. Its pictures are looked at in the pack."""
     import pyarrow.parquet as pq
 
     tables = sorted(folder.glob("*.parquet"))
@@ -100,6 +102,23 @@ def leaks_in_pictures(pack: Pack, glyphs: GlyphRenderer) -> Iterator[Leak]:
                     yield Leak(where="pack", what=f"picture {row} is rendition {number} of {entity.name!r}")
 
 
+def leaks_in_targets(pack: Pack, captions: Captions, config: PackConfig, glyphs: GlyphRenderer) -> Iterator[Leak]:
+    """Scenes that do not show what their lot draws, which is of training entities alone. Raises as `own_records` does.
+
+    Resampling may differ by a shade from version to version; another glyph, however like, differs by more than `SHADE`.
+    """
+    known: dict[tuple[int, Arrangement], int] = {}
+    for place, scene in _drawn_again(captions, config, glyphs):
+        row = int(pack.scene_layer[place])
+        shown = row, tuple((placement.entity, placement.box) for placement in scene.placements)
+        if shown not in known:
+            expected = draw_layer(scene, glyphs, pack.size[0]).astype(np.int16)
+            known[shown] = int(np.abs(pack.layers[row].cpu().numpy() - expected).max())
+        if known[shown] > SHADE:
+            what = f"scene {place} ({scene.caption!r}) shows something else than its caption's training entities"
+            yield Leak(where="pack", what=what)
+
+
 def own_records(pack: Pack, captions: Captions, config: PackConfig, glyphs: GlyphRenderer) -> Iterator[Leak]:
     """Scenes whose neighbours hold the very record that the scene is drawn from: rendition 0 of what it shows.
 
@@ -107,19 +126,27 @@ def own_records(pack: Pack, captions: Captions, config: PackConfig, glyphs: Glyp
     CorpusError where that gives other captions, as after a change of the corpus.
     """
     table = load_entities()
-    entities = list(islice((entity for entity in select(table, "train") if glyphs.draws(entity)), config.num_entities))
     rows = _rows_by_pixels(pack)
     own: dict[int, set[int]] = {}
-    for place, caption in enumerate(captions.scenes):
-        scene = scenes.sample_scene(np.random.default_rng([config.seed, place]), entities, kinds=config.kinds)
-        if scene.caption != caption:
-            raise CorpusError(f"scene {place} of the pack is {caption!r}, and drawn again it is {scene.caption!r}")
+    for place, scene in _drawn_again(captions, config, glyphs):
         neighbors = set(pack.scene_neighbors[place].tolist())
         for entity in {placement.entity for placement in scene.placements}:
             if entity not in own:
                 own[entity] = set(rows.get(_as_in_pack(glyphs, table[entity], 0, pack), ()))
             if own[entity] & neighbors:
-                yield Leak(where="pack", what=f"scene {place} ({caption!r}) has its own record among its neighbours")
+                what = f"scene {place} ({scene.caption!r}) has its own record among its neighbours"
+                yield Leak(where="pack", what=what)
+
+
+def _drawn_again(captions: Captions, config: PackConfig, glyphs: GlyphRenderer) -> Iterator[tuple[int, scenes.Scene]]:
+    """Every scene of a pack, by lot as when it was made. CorpusError where a caption is another one."""
+    trained = (entity for entity in select(load_entities(), "train") if glyphs.draws(entity))
+    entities = list(islice(trained, config.num_entities))
+    for place, caption in enumerate(captions.scenes):
+        scene = scenes.sample_scene(np.random.default_rng([config.seed, place]), entities, kinds=config.kinds)
+        if scene.caption != caption:
+            raise CorpusError(f"scene {place} of the pack is {caption!r}, and drawn again it is {scene.caption!r}")
+        yield place, scene
 
 
 def phrases_of(entity: Entity) -> set[tuple[str, ...]]:

@@ -18,17 +18,20 @@ from index.cli import run as run_command
 from index.errors import CorpusError
 from index.records import Hit, ImageLocation
 from radt.cli import app
-from radt.corpora.emoji import GlyphRenderer, load_entities, select, write_emoji
+from radt.corpora.emoji import GlyphRenderer, load_entities, placement_layer, select, write_emoji
 from radt.presets import PRESETS, clip_emoji
 from radt.training.clip import VOCABULARY_SCENES
 from radt.training.doctor import examine_run
-from radt.training.emoji_pack import check_no_own
+from radt.training.emoji_pack import check_no_own, draw_layer
 from radt.training.emoji_pairs import EmojiPairs, vocabulary_captions
 from radt.training.leaks import (
+    SHADE,
     HeldOutWords,
     _as_in_pack,
+    _drawn_again,
     leaks_in_corpus,
     leaks_in_pictures,
+    leaks_in_targets,
     leaks_in_texts,
     own_records,
 )
@@ -121,6 +124,7 @@ def test_a_training_run_draws_and_names_nothing_held_out(run: tuple[Path, set[in
     assert list(leaks_in_pictures(pack, glyphs)) == []
     config = replace(PRESETS["tiny"]().pack, num_scenes=SCENES, num_entities=ENTITIES)
     assert read_facts(out / "pack.safetensors")["config"]
+    assert list(leaks_in_targets(pack, captions, config, glyphs)) == []
     assert list(own_records(pack, captions, config, glyphs)) == []
 
 
@@ -186,6 +190,7 @@ def test_the_doctor_finds_a_whole_run_well(run: tuple[Path, set[int]], radt: Rad
         "leaks: corpus": "ok",
         "leaks: captions": "ok",
         "leaks: pictures": "ok",
+        "leaks: targets": "ok",
         "leaks: own records": "ok",
     }
     lines = [json.loads(line) for line in (out / "probe.jsonl").read_text().splitlines()]
@@ -217,6 +222,7 @@ def test_the_doctor_finds_a_held_out_name(spoiled: Path) -> None:
     (spoiled / "captions.json").write_text(json.dumps(kept))
     found = states(spoiled)
     assert found["leaks: captions"] == "error"
+    assert found["leaks: targets"] == "unknown"
     assert found["leaks: own records"] == "unknown"  # the scene is not the one that its lot draws
 
 
@@ -228,6 +234,36 @@ def test_the_doctor_finds_a_held_out_picture(spoiled: Path, glyphs: GlyphRendere
     pictures[3] = torch.frombuffer(pixels, dtype=torch.uint8).view(pictures[3].shape)
     rewrite(spoiled, pictures=pictures)
     assert states(spoiled)["leaks: pictures"] == "error"
+
+
+def test_the_doctor_finds_a_held_out_glyph_among_the_targets(spoiled: Path, glyphs: GlyphRenderer, radt: Radt) -> None:
+    """One scene that is drawn with a held-out glyph, in the place of its own, under the caption of a trained one."""
+    pack = Pack.load(spoiled / "pack.safetensors")
+    captions = Captions.load(spoiled, pack)
+    config = replace(PRESETS["tiny"]().pack, num_scenes=SCENES, num_entities=ENTITIES)
+    place, scene = next(each for each in _drawn_again(captions, config, glyphs) if len(each[1].placements) == 1)
+    entity = next(entity for entity in TABLE if entity.held_out and glyphs.draws(entity))
+    other = replace(scene, placements=(replace(scene.placements[0], entity=entity.position),))
+    layers, row = pack.layers.clone(), int(pack.scene_layer[place])
+    layers[row] = torch.from_numpy(draw_layer(other, glyphs, pack.size[0]))
+    rewrite(spoiled, layers=layers)
+    assert states(spoiled)["leaks: targets"] == "error"
+    code, out = radt("doctor", spoiled)
+    assert code == 1
+    assert f"scene {place} " in out
+    assert "shows something else" in out
+
+
+def test_a_held_out_glyph_is_told_from_the_trained_one_that_is_most_like_it(glyphs: GlyphRenderer) -> None:
+    """Each held-out glyph beside all trained ones, small, as scenes show them: none is within a shade of another."""
+    import numpy as np
+
+    box = (0.3, 0.3, 0.7, 0.7)
+    drawn = [entity for entity in TABLE if glyphs.draws(entity)]
+    layers = np.stack([placement_layer(glyphs.glyph(entity), box, 32) for entity in drawn]).astype(np.int16)
+    held_out = np.array([entity.held_out for entity in drawn])
+    nearest = [np.abs(layers[~held_out] - one).max(axis=(1, 2, 3)).min() for one in layers[held_out]]
+    assert min(nearest) > SHADE
 
 
 def test_the_doctor_finds_a_scene_among_its_own_neighbours(spoiled: Path, glyphs: GlyphRenderer, radt: Radt) -> None:
