@@ -189,7 +189,7 @@ def evaluate(
 class EmojiDrawBench:
     """The tasks and the recognisers, made once and used for any number of settings and models of one resolution.
 
-    `trained` judges the entity where it is given; else pixels do.
+    `trained` judges the entity where it is given; else pixels do. ModelError where it lacks a class.
     """
 
     def __init__(
@@ -203,6 +203,8 @@ class EmojiDrawBench:
         trained: EmojiRecognizer | None = None,
     ):
         self.tasks, self.glyphs, self.size, self.seed, self.trained = tuple(tasks), glyphs, size, seed, trained
+        if trained is not None:
+            trained.check_knows(task.entity.class_id for task in self.tasks)
         self.recognizer = Recognizer(glyphs, candidates, box=tasks[0].scene.placements[0].box, size=size)
         self.truths = np.stack([render_scene(task.scene, glyphs, size) for task in tasks])
 

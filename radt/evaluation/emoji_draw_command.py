@@ -75,7 +75,10 @@ def _long(
     from radt.evaluation.emoji_draw_sweep import KindsBench, Sweep, new_entity_models, plan_points, run_sweep
     from radt.evaluation.emoji_draw_sweep_sheet import print_sweep, write_sweep
     from radt.evaluation.emoji_recognizer import EmojiRecognizer
+    from radt.evaluation.images_report import need_matplotlib
 
+    if asked.out is not None:
+        need_matplotlib()
     emoji_draw.check(model, settings)
     sweep: Sweep = "new-entity" if asked.new_entity else asked.sweep or "arms"
     plan_points(sweep, settings)  # what cannot be swept is refused before any work
@@ -89,10 +92,7 @@ def _long(
         font=asked.font,
     )
     with tempfile.TemporaryDirectory() as folder, progress("drawing") as on_step:
-        added: Callable[[], dict[str, float]] = dict
-        model_of = None
-        if sweep == "new-entity":
-            model_of, added = new_entity_models(bench, model, Path(folder))
+        models = new_entity_models(bench, model, Path(folder)) if sweep == "new-entity" else None
         report = run_sweep(
             bench,
             model,
@@ -100,11 +100,10 @@ def _long(
             settings,
             out=asked.out,
             seed=asked.seed,
-            model_of=model_of,
+            models=models,
             on_unit=lambda _, done, total: on_step(done, total),
         )
-        document = report.to_json() | ({"added": added()} if added() else {})
     written = [] if asked.out is None else write_sweep(report, asked.out)
     if not as_json:
         print_sweep(report, written)
-    return document
+    return report.to_json()

@@ -6,6 +6,7 @@ Noise differs between prompts and is the same in every point. A point's prompts 
 of results: a sweep that was killed goes on behind the last of them, and one that would be another starts anew.
 """
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -129,9 +130,13 @@ def plan_points(sweep: Sweep, settings: GenerateSettings) -> list[Point]:
 
 
 class KindsBench:
-    """Prompts of several kinds and the recogniser, made once and used for any number of points."""
+    """Prompts of several kinds and the recogniser, made once and used for any number of points.
+
+    ModelError where the recogniser lacks a class that is asked for.
+    """
 
     def __init__(self, prompts: Sequence[Prompt], glyphs: Glyphs, recognizer: EmojiRecognizer, *, size: int):
+        recognizer.check_knows(class_id for prompt in prompts for class_id in prompt.class_ids)
         self.prompts, self.glyphs, self.recognizer, self.size = tuple(prompts), glyphs, recognizer, size
         self.kinds: tuple[BenchKind, ...] = tuple(dict.fromkeys(prompt.kind for prompt in prompts))
 
@@ -169,6 +174,14 @@ class KindsBench:
         return {"all": shares(prompts, outcomes)} | {
             kind: shares(self.of_kind(kind), found[kind]) for kind in self.kinds
         }
+
+    def glyph_digest(self, prompts: Sequence[Prompt]) -> str:
+        """Changes with the font's picture of any entity that is asked for or put in a neighbour's place."""
+        found = hashlib.sha256()
+        for position in sorted({each.position for prompt in prompts for each in (*prompt.entities, prompt.wrong)}):
+            glyph = self.glyphs[position]
+            found.update(f"{position} {glyph.size} {glyph.mode} ".encode() + glyph.tobytes())
+        return found.hexdigest()
 
     def neighbors(self, model: TextToImage, point: Point, prompts: Sequence[Prompt]) -> list[tuple[Shown, ...]]:
         """What each prompt is drawn from at a point."""
@@ -274,7 +287,10 @@ def _ids_by_class(kb: "AnyKnowledgeBase") -> dict[int, list[int]]:
 
 
 def summary(prompts: Sequence[Prompt], unit: Mapping[str, Any]) -> dict[str, Any]:
-    """The figures of one kind at one point, each share with its interval."""
+    """The figures of one kind at one point, each share with its interval.
+
+    `drew_shown` and `copied` are counted among the prompts that have neighbours, as facts among those that ask for one.
+    """
     n = len(prompts)
     rows = unit["prompts"]
     measured = shares(prompts, [Outcome.from_json(row) for row in rows])
@@ -282,9 +298,10 @@ def summary(prompts: Sequence[Prompt], unit: Mapping[str, Any]) -> dict[str, Any
     measured["found"] = sum(set(row["class_ids"]) <= set(row["shown"]) for row in rows) / n
     shown = [row for row in rows if row["shown"]]
     if shown:
-        measured["drew_shown"] = sum(_drew(row) in row["shown"] for row in shown) / n
+        measured |= {"drew_shown": sum(_drew(row) in row["shown"] for row in shown) / len(shown)}
+        measured |= {"n_drew_shown": len(shown)}
     if copies:
-        measured["copied"] = sum(copy > WARN_ABOVE for copy in copies) / n
+        measured |= {"copied": sum(copy > WARN_ABOVE for copy in copies) / len(copies), "n_copied": len(copies)}
     return {
         "n": n,
         **with_intervals(measured, n),
@@ -359,22 +376,28 @@ def run_sweep(
     *,
     out: Path | None = None,
     seed: int = 0,
-    model_of: Callable[[Point], TextToImage] | None = None,
+    models: "Models | None" = None,
     on_unit: OnUnit = ignore_unit,
 ) -> SweepReport:
     """Draw and judge every point; with `out`, what is there of the same sweep is not drawn again.
 
-    `model_of` gives each point a model of its own, with another knowledge base, say. It is not called for points that
-    are done.
+    `models` gives each point a model of its own, with another knowledge base, say. It is not asked for points that are
+    done, whose times are kept with them. QueryError where prompts would exchange pictures and a kind has only one.
     """
     points = plan_points(sweep, settings)
+    if any(point.source == "swapped" for point in points) and any(len(bench.of_kind(kind)) < 2 for kind in bench.kinds):
+        raise QueryError(
+            "in the sweep over neighbors prompts exchange pictures, so it needs two of each kind: give -n 2"
+        )
     by_kind: dict[str, dict[str, Any]] = {}
     overall: dict[str, Any] = {}
+    added: Mapping[str, float] = {}
     for point in points:
         units = []
         for kind in bench.kinds:
-            unit = _kept_unit(bench, model, point, kind, out=out, model_of=model_of, on_unit=on_unit)
+            unit = _kept_unit(bench, model, point, kind, out=out, models=models, on_unit=on_unit)
             units.append((bench.of_kind(kind), unit))
+            added = added or unit.get("added", {})
         by_kind[point.name] = {unit["kind"]: summary(prompts, unit) for prompts, unit in units}
         overall[point.name] = pooled(units)
     kb = check(model, settings)
@@ -391,6 +414,7 @@ def run_sweep(
             "settings": {"seed": seed, **to_dict(settings)},
             "model": {"name": model.name, "digest": model.digest, "image_size": bench.size},
             "kb": kb_facts(kb),
+            **({"added": dict(added)} if added else {}),
         },
     )
 
@@ -402,7 +426,7 @@ def _kept_unit(
     kind: BenchKind,
     *,
     out: Path | None,
-    model_of: Callable[[Point], TextToImage] | None,
+    models: "Models | None",
     on_unit: OnUnit,
 ) -> Mapping[str, Any]:
     """One kind at one point: what is kept of it, or drawn now and kept."""
@@ -412,7 +436,9 @@ def _kept_unit(
     path = None if out is None else out / UNITS / f"{point.name}.{kind}.json"
     if path is not None and (kept := _read_unit(path, key)) is not None:
         return kept
-    unit, drawn = bench.measure(model_of(point) if model_of else model, point, kind, on_unit)
+    unit, drawn = bench.measure(models.model_of(point) if models else model, point, kind, on_unit)
+    if models is not None and point.kb == "after":
+        unit["added"] = models.added()
     if path is not None:
         write_unit_sheet(path.with_name(f"{point.name}.{kind}.png"), bench, drawn, point=point, kind=kind)
         write_bytes(path, (json.dumps({"key": key, **unit}, indent=1) + "\n").encode())
@@ -422,11 +448,16 @@ def _kept_unit(
 def _key(bench: KindsBench, model: TextToImage, point: Point, kind: BenchKind) -> str:
     """Changes with everything that a unit depends on; not with how many prompts a network call takes."""
     prompts = bench.of_kind(kind)
+    glyphs: dict[str, str] = {}
+    if point.kb is not None:  # what is taken out of the copy and added to it is of all prompts
+        glyphs = {"glyphs": bench.glyph_digest(bench.prompts)}
+    elif point.source.startswith("by_hand") or point.source.endswith("one_wrong"):
+        glyphs = {"glyphs": bench.glyph_digest(prompts)}
     return digest(
         _KeyParts(
             model=model.digest,
             kb=json.dumps(kb_facts(check(model, point.settings)), sort_keys=True, default=str),
-            point=to_dict(replace(point, settings=replace(point.settings, batch_size=1))),
+            point={**to_dict(replace(point, settings=replace(point.settings, batch_size=1))), **glyphs},
             recognizer=bench.recognizer.digest,
             size=bench.size,
             judging=JUDGING,
@@ -455,13 +486,19 @@ def _read_unit(path: Path, key: str) -> Mapping[str, Any] | None:
     return unit if unit.pop("key", None) == key else None
 
 
-def new_entity_models(
-    bench: KindsBench, model: TextToImage, folder: Path
-) -> tuple[Callable[[Point], TextToImage], Callable[[], dict[str, float]]]:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Models:
+    """A model for each point, and how long adding to a knowledge base took: `added` is empty where nothing was."""
+
+    model_of: Callable[[Point], TextToImage]
+    added: Callable[[], dict[str, float]]
+
+
+def new_entity_models(bench: KindsBench, model: TextToImage, folder: Path) -> Models:
     """Models before and after the prompts' entities are added to a copy of the knowledge base, in `folder`.
 
     The copy first loses every pair of their classes. Then, as by `radt index add`, four pictures of each come back
-    under its caption. Returns the model of a point, and a function that says how long adding took.
+    under its caption.
     """
     import shutil
 
@@ -475,7 +512,7 @@ def new_entity_models(
     if not isinstance(kb, KnowledgeBase) or kb.remote is not None:
         raise QueryError("--new-entity changes a copy of the knowledge base, so name one on this machine with --kb")
     entities = {entity.class_id: entity for prompt in bench.prompts for entity in prompt.entities}
-    timing = {"seconds_to_add": 0.0, "entities": float(len(entities))}
+    timing: dict[str, float] = {}
     copies: dict[str, TextToImage] = {}
 
     def copied(name: str) -> KnowledgeBase:
@@ -500,7 +537,7 @@ def new_entity_models(
                 for number in range(WRONG_RENDITIONS)
             ]
             copy.add(pictures, entity.caption, metadata=entity.facts())
-        timing["seconds_to_add"] = time.perf_counter() - start
+        timing.update(seconds_to_add=time.perf_counter() - start, entities=float(len(entities)))
 
     def model_of(point: Point) -> TextToImage:
         name = point.kb or "before"
@@ -511,4 +548,4 @@ def new_entity_models(
             copies[name] = TextToImage(model.bundle, kb=copy, device=model.device, compiled=model.compiled)
         return copies[name]
 
-    return model_of, lambda: dict(timing)
+    return Models(model_of=model_of, added=lambda: dict(timing))

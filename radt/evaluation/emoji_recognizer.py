@@ -4,7 +4,7 @@ It is trained apart (`radt/training/recognizer.py`) on glyphs of all entities, h
 every bundle. Beside it `recognizer.py` judges by pixels, has learned nothing, and must be told where to look.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,6 +55,15 @@ class EmojiRecognizer:
         """Where classes stand among the logits."""
         assert np.isin(class_ids, self.classes).all(), f"some of {class_ids} are not among the recogniser's classes"
         return np.searchsorted(self.classes, class_ids)
+
+    def check_knows(self, class_ids: Iterable[int]) -> None:
+        """ModelError where it was not trained on all of these classes, so that it cannot judge them."""
+        unknown = sorted(set(class_ids) - set(self.classes))
+        if unknown:
+            raise ModelError(
+                f"the emoji recogniser in {self.folder} knows {len(self.classes)} classes, and {len(unknown)} of those "
+                f"asked for are not among them, the first is {unknown[0]}; {HOW_TO_TRAIN}"
+            )
 
     def _run(self, pictures: UInt8[np.ndarray, "n h w 3"], *, features: bool) -> Float32[np.ndarray, "n d"]:
         parts = [part.cpu().numpy() for part in self._parts(pictures, features=features)]

@@ -1,6 +1,7 @@
 """EmojiDrawBench over kinds and settings, with an untrained model and a recogniser that needs no training."""
 
 import json
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +16,7 @@ from index.knowledge_base import KnowledgeBase
 from radt.cli import app
 from radt.corpora.emoji import GlyphRenderer, load_entities, render_rendition, rendition
 from radt.evaluation import emoji_draw_sweep_sheet
-from radt.evaluation.emoji_draw_kinds import plan_prompts
+from radt.evaluation.emoji_draw_kinds import judge, plan_prompts
 from radt.evaluation.emoji_draw_sweep import (
     SWEEP_K,
     KindsBench,
@@ -23,8 +24,10 @@ from radt.evaluation.emoji_draw_sweep import (
     new_entity_models,
     plan_points,
     run_sweep,
+    summary,
 )
 from radt.evaluation.emoji_draw_sweep_sheet import write_sweep
+from radt.evaluation.intervals import wilson
 from radt.evaluation.results import Result
 from radt.pipeline import TextToImage
 from radt.recognizer_network import RecognizerConfig, RecognizerNetwork, save_recognizer
@@ -218,23 +221,82 @@ class TestRun:
         with Image.open(tmp_path / "points" / "text-share=0.two.png") as sheet:
             assert sheet.height > 300
 
+    def test_pictures_of_another_font_are_drawn_again_where_glyphs_decide(
+        self, bench, model, settings, drawn, tmp_path
+    ):
+        class OtherFont(dict):
+            def __missing__(self, position):
+                return bench.glyphs[position].transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+
+        run_sweep(bench, model, "neighbors", settings, out=tmp_path)
+        drawn.clear()
+        run_sweep(
+            KindsBench(bench.prompts, OtherFont(), bench.recognizer, size=SIZE),
+            model,
+            "neighbors",
+            settings,
+            out=tmp_path,
+        )
+        assert len(drawn) == len(bench.kinds) * len(("by_hand", "by_hand_one_wrong", "one_wrong"))
+
+    def test_one_prompt_has_nobody_to_exchange_pictures_with(self, bench, model, settings, drawn):
+        one = KindsBench(bench.of_kind("two")[:1], bench.glyphs, bench.recognizer, size=SIZE)
+        with pytest.raises(QueryError, match="give -n 2"):
+            run_sweep(one, model, "neighbors", settings)
+        assert not drawn
+
+    def test_what_goes_with_neighbours_is_counted_among_the_prompts_that_have_some(self, bench):
+        prompts = [bench.prompts[0]] * 4
+        outcome = judge(bench.recognizer, prompts[:1], bench.truths["ground"][:1])[0]
+        own = prompts[0].class_ids[0]
+        rows = [
+            {"class_ids": [own], "shown": shown, "copy_similarity": copy, **outcome.to_json()}
+            for shown, copy in (([own], 0.99), ([own], 0.5), ([], None), ([], None))
+        ]
+        found = summary(prompts, {"prompts": rows, "seconds_to_draw": 1.0, "seconds_to_find": 1.0})
+        assert (found["n"], found["found"]["value"]) == (4, 0.5)
+        assert found["drew_shown"] == dict(zip(("value", "low", "high"), (1.0, *wilson(1.0, 2)), strict=True))
+        assert found["copied"] == dict(zip(("value", "low", "high"), (0.5, *wilson(0.5, 2)), strict=True))
+
 
 class TestNewEntity:
     def test_nothing_of_it_is_found_before_it_is_added_and_it_is_after(
         self, bench, model, settings, drawn, tmp_path, emoji_kb
     ):
         before = len(emoji_kb)
-        model_of, added = new_entity_models(bench, model, tmp_path / "copies")
-        report = run_sweep(bench, model, "new-entity", settings, model_of=model_of)
+        models = new_entity_models(bench, model, tmp_path / "copies")
+        assert models.added() == {}
+        report = run_sweep(bench, model, "new-entity", settings, models=models)
         assert report.by_kind["before"]["ground"]["found"]["value"] == 0.0
         assert report.by_kind["after"]["ground"]["found"]["value"] == 1.0
         assert report.by_kind["before"]["two"]["found"]["value"] == 0.0
         after = plan_points("new-entity", settings)[1]
-        rows = bench.neighbors(model_of(after), after, bench.of_kind("two"))
+        rows = bench.neighbors(models.model_of(after), after, bench.of_kind("two"))
         for prompt, row in zip(bench.of_kind("two"), rows, strict=True):
             assert {each.class_id for each in row} & set(prompt.class_ids)
-        assert added()["seconds_to_add"] > 0
+        assert report.to_json()["added"] == models.added()
+        assert models.added()["seconds_to_add"] > 0
         assert len(emoji_kb) == before
+
+    def test_how_long_adding_took_is_kept_and_other_entities_are_another_knowledge_base(
+        self, bench, model, settings, drawn, tmp_path
+    ):
+        def go(some, name):
+            models = new_entity_models(some, model, tmp_path / name)
+            return run_sweep(some, model, "new-entity", settings, out=tmp_path / "out", models=models)
+
+        first = go(bench, "first")
+        drawn.clear()
+        again = go(bench, "again")
+        assert not drawn
+        assert again.to_json() == first.to_json()
+        assert again.to_json()["added"]["seconds_to_add"] > 0
+        write_sweep(again, tmp_path / "out")
+        assert json.loads((tmp_path / "out" / "new-entity.json").read_text())["added"] == first.facts["added"]
+        grounds = KindsBench(bench.of_kind("ground"), bench.glyphs, bench.recognizer, size=SIZE)
+        go(grounds, "grounds")
+        assert len(drawn) == 2
+        assert "added" not in run_sweep(bench, model, "arms", settings).to_json()
 
     def test_it_needs_a_knowledge_base_that_can_be_copied(self, bench, model_folder, tmp_path):
         with pytest.raises(QueryError, match="copy of the knowledge base"):
@@ -305,6 +367,21 @@ class TestCommand:
         assert (code, out) == (1, "")
         (line,) = err.strip().splitlines()
         assert said in line
+
+    @pytest.mark.parametrize("words", [("--kinds", "ground"), ()])
+    def test_a_recogniser_that_lacks_a_class_is_one_sentence_before_the_drawing(self, radt, words, tmp_path, drawn):
+        network = RecognizerNetwork(RecognizerConfig(image_size=16, widths=(4,), feature_width=4), 2)
+        save_recognizer(tmp_path / "small", network, [1, 2])
+        code, out, err = radt("-n", "3", *words, recognizer="small")
+        assert (code, out, drawn) == (1, "", [])
+        (line,) = err.strip().splitlines()
+        assert "knows 2 classes, and 3 of those asked for are not among them" in line
+
+    def test_without_matplotlib_the_extra_is_named_before_the_work(self, radt, monkeypatch, drawn):
+        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+        code, _, err = radt("--kinds", "ground", "--out", "o")
+        assert (code, drawn) == (1, [])
+        assert "pip install 'radt[eval]'" in err
 
     def test_a_recogniser_that_is_not_there_is_one_sentence(self, radt):
         code, _, err = radt("--kinds", "all", recognizer="nowhere")
