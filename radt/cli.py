@@ -482,6 +482,8 @@ def doctor(
     """Say what is installed and what is missing; or, of a run, whether its training is well. Exits 1 when it is not."""
     from radt.doctor import examine, is_healthy, lines
 
+    if run is not None and model is not None:
+        raise typer.BadParameter("--model is about the installation: a run has its own settings and weights")
     if run is not None:
         return _examine_run(run, out, as_json=as_json)
     if out is not None:

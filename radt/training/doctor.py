@@ -53,6 +53,7 @@ SIGMAS = 4.5  # of a binomial share: once in 150,000 by chance
 RARE = 0.01  # a branch seen less often is not learnt
 MORE_DROPPED = 0.1  # than asked for
 TOLD = 3  # leaks that are named
+NEEDED = ("step", "images_seen", "loss")  # of a line
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,6 +120,8 @@ def examine_run(folder: Path, on_stage: Callable[[str], None] = lambda _: None) 
     """Look at everything a run folder has to show, the cheap things first."""
     run = RunFolder(folder)
     findings = [finding for history in run.histories for finding in judge_history(history)]
+    if not findings:
+        findings = [Finding(name="loss", state="unknown", detail=f"no {METRICS_FILE} holds a line yet")]
     if isinstance(run.config, BaseConfig):
         on_stage("reading what neighbours are worth")
         findings.append(judge_life(run))
@@ -139,6 +142,8 @@ class RunFolder:
         self.folder = folder
         try:
             self.raw: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            if not isinstance(self.raw, dict):
+                raise ConfigError("its config.json holds no object")
         except (OSError, ValueError) as error:
             raise ConfigError(f"{folder} is no run folder ({error}): name one that `radt train` wrote") from error
         self.preset = nearest_preset(self.raw)
@@ -173,8 +178,9 @@ def judge_history(history: History) -> Iterator[Finding]:
     before = f"{history.phase}: " if history.phase else ""
     yield replace(judge_finite(history.lines), name=f"{before}loss")
     finite = tuple(line for line in history.lines if _is_finite(line))
-    if any("grad_norm" in line for line in finite):
-        yield replace(judge_gradient(finite), name=f"{before}gradient")
+    with_norm = tuple(line for line in finite if "grad_norm" in line)
+    if with_norm:
+        yield replace(judge_gradient(with_norm), name=f"{before}gradient")
     yield replace(judge_loss(finite, history.curve), name=f"{before}reference curve")
 
 
@@ -203,10 +209,19 @@ def judge_gradient(lines: Lines) -> Finding:
     leaps = [
         (line["step"], norm / before)
         for place, (line, norm) in enumerate(zip(lines, norms, strict=True))
-        if place >= LEAST_LINES and norm > LEAP * (before := statistics.median(norms[place - LEAST_LINES : place]))
+        if place >= LEAST_LINES
+        and norm > LEAP * (before := statistics.median(norms[place - LEAST_LINES : place]))
+        and before > 0
     ]
     size = max(LEAST_LINES, len(norms) // STRETCHES)
     stretches = [statistics.median(norms[i : i + size]) for i in range(0, len(norms) - size + 1, size)]
+    if min(stretches) == 0:
+        return Finding(
+            name="gradient",
+            state="warning",
+            detail=f"is 0 over {size} lines together: nothing is learnt there",
+            remedy="see that optim.lr is above 0 and the loss no constant; loop.precision=no keeps small gradients",
+        )
     growth = stretches[-1] / min(stretches)
     remedy = "lower optim.lr, lengthen optim.warmup_steps, or lower optim.max_grad_norm, in another --out"
     if leaps:
@@ -284,7 +299,8 @@ def newest_reading(run: RunFolder) -> tuple[int, float, Reading]:
     assert isinstance(config, BaseConfig)
     fields = Reading.__dataclass_fields__
     state = run.folder / "state.safetensors"
-    written = run.histories[0].probes if run.histories else ()
+    probes = run.histories[0].probes if run.histories else ()
+    written = [line for line in probes if fields.keys() <= line.keys()]
     if written:
         last = written[-1]
         values: dict[str, Any] = {field: last[field] for field in fields}
@@ -328,10 +344,16 @@ def judge_dropping(pack: Pack, data: DataConfig) -> Finding:
 
 
 def drawn_shares(pack: Pack, data: DataConfig) -> tuple[float, float]:
-    """The shares of examples without text and without a neighbour, among some thousands drawn on 2x2 pixels."""
+    """The shares of examples without text and without a neighbour, among some thousands drawn on 2x2 pixels.
+
+    K is one lot a batch, so that few batches would show a share by the luck of their K: each K has as many batches.
+    """
     dots = replace(pack, layers=pack.layers[:, :2, :2], pictures=pack.pictures[:, :2, :2])
-    many = replace(data, batch_size=DRAWN_AT_ONCE)
-    batches = [draw_batch(dots, many, torch.Generator().manual_seed(i)) for i in range(DRAWN // DRAWN_AT_ONCE)]
+    rounds = math.ceil(DRAWN / DRAWN_AT_ONCE / len(data.num_neighbors))
+    batches = [
+        draw_batch(dots, replace(data, batch_size=DRAWN_AT_ONCE, num_neighbors=(k,)), torch.Generator().manual_seed(i))
+        for i, k in enumerate(data.num_neighbors * rounds)
+    ]
     text = torch.cat([~batch.text.mask.any(dim=1) for batch in batches])
     neighbors = torch.cat([~batch.neighbors.mask.any(dim=1) for batch in batches])
     return text.float().mean().item(), neighbors.float().mean().item()
@@ -412,15 +434,15 @@ def _looked_at(name: str, judge: Callable[[], Finding]) -> Finding:
 
 
 def read_lines(path: Path) -> Lines:
-    """The whole lines of a metrics file, as far as they are metrics; none where there is no file."""
+    """The whole lines of a metrics file, as far as they are metrics with a loss; none where there is no file."""
     found = []
     for line in path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else ():
         try:
             values = json.loads(line)
         except ValueError:
             continue
-        if isinstance(values, dict) and "step" in values and "images_seen" in values:
-            found.append(values)
+        if isinstance(values, dict) and all(isinstance(values.get(name), int | float) for name in NEEDED):
+            found.append({name: value for name, value in values.items() if isinstance(value, int | float)})
     return tuple(found)
 
 

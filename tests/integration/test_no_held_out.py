@@ -304,5 +304,9 @@ def test_what_is_missing_is_said_and_no_error(spoiled: Path) -> None:
     assert {name for name, state in found.items() if state == "unknown"} == unknown
 
 
+def test_the_doctor_of_a_run_takes_no_model(spoiled: Path, radt: Radt) -> None:
+    assert radt("doctor", spoiled, "--model", spoiled)[0] == 2
+
+
 def test_the_doctor_takes_no_picture_of_an_installation(radt: Radt) -> None:
     assert radt("doctor", "--out", "x.png")[0] == 2

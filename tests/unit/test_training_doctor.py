@@ -231,14 +231,65 @@ def test_a_folder_that_is_no_run_is_one_sentence(tmp_path: Path) -> None:
         examine_run(tmp_path)
 
 
-def test_a_run_of_another_version_is_judged_by_what_it_logged(tmp_path: Path) -> None:
+def write_run(folder: Path, lines: list[dict[str, Any]]) -> dict[str, str]:
+    """A run of another version, of which only the numbers are looked at; the states found."""
     raw = to_dict(PRESETS["tiny"]())
-    raw["data"]["num_neighbors"] = 2
-    (tmp_path / "config.json").write_text(json.dumps(raw))
-    lines = history([1.0] * 30)
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    found = {finding.name: finding.state for finding in examine_run(tmp_path).findings}
+    raw["data"]["of_another_version"] = 2
+    (folder / "config.json").write_text(json.dumps(raw))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    diagnosis = examine_run(folder)
+    assert diagnosis.lines()
+    return {finding.name: finding.state for finding in diagnosis.findings}
+
+
+def test_a_run_of_another_version_is_judged_by_what_it_logged(tmp_path: Path) -> None:
+    found = write_run(tmp_path, [dict(line) for line in history([1.0] * 30)])
     assert found == {"loss": "ok", "gradient": "ok", "reference curve": "unknown", "config": "unknown"}
+
+
+def test_a_run_that_has_logged_nothing_is_unknown(tmp_path: Path) -> None:
+    assert write_run(tmp_path, []) == {"loss": "unknown", "config": "unknown"}
+    clip = tmp_path / "clip"
+    clip.mkdir()
+    (clip / "config.json").write_text(json.dumps(to_dict(PRESETS["clip-emoji"]())))
+    diagnosis = examine_run(clip)
+    assert [finding.state for finding in diagnosis.findings] == ["unknown"]
+    assert "metrics.jsonl" in "\n".join(diagnosis.lines())
+
+
+def test_lines_without_a_loss_are_passed_over(tmp_path: Path) -> None:
+    good: list[dict[str, Any]] = [dict(line) for line in history([1.0] * 12)]
+    bad = [{"step": 13, "images_seen": 130}, {"step": 14, "images_seen": 140, "loss": None}]
+    assert write_run(tmp_path, [bad[0], *good, *bad])["loss"] == "ok"
+    assert write_run(tmp_path, bad)["loss"] == "unknown"
+    without_norm = {"step": 13, "images_seen": 130, "loss": 1.0, "grad_norm": None}
+    assert write_run(tmp_path, [*good, without_norm])["gradient"] == "ok"
+
+
+def test_a_gradient_of_zero_is_a_warning() -> None:
+    norms = [0.1] * 30 + [0.0] * 30 + [0.1] * 30
+    found = judge_gradient(history([1.0] * 90, norms))
+    assert (found.state, "is 0" in found.detail) == ("warning", True)
+    assert judge_gradient(history([1.0] * 40, [0.0] * 40)).state == "warning"
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "null", '"run"'])
+def test_a_configuration_that_is_no_object_is_one_sentence(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"is no run folder .*holds no object"):
+        examine_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("num_neighbors", "missing_prob"), [((1, 2, 4), 0.5), ((1, 2, 4), 0.7), ((1, 1, 1, 4), 0.5), ((1, 2, 3, 4), 0.3)]
+)
+def test_dropping_as_asked_for_is_well_whatever_the_counts(num_neighbors: tuple[int, ...], missing_prob: float) -> None:
+    """A share that hangs on K, of which each batch has one: it must not be judged by the luck of a few batches."""
+    data = DataConfig(num_neighbors=num_neighbors, missing_prob=missing_prob)
+    found = judge_dropping(small_pack(), data)
+    assert "not as often as asked for" not in found.detail
+    _, neighbors = doctor.drawn_shares(small_pack(), data)
+    assert neighbors == pytest.approx(prob_of_no_neighbors(small_pack(), data), abs=0.03)
 
 
 def test_the_share_of_dropped_examples_is_that_of_the_batches() -> None:
