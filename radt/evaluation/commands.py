@@ -48,7 +48,8 @@ def add_commands(evaluate: typer.Typer, *, progress: Progress) -> None:
             Path | None, typer.Option("--out", help="Keep results, plot and features here; the same command goes on.")
         ] = None,
         subset_size: Annotated[
-            int | None, typer.Option("--subset-size", help="Pictures in a subset of KID. Default: 1000, or half.")
+            int | None,
+            typer.Option("--subset-size", min=2, help="Pictures in a subset of KID. Default: 1000, or half."),
         ] = None,
         subsets: Annotated[
             int | None,

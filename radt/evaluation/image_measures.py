@@ -61,6 +61,8 @@ class Options:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.measures is not None and not self.measures:
+            raise ConfigError(f"no measure is named: give some of {', '.join(MEASURES)}, or leave --metrics out")
         for name in self.measures or ():
             if name not in MEASURES:
                 near = difflib.get_close_matches(name, MEASURES, n=1)
@@ -68,6 +70,10 @@ class Options:
                 raise ConfigError(f"there is no measure {name!r}: {hint}It is one of {', '.join(MEASURES)}")
         if self.subsets is not None and self.subsets < 2:
             raise ConfigError(f"an error is taken over 2 or more subsets, got {self.subsets}")
+        if self.subset_size is not None and self.subset_size < 2:
+            raise metrics.too_few_for_subsets(self.subset_size, 2)
+        if self.candidates is not None and self.candidates < 2:
+            raise metrics.too_few_captions(self.candidates, 2)
         if not 0 <= self.copy_limit <= 1:
             raise ConfigError(f"the limit of a copy is a similarity between 0 and 1, got {self.copy_limit}")
 
@@ -122,7 +128,10 @@ def refuse_early(
     reals: Sequence[PictureFile] | None,
     extractors: Sequence[Extractor],
 ) -> None:
-    """QueryError for a named measure that will be impossible, before hours go into features."""
+    """QueryError for a named measure that will be impossible, before hours go into features.
+
+    ConfigError for a size of subsets or a number of candidates that the pictures are too few for, where it would count.
+    """
     lacks: dict[str, bool] = {
         NO_REALS: reals is None,
         NO_ENCODER: not any(isinstance(each, OpenClipExtractor) for each in extractors),
@@ -134,9 +143,14 @@ def refuse_early(
         for reason in reasons:
             if options.asks_for(measure) and lacks[reason]:
                 raise QueryError(f"{measure} cannot be measured: {reason}")
-    fewest = min(len(pictures), len(pictures if reals is None else reals))
-    if options.asks_for("kid") and options.subset_size is not None and options.subset_size > fewest:
-        raise metrics.too_few_for_subsets(options.subset_size, fewest)
+    if options.wants("kid") and reals is not None and options.subset_size is not None:
+        fewest = min(len(pictures), len(reals))
+        if options.subset_size > fewest >= 2:
+            raise metrics.too_few_for_subsets(options.subset_size, fewest)
+    if options.wants("r-precision") and not lacks[NO_ENCODER] and options.candidates is not None:
+        different = len({picture.caption for picture in pictures if picture.caption})
+        if options.candidates > different >= 2:
+            raise metrics.too_few_captions(options.candidates, different)
 
 
 def _both(sets: Sets, least: int) -> tuple[np.ndarray, np.ndarray]:
@@ -255,7 +269,8 @@ def _r_precision(measure: str, sets: Sets) -> list[Row]:
     different = sorted(set(captions))
     if len(different) < 2:
         raise NotMeasurableError("it needs two different captions or more")
-    candidates = sets.options.candidates or min(metrics.CANDIDATES, len(different))
+    asked = sets.options.candidates
+    candidates = min(metrics.CANDIDATES, len(different)) if asked is None else asked
     own = np.array([different.index(caption) for caption in captions])
     hits = metrics.r_precision_hits(
         sets.pictures.features[places],

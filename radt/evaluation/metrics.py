@@ -188,7 +188,7 @@ def kernel_distance(
     """
     _wide(a, b, least=2)
     fewest = min(len(a), len(b))
-    size = subset_size or max(2, min(SUBSET_SIZE, fewest // 2))
+    size = max(2, min(SUBSET_SIZE, fewest // 2)) if subset_size is None else subset_size
     if not 2 <= size <= fewest:
         raise too_few_for_subsets(size, fewest)
     if len(a) == len(b) == size:
@@ -203,10 +203,12 @@ def kernel_distance(
 
 
 def too_few_for_subsets(size: int, fewest: int) -> ConfigError:
-    """What is wrong with subsets of `size` when the smaller set has `fewest` pictures."""
+    """What is wrong with subsets of `size`: 0 or 1, or more than the `fewest` pictures that the smaller set has."""
+    if size < 2:
+        return ConfigError(f"a kernel distance is taken over subsets of 2 pictures or more, got --subset-size {size}")
     return ConfigError(
-        f"a kernel distance over subsets of {size} needs 2 or more and as many pictures in both sets, and the smaller "
-        f"has {fewest}: give --subset-size {fewest} or less"
+        f"a kernel distance over subsets of {size} needs as many pictures in both sets, and the smaller has {fewest}: "
+        f"give --subset-size {fewest} or less"
     )
 
 
@@ -386,7 +388,7 @@ def r_precision_hits(
     are not as many texts.
     """
     if not 2 <= candidates <= len(texts):
-        raise ConfigError(f"R-precision among {candidates} captions needs as many different ones, got {len(texts)}")
+        raise too_few_captions(candidates, len(texts))
     x, y = _unit(pictures), _unit(texts)
     hits = np.zeros(len(x), bool)
     for place, mine in enumerate(own.tolist()):
@@ -394,6 +396,16 @@ def r_precision_hits(
         others += others >= mine  # all but its own
         hits[place] = x[place] @ y[mine] > (y[others] @ x[place]).max()
     return hits
+
+
+def too_few_captions(candidates: int, different: int) -> ConfigError:
+    """What is wrong with so many candidates when there are so many different captions."""
+    if candidates < 2:
+        return ConfigError(f"R-precision is among 2 captions or more, got --candidates {candidates}")
+    return ConfigError(
+        f"R-precision among {candidates} captions needs as many different ones, and there are {different}: give "
+        "--candidates no more than that, or leave it out"
+    )
 
 
 def _unit(x: Features) -> Float64[np.ndarray, "n d"]:

@@ -368,6 +368,27 @@ def test_what_cannot_be_measured_is_refused_before_the_work(pictures):
     assert idle.count == 0
 
 
+def test_sizes_that_the_pictures_are_too_few_for_are_refused_before_the_work_though_nothing_is_named(
+    error, radt, monkeypatch, pictures, reals, clip
+):
+    def never(*_, **__):
+        raise AssertionError("features were extracted")
+
+    monkeypatch.setattr("radt.evaluation.images.measure_set", never)
+    words = ["images", pictures, "--real", reals, "--extractor", clip]
+    assert "among 50 captions needs as many different ones, and there are 14" in error(*words, "--candidates", 50)
+    assert "the smaller has 14: give --subset-size 14 or less" in error(*words, "--subset-size", 15)
+    assert "no measure is named: give some of fd, kid" in error(*words, "--metrics", " , ")
+    for size in (0, 1):
+        code, _, err = radt(*words, "--subset-size", size)
+        assert code == 2
+        assert "--subset-size" in err
+        with pytest.raises(ConfigError, match=f"subsets of 2 pictures or more, got --subset-size {size}"):
+            Options(subset_size=size)
+        with pytest.raises(ConfigError, match=f"among 2 captions or more, got --candidates {size}"):
+            Options(candidates=size)
+
+
 def test_without_matplotlib_the_extra_is_named_before_the_work(error, monkeypatch, pictures, clip, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     words = ["images", pictures, "--extractor", clip, "--out", tmp_path / "out"]

@@ -379,7 +379,7 @@ def test_r_precision_does_not_depend_on_the_order_of_the_texts_when_all_are_aske
     np.testing.assert_array_equal(one, cosines.argmax(axis=1) == np.arange(30))
     fewer = r_precision_hits(pictures, texts, np.arange(30), candidates=5)
     assert (fewer >= one).all()  # whoever beats all beats some
-    with pytest.raises(ConfigError, match="among 100 captions needs as many different ones, got 30"):
+    with pytest.raises(ConfigError, match="among 100 captions needs as many different ones, and there are 30"):
         r_precision_hits(pictures, texts, np.arange(30))
 
 
