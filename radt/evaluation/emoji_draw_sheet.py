@@ -10,6 +10,9 @@ from PIL import Image, ImageDraw
 from index.atomic import write_bytes
 from radt.evaluation.emoji_draw import Arm, ArmName, Drawing, EmojiDrawReport, Task, averages
 from radt.evaluation.intervals import wilson
+from radt.evaluation.plain_results import EMOJI_DRAW, EMOJI_DRAW_TITLE, JUDGES, emoji_draw_facts, emoji_draw_table
+from radt.evaluation.results import Picture as ResultPicture
+from radt.evaluation.results import Result, typed_command
 from radt.sheet import Picture, Row, Sheet, enlarge, write_sheet
 
 if TYPE_CHECKING:
@@ -20,7 +23,6 @@ PICTURE_SIDE = 256
 TICK = (((0.2, 0.55), (0.42, 0.76), (0.8, 0.26)),)  # strokes within the mark's square
 CROSS = (((0.25, 0.25), (0.75, 0.75)), ((0.25, 0.75), (0.75, 0.25)))
 RIGHT, WRONG = "#1a7f37", "#cf222e"
-JUDGES = {"trained": "the trained recogniser", "pixels": "pixel distance: no trained recogniser is installed"}
 ARM_TITLES: dict[ArmName, str] = {
     "with_retrieval": "with retrieval",
     "without_retrieval": "without",
@@ -76,18 +78,34 @@ def print_table(report: EmojiDrawReport, written: Sequence[Path] = ()) -> None:
 
 
 def write_results(report: EmojiDrawReport, out: Path) -> list[Path]:
-    """Write sheets of twenty prompts each (PNG and HTML) and, last, `results.json`; each file whole. What was written.
+    """Write sheets of twenty prompts each, PNG and HTML; the result for `radt report`; and, last, `results.json`.
 
-    Sheets of an earlier and larger run in the same folder are deleted.
+    Each file whole; returns what was written. Sheets of an earlier and larger run in the same folder are deleted.
     """
     sheets = list(make_sheets(report))
     written = [path for number, sheet in enumerate(sheets, 1) for path in write_sheet(sheet, _sheet_path(out, number))]
     for old in set(out.glob("sheet_*.png")) | set(out.glob("sheet_*.html")):
         if old not in written:
             old.unlink()
+    stored = to_result(report, sheets).save(out)
     results = out / "results.json"
     write_bytes(results, (json.dumps(report.to_json(), indent=2) + "\n").encode())
-    return [*written, results]
+    return [*written, stored, results]
+
+
+def to_result(report: EmojiDrawReport, sheets: Sequence[Sheet]) -> Result:
+    """As all results are stored, for `radt report`, with the command that was typed and who judged."""
+    values = report.to_json()
+    shown = [ResultPicture(file=_sheet_path(Path(), i).name, title=sheet.title) for i, sheet in enumerate(sheets, 1)]
+    return Result(
+        kind=EMOJI_DRAW,
+        title=EMOJI_DRAW_TITLE,
+        command=typed_command(),
+        facts=emoji_draw_facts(values),
+        tables=(emoji_draw_table(values),),
+        pictures=tuple(shown),
+        data=values,
+    )
 
 
 def make_sheets(report: EmojiDrawReport) -> Iterator[Sheet]:

@@ -12,8 +12,9 @@ from index.atomic import write_bytes
 from index.errors import MissingExtraError
 from radt.corpora.emoji import load_entities
 from radt.evaluation.emoji_draw_kinds import BenchKind, Outcome, Prompt
-from radt.evaluation.emoji_draw_sheet import JUDGES, marked
+from radt.evaluation.emoji_draw_sheet import marked
 from radt.evaluation.emoji_draw_sweep import ROWS_KEPT, Drawn, KindsBench, Point, SweepReport
+from radt.evaluation.plain_results import JUDGES
 from radt.evaluation.results import Cell, Estimate, Line, Plot, Result, Table, typed_command
 from radt.evaluation.results import Picture as ResultPicture
 from radt.sheet import Picture, Row, Sheet, draw_sheet

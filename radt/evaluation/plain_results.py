@@ -13,6 +13,8 @@ from typing import Any, TypeAlias
 from radt.evaluation.intervals import wilson
 from radt.evaluation.results import SUFFIX, Cell, Estimate, Line, Picture, Plot, Result, Table
 
+EMOJI_DRAW, EMOJI_DRAW_TITLE = "emoji-draw", "Held-out emoji, one prompt each"
+JUDGES = {"trained": "the trained recogniser", "pixels": "pixel distance: no trained recogniser is installed"}
 ARMS = {"with_retrieval": "with retrieval", "without_retrieval": "without", "with_one_wrong": "one neighbour wrong"}
 SHARES = {"entity_top1": "entity top-1", "entity_top5": "top-5", "ground_color": "ground colour"}
 Reader: TypeAlias = Callable[[Path, dict[str, Any]], Result | None]
@@ -42,33 +44,43 @@ def _read(path: Path, read: Reader) -> Result | None:
 def _emoji_draw(path: Path, values: dict[str, Any]) -> Result | None:
     if not {*ARMS, "recognizer_ceiling", "settings"} <= values.keys():
         return None
-    n, model, kb, settings = values["n"], values["model"], values["kb"], values["settings"]
+    command = ["--kb", values["kb"]["path"], "-n", str(values["n"]), "--seed", str(values["settings"]["seed"])]
+    return Result(
+        kind=EMOJI_DRAW,
+        title=EMOJI_DRAW_TITLE,
+        command=shlex.join(["radt", "evaluate", "emoji-draw", *command]),
+        date=date_of(path),
+        note=NOTE,
+        facts=emoji_draw_facts(values),
+        tables=(emoji_draw_table(values),),
+        pictures=tuple(Picture(file=each.name, title=each.stem) for each in sorted(path.parent.glob("sheet*.png"))),
+        data=values,
+    )
+
+
+def emoji_draw_facts(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What a document of emoji-draw in its short form was measured with, and who judged, where it says so."""
+    model, settings, judge = values["model"], values["settings"], values.get("recognizer", {}).get("judge")
+    facts = {"model": model["name"], "digest": model["digest"], "side": model["image_size"], "n": values["n"]}
+    return {**facts, "k": settings["k"], **({} if judge is None else {"judge": JUDGES.get(judge, judge)})}
+
+
+def emoji_draw_table(values: Mapping[str, Any]) -> Table:
+    """The shares of a document of emoji-draw in its short form, by what is shown."""
+    n, found, ceiling = values["n"], values["retrieval"], values["recognizer_ceiling"]
     rows: list[tuple[Cell, ...]] = [
         (title, *(share(values[arm][key], n) for key in SHARES), values[arm]["copy_similarity"])
         for arm, title in ARMS.items()
     ]
-    ceiling = values["recognizer_ceiling"]
     rows.append(("the true scenes", *(ceiling[key] for key in SHARES), None))
-    found, command = values["retrieval"], ["--kb", kb["path"], "-n", str(n), "--seed", str(settings["seed"])]
-    recall = f"recall {found['recall_at_k']:.2f}, all right {found['all_right']:.2f}"
-    facts = {"model": model["name"], "digest": model["digest"], "side": model["image_size"], "n": n, "k": settings["k"]}
-    return Result(
-        kind="emoji-draw",
-        title="Held-out emoji, one prompt each",
-        command=shlex.join(["radt", "evaluate", "emoji-draw", *command]),
-        date=date_of(path),
-        note=NOTE,
-        facts=facts,
-        tables=(
-            Table(
-                title="By what is shown",
-                columns=("", *SHARES.values(), "copy similarity"),
-                rows=tuple(rows),
-                note=f"retrieval by {settings['by']}: {recall}",
-            ),
+    return Table(
+        title="By what is shown",
+        columns=("", *SHARES.values(), "copy similarity"),
+        rows=tuple(rows),
+        note=(
+            f"retrieval by {values['settings']['by']}: recall {found['recall_at_k']:.2f}, "
+            f"all right {found['all_right']:.2f}"
         ),
-        pictures=tuple(Picture(file=each.name, title=each.stem) for each in sorted(path.parent.glob("sheet*.png"))),
-        data=values,
     )
 
 

@@ -14,6 +14,9 @@ from radt.corpora.emoji import GlyphRenderer, load_entities, render_rendition, r
 from radt.evaluation import emoji_draw_sheet
 from radt.evaluation.emoji_draw import EmojiDrawBench, evaluate, plan_tasks
 from radt.evaluation.emoji_draw_sheet import write_results
+from radt.evaluation.plain_results import JUDGES
+from radt.evaluation.report import write_report
+from radt.evaluation.results import Result
 from radt.neighbors import Reference
 from radt.pipeline import DrawRequest, TextToImage
 from tests.integration.conftest import copy_bundle, save_tiny_bundle
@@ -195,7 +198,12 @@ def test_the_document_has_the_promised_keys_and_is_on_disk_too(radt, emoji_kb, t
     assert document["settings"]["steps"] == 2
     assert document["settings"]["seed"] == 0
     assert json.loads((tmp_path / "o" / "results.json").read_text()) == document
-    assert sorted(path.name for path in (tmp_path / "o").iterdir()) == ["results.json", "sheet_01.html", "sheet_01.png"]
+    assert sorted(path.name for path in (tmp_path / "o").iterdir()) == [
+        "emoji-draw.result.json",
+        "results.json",
+        "sheet_01.html",
+        "sheet_01.png",
+    ]
     page = (tmp_path / "o" / "sheet_01.html").read_text()
     assert all(task.prompt in page for task in plan_tasks(load_entities(), n=N, seed=0))
 
@@ -223,11 +231,27 @@ def test_an_interrupted_run_leaves_nothing(radt, emoji_kb, tmp_path, monkeypatch
 
 def test_a_smaller_run_leaves_no_sheets_of_a_larger_one(report, model, glyphs, tmp_path, monkeypatch):
     monkeypatch.setattr(emoji_draw_sheet, "ROWS_A_SHEET", 2)
-    assert len(write_results(report, tmp_path)) == 5
+    assert len(write_results(report, tmp_path)) == 6
     small = make_bench(glyphs, 1)
     write_results(small.run(model, settings=model.settings(by="bm25", steps=1)), tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["results.json", "sheet_01.html", "sheet_01.png"]
+    names = ["emoji-draw.result.json", "results.json", "sheet_01.html", "sheet_01.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
     assert json.loads((tmp_path / "results.json").read_text())["n"] == 1
+
+
+def test_the_report_shows_the_command_that_was_typed_and_the_judge(report, tmp_path, monkeypatch):
+    typed = ["radt", "evaluate", "emoji-draw", "--kb", "my kb", "--by", "bm25", "--steps", "1", "--out", "o"]
+    monkeypatch.setattr("sys.argv", typed)
+    write_results(report, tmp_path)
+    stored = Result.load(tmp_path / "emoji-draw.result.json")
+    assert stored.command == "radt evaluate emoji-draw --kb 'my kb' --by bm25 --steps 1 --out o"
+    assert stored.facts["judge"] == JUDGES[report.judge["judge"]]
+    assert stored.data == json.loads((tmp_path / "results.json").read_text())
+    assert [(tmp_path / picture.file).is_file() for picture in stored.pictures] == [True]
+    page, _ = write_report([tmp_path], tmp_path / "page")
+    assert page.read_text().count("<h2") == 1  # not once more from results.json
+    assert "--by bm25 --steps 1" in page.read_text()
+    assert stored.facts["judge"] in page.read_text()
 
 
 def test_without_a_knowledge_base_one_sentence_says_how_to_make_one(radt):

@@ -206,6 +206,7 @@ def emoji_draw_document():
         "settings": {"seed": 3, "k": 2, "by": "bm25"},
         "model": {"name": "demo", "digest": "ab", "image_size": 128},
         "kb": {"path": "my kb"},
+        "recognizer": {"judge": "trained"},
     }
 
 
@@ -223,6 +224,7 @@ def test_what_was_stored_before_the_common_form_is_read_too(tmp_path):
     found = {result.kind: result for _, result in find_plain_results([tmp_path, tmp_path / "one"])}
     assert set(found) == {"emoji-draw", "quality"}
     assert found["emoji-draw"].command == "radt evaluate emoji-draw --kb 'my kb' -n 100 --seed 3"
+    assert found["emoji-draw"].facts["judge"] == "the trained recogniser"
     row = found["emoji-draw"].tables[0].rows[0]
     assert row[0] == "with retrieval"
     assert cell_text(row[1]) == "0.84 (0.76 to 0.90)"
