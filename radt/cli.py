@@ -430,7 +430,8 @@ def evaluate_emoji_draw(
         bool, typer.Option("--new-entity", help="Before and after the entities are added to a copy of --kb.")
     ] = False,
     recognizer: Annotated[
-        Path | None, typer.Option("--recognizer", help="Folder of a trained recogniser; by default the one inside.")
+        Path | None,
+        typer.Option("--recognizer", help="Folder that `radt train recognizer-emoji` leaves; without it pixels judge."),
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Keep figures, curves and sheets of pictures here.")] = None,
     device: DeviceOption = "auto",
