@@ -195,7 +195,6 @@ def test_the_doctor_finds_a_whole_run_well(run: tuple[Path, set[int]], radt: Rad
     }
     lines = [json.loads(line) for line in (out / "probe.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [3, 6]
-    pytest.importorskip("matplotlib")
     code, document = radt("doctor", out, "--out", tmp_path / "curves.png", "--json")
     told = json.loads(document)
     assert code == 0
