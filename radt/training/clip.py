@@ -9,10 +9,9 @@ The model is open_clip's own `CLIP`, the loss open_clip's own `ClipLoss`, and th
 and the same call on the same folder resumes from the last saved state.
 """
 
-import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -23,20 +22,11 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from index.atomic import new_folder, write_bytes
-from index.config import to_dict
 from index.errors import ConfigError
 from radt.shapes import Pixels, Pooled
-from radt.training.checkpoint import (
-    load_optimizer,
-    load_state,
-    optimizer_tensors,
-    save_state,
-    with_prefix,
-    without_prefix,
-)
-from radt.training.divergence import check_finite
-from radt.training.interrupt import StopOnInterrupt
-from radt.training.metrics import append_metrics, forget_after
+from radt.training.follow import OnStep, follow
+from radt.training.metrics import forget_after
+from radt.training.module_run import ModuleRun, claim_folder, write_json
 from radt.training.optim import OptimConfig, learning_rate, make_optimizer
 from radt.training.tokenizer import PAD_ID, encode, load_tokenizer, save_tokenizer, train_tokenizer
 
@@ -96,7 +86,7 @@ def train_clip(
     out: Path,
     *,
     entities: "Sequence[Entity] | None" = None,
-    on_step: Callable[[dict[str, float]], None] | None = None,
+    on_step: OnStep = lambda _: None,
 ) -> Path:
     """Train to `config.num_steps`, from the saved state in `out` if there is one, and return the open_clip folder.
 
@@ -120,59 +110,32 @@ def train_clip(
     entities = load_entities() if entities is None else entities
     training, glyphs = select(entities, "train"), GlyphRenderer()
     accelerator = Accelerator(mixed_precision=config.precision, cpu=not torch.cuda.is_available())
-    _claim_folder(out, config)
+    claim_folder(out, config)
     tokenizer = _run_tokenizer(out, config, training)
     torch.manual_seed(config.seed)
     model = make_clip(config, vocab_size=tokenizer.get_vocab_size()).to(accelerator.device)
-    run = ClipRun(model=model, optimizer=make_optimizer(model, config.optim))
+    run = ModuleRun(module=model, optimizer=make_optimizer(model, config.optim))
     run.load(out / STATE_FILE)
     pairs = EmojiPairs(training, glyphs, image_size=config.image_size, renditions=config.renditions, seed=config.seed)
     forget_after(out / METRICS_FILE, run.step)
-    steps = train_steps(config, run, pairs, tokenizer=tokenizer, accelerator=accelerator)
-    with StopOnInterrupt() as interrupt:
-        for metrics in steps:
-            log = out / METRICS_FILE if accelerator.is_main_process else None
-            check_finite(metrics, state=out / STATE_FILE, log=log)
-            if on_step is not None:
-                on_step(metrics)
-            if accelerator.is_main_process:
-                _keep(config, run, metrics, out=out, is_last=interrupt.requested or run.step == config.num_steps)
-            if interrupt.requested:
-                raise KeyboardInterrupt
-    if accelerator.is_main_process:
-        _write_json(out / "recall.json", measure_recall(model, tokenizer, entities, glyphs))
+    is_main = accelerator.is_main_process
+    follow(
+        train_steps(config, run, pairs, tokenizer=tokenizer, accelerator=accelerator),
+        config,
+        state=out / STATE_FILE,
+        log=out / METRICS_FILE if is_main else None,
+        save=lambda: run.save(out / STATE_FILE) if is_main else None,
+        on_step=on_step,
+    )
+    if is_main:
+        write_json(out / "recall.json", measure_recall(model, tokenizer, entities, glyphs))
         export_clip(model, tokenizer, config, out / "clip")
     accelerator.wait_for_everyone()
     return out / "clip"
 
 
-@dataclass(kw_only=True, slots=True)
-class ClipRun:
-    """What changes while training, and all that is saved. The pairs of a step depend on its number, not on a state."""
-
-    model: Clip
-    optimizer: torch.optim.Optimizer
-    step: int = 0
-
-    def save(self, path: Path) -> None:
-        """Write weights, optimiser state, step and torch's random state, all or nothing."""
-        tensors = with_prefix("model", self.model.state_dict())
-        tensors |= with_prefix("optimizer", optimizer_tensors(self.optimizer))
-        tensors["random_state"] = torch.get_rng_state()
-        save_state(path, tensors, {"step": self.step})
-
-    def load(self, path: Path) -> None:
-        """Continue from `path` where it exists."""
-        if path.exists():
-            tensors, facts = load_state(path)
-            self.model.load_state_dict(without_prefix("model", tensors))
-            load_optimizer(self.optimizer, without_prefix("optimizer", tensors))
-            torch.set_rng_state(tensors["random_state"])
-            self.step = facts["step"]
-
-
 def train_steps(
-    config: ClipTrainConfig, run: ClipRun, pairs: "EmojiPairs", *, tokenizer: Any, accelerator: Any
+    config: ClipTrainConfig, run: ModuleRun, pairs: "EmojiPairs", *, tokenizer: Any, accelerator: Any
 ) -> Iterator[dict[str, float]]:
     """Take the steps from `run.step` to the end, yielding the metrics of each."""
     from open_clip.loss import ClipLoss
@@ -180,15 +143,14 @@ def train_steps(
     rank, world_size = accelerator.process_index, accelerator.num_processes
     if config.batch_size % world_size:
         raise ConfigError(f"batch_size {config.batch_size} must be a multiple of the {world_size} processes")
-    model, optimizer = accelerator.prepare(run.model, run.optimizer)
+    model, optimizer = accelerator.prepare(run.module, run.optimizer)
     clip_loss = ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=world_size)
     device = accelerator.device
-    run.model.train()
+    run.module.train()
     while run.step < config.num_steps:
         began = time.monotonic()
-        lr = learning_rate(run.step, config.num_steps, config.optim)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        rate = learning_rate(run.step, config.num_steps, config.optim)
+        run.set_rate(rate)
         pictures, captions = pairs.batch(run.step, config.batch_size)
         pixels = to_pixels(torch.from_numpy(pictures[rank::world_size])).to(device)
         tokens = tokenize(tokenizer, captions[rank::world_size], config.context_length).to(device)
@@ -198,25 +160,17 @@ def train_steps(
         accelerator.backward(loss)
         optimizer.step()
         with torch.no_grad():
-            run.model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+            run.module.get_parameter("logit_scale").clamp_(0, MAX_LOGIT_SCALE)
         run.step += 1
         yield {
             "step": run.step,
             "images_seen": run.step * config.batch_size,
             "loss": loss.item(),
             "accuracy": in_batch_accuracy(output["text_features"], output["image_features"]),
-            "lr": lr,
+            "lr": rate,
             "logit_scale": output["logit_scale"].item(),
             "images_per_second": config.batch_size / (time.monotonic() - began),
         }
-
-
-def _keep(config: ClipTrainConfig, run: ClipRun, metrics: dict[str, float], *, out: Path, is_last: bool) -> None:
-    """Log and save what is due after a step."""
-    if is_last or run.step % config.log_every == 0:
-        append_metrics(out / METRICS_FILE, metrics)
-    if is_last or run.step % config.save_every == 0:
-        run.save(out / STATE_FILE)
 
 
 def model_config(config: ClipTrainConfig, *, vocab_size: int) -> dict[str, Any]:
@@ -308,7 +262,7 @@ def export_clip(model: Clip, tokenizer: Any, config: ClipTrainConfig, folder: Pa
     weights = {name: value.half().cpu().contiguous() for name, value in model.state_dict().items()}
     with new_folder(folder) as partial:
         save_tokenizer(tokenizer, partial)
-        _write_json(partial / "open_clip_config.json", {"model_cfg": model_part, "preprocess_cfg": preprocessing})
+        write_json(partial / "open_clip_config.json", {"model_cfg": model_part, "preprocess_cfg": preprocessing})
         save_file(weights, partial / "open_clip_model.safetensors", {"format": "pt"})
 
 
@@ -330,18 +284,6 @@ def _embed_unseen(model: Clip, entities: "Sequence[Entity]", glyphs: "GlyphRende
     return torch.cat(features)
 
 
-def _claim_folder(out: Path, config: ClipTrainConfig) -> None:
-    """Write the configuration into a run folder; in an old one, insist on the same. A run may be made longer."""
-    out.mkdir(parents=True, exist_ok=True)
-    path, ours = out / "config.json", to_dict(config)
-    theirs = json.loads(path.read_text()) if path.exists() else ours
-    free = {"num_steps", "log_every", "save_every"}
-    changed = [f"{name} was {theirs.get(name)}" for name in ours if name not in free and theirs.get(name) != ours[name]]
-    if changed:
-        raise ConfigError(f"{out} holds another run ({', '.join(changed)}): resume it with that, or use another folder")
-    _write_json(path, ours)
-
-
 def _run_tokenizer(out: Path, config: ClipTrainConfig, training: "Sequence[Entity]") -> Any:
     """The run's own tokenizer, made on its first day: the vocabulary must not move under trained vectors."""
     from radt.training.emoji_pairs import vocabulary_captions
@@ -351,7 +293,3 @@ def _run_tokenizer(out: Path, config: ClipTrainConfig, training: "Sequence[Entit
         captions = vocabulary_captions(training, num_scenes=VOCABULARY_SCENES, seed=config.seed)
         write_bytes(path, train_tokenizer(captions, vocab_size=config.vocab_size).to_str().encode())
     return load_tokenizer(path)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())

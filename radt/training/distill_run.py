@@ -26,7 +26,8 @@ from radt.diffusion.loss import Weighting, diffusion_loss, sample_times
 from radt.shapes import PerExample, Pixels
 from radt.training.data import Batch, DataConfig
 from radt.training.emoji_pack import PackConfig
-from radt.training.loop import LoopConfig, Objective, OnStep, Run
+from radt.training.follow import OnStep
+from radt.training.loop import LoopConfig, Objective, Run
 from radt.training.optim import OptimConfig
 from radt.training.pack import Pack
 from radt.unet.unet import UNet

@@ -32,18 +32,15 @@ from radt.training.checkpoint import (
     without_prefix,
 )
 from radt.training.data import Batch, DataConfig, draw_batch
-from radt.training.divergence import check_finite
 from radt.training.ema import Ema
-from radt.training.interrupt import StopOnInterrupt
-from radt.training.metrics import append_metrics, forget_after
+from radt.training.follow import OnStep, follow
+from radt.training.metrics import forget_after
 from radt.training.optim import OptimConfig, learning_rate, make_optimizer
 from radt.training.pack import Pack
 from radt.unet.unet import UNet
 
 METRICS_FILE, STATE_FILE = "metrics.jsonl", "state.safetensors"
 BEND_CELL = 4  # pixels from knot to knot of a bend
-
-OnStep = Callable[[dict[str, float]], None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -196,19 +193,15 @@ class Run:
             forget_after(self.out / METRICS_FILE, self.step)
         if self.step >= self.loop.num_steps:
             on_save(self)
-        with StopOnInterrupt() as interrupt:
-            for metrics in self._steps():
-                log = self.out / METRICS_FILE if self.accelerator.is_main_process else None
-                check_finite(metrics, state=self.state_path, log=log)
-                if self.step % self.loop.log_every == 0 and self.accelerator.is_main_process:
-                    append_metrics(self.out / METRICS_FILE, metrics)
-                on_step(metrics)
-                if interrupt.requested:
-                    self._save()
-                    raise KeyboardInterrupt
-                if self.step % self.loop.save_every == 0 or self.step == self.loop.num_steps:
-                    self._save()
-                    on_save(self)
+        follow(
+            self._steps(),
+            self.loop,
+            state=self.state_path,
+            log=self.out / METRICS_FILE if self.accelerator.is_main_process else None,
+            save=self._save,
+            on_step=on_step,
+            on_save=lambda: on_save(self),
+        )
 
     def _steps(self) -> Iterator[dict[str, float]]:
         processes, rank = self.accelerator.num_processes, self.accelerator.process_index

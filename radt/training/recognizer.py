@@ -5,10 +5,9 @@ coarse as the pictures that are judged, some with a piece of another emoji at th
 seed and the step alone. The recogniser sees held-out entities: it judges, and is no part of what is judged.
 """
 
-import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,22 +18,12 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 from torch.nn.functional import affine_grid, cross_entropy, grid_sample, interpolate
 
-from index.atomic import write_bytes
-from index.config import to_dict
 from index.errors import ConfigError
 from radt.recognizer_network import RecognizerConfig, RecognizerNetwork, crop_box, save_recognizer, to_frame
 from radt.shapes import PerExample, Pixels, Pooled
-from radt.training.checkpoint import (
-    load_optimizer,
-    load_state,
-    optimizer_tensors,
-    save_state,
-    with_prefix,
-    without_prefix,
-)
-from radt.training.divergence import check_finite
-from radt.training.interrupt import StopOnInterrupt
-from radt.training.metrics import append_metrics, forget_after
+from radt.training.follow import OnStep, follow
+from radt.training.metrics import forget_after
+from radt.training.module_run import ModuleRun, claim_folder, write_json
 from radt.training.optim import OptimConfig, learning_rate, make_optimizer
 
 if TYPE_CHECKING:  # the corpora need Pillow and a font, a configuration does not
@@ -189,36 +178,13 @@ def _resized(pictures: Float[Tensor, "b 3 h w"], side: int) -> Float[Tensor, "b 
     return interpolate(pictures, (side, side), mode="bilinear", antialias=True, align_corners=False)
 
 
-@dataclass(kw_only=True, slots=True)
-class RecognizerRun:
-    """What changes while training, and all that is saved. The pictures of a step depend on its number alone."""
-
-    network: RecognizerNetwork
-    optimizer: torch.optim.Optimizer
-    step: int = 0
-
-    def save(self, path: Path) -> None:
-        """Write weights, optimiser state and step, all or nothing."""
-        tensors = with_prefix("network", self.network.state_dict())
-        tensors |= with_prefix("optimizer", optimizer_tensors(self.optimizer))
-        save_state(path, tensors, {"step": self.step})
-
-    def load(self, path: Path) -> None:
-        """Continue from `path` where it exists."""
-        if path.exists():
-            tensors, facts = load_state(path)
-            self.network.load_state_dict(without_prefix("network", tensors))
-            load_optimizer(self.optimizer, without_prefix("optimizer", tensors))
-            self.step = facts["step"]
-
-
 def train_recognizer(
     config: RecognizerTrainConfig,
     out: Path,
     *,
     entities: "Sequence[Entity] | None" = None,
     glyphs: "Glyphs | None" = None,
-    on_step: Callable[[dict[str, float]], None] | None = None,
+    on_step: OnStep = lambda _: None,
 ) -> Path:
     """Train to `config.num_steps`, from the saved state in `out` if there is one; returns the recogniser's folder.
 
@@ -240,65 +206,55 @@ def train_recognizer(
         glyphs = font = GlyphRenderer()
         entities = [entity for entity in entities or load_entities() if font.draws(entity)]
     assert entities, "there is no entity to tell from others"
-    _claim_folder(out, config)
+    claim_folder(out, config)
     torch.manual_seed(config.seed)
     pictures = GlyphPictures(entities, glyphs, config=config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = RecognizerNetwork(config.network, len(pictures.classes)).to(device)
     network = network.to(memory_format=torch.channels_last)  # twice as fast on a CPU
-    run = RecognizerRun(network=network, optimizer=make_optimizer(network, config.optim))
+    run = ModuleRun(module=network, optimizer=make_optimizer(network, config.optim))
     run.load(out / STATE_FILE)
     forget_after(out / METRICS_FILE, run.step)
-    with StopOnInterrupt() as interrupt:
-        while run.step < config.num_steps:
-            metrics = _take_step(config, run, pictures)
-            check_finite(metrics, state=out / STATE_FILE, log=out / METRICS_FILE)
-            if on_step is not None:
-                on_step(metrics)
-            _keep(config, run, metrics, out=out, is_last=interrupt.requested or run.step == config.num_steps)
-            if interrupt.requested:
-                raise KeyboardInterrupt
+    follow(
+        _steps(config, run, pictures),
+        config,
+        state=out / STATE_FILE,
+        log=out / METRICS_FILE,
+        save=lambda: run.save(out / STATE_FILE),
+        on_step=on_step,
+    )
     save_recognizer(out / MODEL_FOLDER, network, pictures.classes)
     measured = measure_accuracy(network.cpu().eval(), pictures.classes, entities, glyphs)
-    _write_json(out / ACCURACY_FILE, measured)
+    write_json(out / ACCURACY_FILE, measured)
     return out / MODEL_FOLDER
 
 
-def _take_step(config: RecognizerTrainConfig, run: RecognizerRun, pictures: GlyphPictures) -> dict[str, float]:
-    began = time.monotonic()
-    device = run.network.stem.weight.device
-    lr = learning_rate(run.step, config.num_steps, config.optim)
-    for group in run.optimizer.param_groups:
-        group["lr"] = lr
-    pixels, labels = (each.to(device) for each in pictures.batch(run.step))
-    run.network.train()
-    with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-        logits = run.network(pixels.to(memory_format=torch.channels_last))
-    loss = cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing)
-    run.optimizer.zero_grad()
-    loss.backward()  # type: ignore[no-untyped-call]
-    grad_norm = torch.nn.utils.clip_grad_norm_(run.network.parameters(), config.optim.max_grad_norm)
-    run.optimizer.step()
-    run.step += 1
-    return {
-        "step": run.step,
-        "images_seen": run.step * config.batch_size,
-        "loss": loss.item(),
-        "grad_norm": grad_norm.item(),
-        "accuracy": (logits.argmax(1) == labels).float().mean().item(),
-        "lr": lr,
-        "images_per_second": config.batch_size / (time.monotonic() - began),
-    }
-
-
-def _keep(
-    config: RecognizerTrainConfig, run: RecognizerRun, metrics: dict[str, float], *, out: Path, is_last: bool
-) -> None:
-    """Log and save what is due after a step."""
-    if is_last or run.step % config.log_every == 0:
-        append_metrics(out / METRICS_FILE, metrics)
-    if is_last or run.step % config.save_every == 0:
-        run.save(out / STATE_FILE)
+def _steps(config: RecognizerTrainConfig, run: ModuleRun, pictures: GlyphPictures) -> Iterator[dict[str, float]]:
+    """Take the steps from `run.step` to the end, yielding the metrics of each."""
+    network = run.module.train()
+    device = next(network.parameters()).device
+    while run.step < config.num_steps:
+        began = time.monotonic()
+        rate = learning_rate(run.step, config.num_steps, config.optim)
+        run.set_rate(rate)
+        pixels, labels = (each.to(device) for each in pictures.batch(run.step))
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            logits = network(pixels.to(memory_format=torch.channels_last))
+        loss = cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing)
+        run.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        grad_norm = torch.nn.utils.clip_grad_norm_(network.parameters(), config.optim.max_grad_norm)
+        run.optimizer.step()
+        run.step += 1
+        yield {
+            "step": run.step,
+            "images_seen": run.step * config.batch_size,
+            "loss": loss.item(),
+            "grad_norm": grad_norm.item(),
+            "accuracy": (logits.argmax(1) == labels).float().mean().item(),
+            "lr": rate,
+            "images_per_second": config.batch_size / (time.monotonic() - began),
+        }
 
 
 def measure_accuracy(
@@ -357,19 +313,3 @@ def _ranks(
     columns = torch.tensor(np.searchsorted(classes, [entity.class_id for entity in entities]))
     own = logits.gather(1, columns[:, None])
     return (~(logits < own)).sum(1).numpy()  # so that NaN is never right
-
-
-def _claim_folder(out: Path, config: RecognizerTrainConfig) -> None:
-    """Write the configuration into a run folder; in an old one, insist on the same. A run may be made longer."""
-    out.mkdir(parents=True, exist_ok=True)
-    path, ours = out / "config.json", to_dict(config)
-    theirs = json.loads(path.read_text()) if path.exists() else ours
-    free = {"num_steps", "log_every", "save_every"}
-    changed = [f"{name} was {theirs.get(name)}" for name in ours if name not in free and theirs.get(name) != ours[name]]
-    if changed:
-        raise ConfigError(f"{out} holds another run ({', '.join(changed)}): resume it with that, or use another folder")
-    _write_json(path, ours)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())

@@ -23,6 +23,7 @@ from index.errors import ConfigError, ModelError
 from radt.presets import PRESETS, BaseConfig, emoji_demo
 from radt.training.clip import ClipTrainConfig, train_clip
 from radt.training.distill_run import DistillConfig
+from radt.training.follow import OnStep
 from radt.training.recognizer import RecognizerTrainConfig, train_recognizer
 from radt.training.text_tuning import STATE_FILE
 
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from radt.training.precompute import TextReport
     from radt.unet.unet import UNet, UNetConfig
 
-OnStep = Callable[[dict[str, float]], None]
 OnStage = Callable[[str], None]
 Config = TypeVar("Config", bound=BaseConfig | DistillConfig)
 

@@ -27,10 +27,9 @@ from radt.training.checkpoint import (
     without_prefix,
 )
 from radt.training.data import DataConfig, draw_batch
-from radt.training.divergence import check_finite
-from radt.training.interrupt import StopOnInterrupt
+from radt.training.follow import OnStep, follow
 from radt.training.loop import Objective, step_generator
-from radt.training.metrics import append_metrics, forget_after
+from radt.training.metrics import forget_after
 from radt.training.optim import OptimConfig, learning_rate, make_optimizer
 from radt.training.pack import Pack, TextTable
 from radt.training.precompute import Captions
@@ -39,7 +38,6 @@ from radt.unet.unet import UNet
 STATE_FILE = "text_tuning.safetensors"
 METRICS_FILE = "text_tuning.jsonl"
 
-OnStep = Callable[[dict[str, float]], None]
 OnStage = Callable[[str], None]
 
 
@@ -117,17 +115,14 @@ class TextTuner:
         """
         self._resume(folder / STATE_FILE, on_stage)
         forget_after(folder / METRICS_FILE, self.step)
-        with StopOnInterrupt() as interrupt:
-            for metrics in self._steps():
-                check_finite(metrics, state=folder / STATE_FILE, log=folder / METRICS_FILE)
-                if self.step % self.tuning.log_every == 0:
-                    append_metrics(folder / METRICS_FILE, metrics)
-                on_step(metrics)
-                is_last = self.step == self.tuning.num_steps
-                if interrupt.requested or is_last or self.step % self.tuning.save_every == 0:
-                    self._save(folder / STATE_FILE)
-                if interrupt.requested:
-                    raise KeyboardInterrupt
+        follow(
+            self._steps(),
+            self.tuning,
+            state=folder / STATE_FILE,
+            log=folder / METRICS_FILE,
+            save=lambda: self._save(folder / STATE_FILE),
+            on_step=on_step,
+        )
 
     def loss(self, step: int) -> Tensor:
         """The mean loss of the batch of one step, which depends on the seed and the step alone."""

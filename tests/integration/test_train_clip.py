@@ -137,7 +137,7 @@ def test_open_clip_loads_the_folder_as_its_own(finished: Path) -> None:
 
     trained = load_file(finished / "state.safetensors")
     for weight, value in model.state_dict().items():
-        torch.testing.assert_close(value, trained[f"model/{weight}"].half().float(), rtol=0, atol=0)
+        torch.testing.assert_close(value, trained[f"module/{weight}"].half().float(), rtol=0, atol=0)
     with torch.no_grad():
         assert model.encode_image(pixels, normalize=True).shape == (1, 16)
         text_features = model.encode_text(ids, normalize=True)
