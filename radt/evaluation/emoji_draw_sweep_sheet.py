@@ -17,6 +17,7 @@ from radt.evaluation.emoji_draw_sweep import ROWS_KEPT, Drawn, KindsBench, Point
 from radt.evaluation.plain_results import JUDGES
 from radt.evaluation.results import Cell, Estimate, Line, Plot, Result, Table, typed_command
 from radt.evaluation.results import Picture as ResultPicture
+from radt.evaluation.tables import cell_text, markdown_table
 from radt.sheet import Picture, Row, Sheet, draw_sheet
 
 if TYPE_CHECKING:
@@ -154,20 +155,8 @@ def markdown(report: SweepReport, curve: str) -> str:
         f"{asked['sampler']} at {asked['steps']} steps, seed {asked['seed']}. The entity is judged by {judge}.\n",
         f"![{TITLES[report.sweep]}]({curve})\n",
     ]
-    for table in tables(report):
-        head = "| " + " | ".join(table.columns) + " |\n|" + "---|" * len(table.columns)
-        rows = "\n".join("| " + " | ".join(cell_text(cell) for cell in row) + " |" for row in table.rows)
-        parts.append(f"## {table.title}\n\n{head}\n{rows}\n\n{table.note}\n")
+    parts.extend(f"## {table.title}\n\n{markdown_table(table)}\n\n{table.note}\n" for table in tables(report))
     return "\n".join(parts)
-
-
-def cell_text(cell: Cell) -> str:
-    """A cell as people read it."""
-    if isinstance(cell, Estimate):
-        return f"{cell.value:.2f} ({cell.low:.2f} to {cell.high:.2f})"
-    if cell is None:
-        return "-"
-    return cell if isinstance(cell, str) else f"{cell:.2f}"
 
 
 def print_sweep(report: SweepReport, written: Sequence[Path] = ()) -> None:

@@ -13,7 +13,8 @@ from radt.evaluation.image_measures import LOWER_IS_BETTER, SHARES, Row
 from radt.evaluation.image_set import PLOT
 from radt.evaluation.images import ExtractorFacts, ImagesReport
 from radt.evaluation.metrics import Score
-from radt.evaluation.results import Estimate, Picture, Result, Table, typed_command
+from radt.evaluation.results import Picture, Result, Table, typed_command
+from radt.evaluation.tables import cell_of, markdown_table
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
@@ -135,14 +136,10 @@ def _page(report: ImagesReport) -> str:
     """The report in Markdown."""
     beside = "" if report.real is None else f", beside {report.n_real:,} of `{report.real}`"
     lines = [f"# Pictures of `{report.source}`", "", f"N = {report.n:,}{beside}. `{typed_command()}`", ""]
-    lines += [_line(COLUMNS), _line(["---"] * len(COLUMNS)), *map(_line, table_rows(report)), ""]
+    lines += [markdown_table(Table(title="Measures", columns=COLUMNS, rows=tuple(table_rows(report)))), ""]
     lines += [f"- {line}" for line in remarks(report)]
     lines += ["", f"![every measure with its 95 % interval]({PLOT})", ""]
     return "\n".join(lines)
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
 
 
 def _result(report: ImagesReport, document: dict[str, Any]) -> Result:
@@ -150,7 +147,7 @@ def _result(report: ImagesReport, document: dict[str, Any]) -> Result:
         (
             row.title,
             _over(report, row),
-            _estimate(row.score),
+            cell_of(row.score),
             row.n,
             row.n_real,
         )
@@ -171,12 +168,6 @@ def _result(report: ImagesReport, document: dict[str, Any]) -> Result:
         pictures=(Picture(file=PLOT, title="Every measure with its 95 % interval"),),
         data=document,
     )
-
-
-def _estimate(score: Score) -> Estimate | float:
-    if score.low is None or score.high is None:
-        return score.value
-    return Estimate(value=score.value, low=score.low, high=score.high)
 
 
 def draw_plot(report: ImagesReport) -> bytes:

@@ -32,7 +32,7 @@ def add_command(evaluate: typer.Typer, *, progress: Progress) -> None:
     ) -> None:
         """Draw what a folder shows, in a style that no training saw, from all its pictures but one of each thing."""
         from radt.evaluation.references import evaluate_references, write_report
-        from radt.evaluation.report import table_lines
+        from radt.evaluation.tables import table_lines
 
         settings: dict[str, Any] = {name: value for name, value in (("k", k), ("stages", stages)) if value is not None}
         with progress("drawing") as on_step:

@@ -7,7 +7,6 @@ lie its plots, as SVG, and its pictures.
 
 import base64
 import html
-import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,8 @@ from index.atomic import new_folder, write_bytes
 from index.errors import CorpusError, QueryError
 from radt.evaluation.plain_results import find_plain_results
 from radt.evaluation.results import Cell, Estimate, Picture, Result, Table, find_results, now
-from radt.evaluation.svg_plot import draw_plot, number_text
+from radt.evaluation.svg_plot import draw_plot
+from radt.evaluation.tables import cell_text, escape_markdown, markdown_table
 
 TITLE = "What was measured"
 FILES = "report.files"  # the folder of what the Markdown shows
@@ -116,38 +116,6 @@ def picture_name(name: str, number: int, picture: Picture) -> str:
     return f"{name}-picture-{number}{Path(picture.file).suffix.lower()}"
 
 
-# Cells
-
-
-def cell_text(cell: Cell) -> str:
-    """A number in few figures, an estimate with its interval, a dash for nothing."""
-    if cell is None:
-        return "-"
-    if isinstance(cell, Estimate):
-        places = _places(cell)
-        return f"{cell.value:.{places}f} ({cell.low:.{places}f} to {cell.high:.{places}f})"
-    return number_text(cell) if isinstance(cell, int | float) else cell
-
-
-def _places(cell: Estimate) -> int:
-    """Decimals at which an interval has two figures of width; shares of so many trials as one has get two."""
-    width = cell.high - cell.low
-    is_share = cell.low >= 0 and cell.high <= 1 and width > 0.02
-    return 2 if is_share or width <= 0 else min(6, max(0, 1 - math.floor(math.log10(width))))
-
-
-def table_lines(table: Table) -> list[str]:
-    """A table for the terminal: columns as wide as they need."""
-    rows = [table.columns, *(tuple(map(cell_text, row)) for row in table.rows)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(table.columns))]
-    lines = ["  ".join(_aligned(row[i], width, i) for i, width in enumerate(widths)) for row in rows]
-    return [table.title, *(line.rstrip() for line in lines), *([table.note] if table.note else [])]
-
-
-def _aligned(text: str, width: int, column: int) -> str:
-    return text.ljust(width) if column == 0 else text.rjust(width)
-
-
 # Markdown
 
 
@@ -155,33 +123,26 @@ def render_markdown(results: Sequence[Result], names: Sequence[str]) -> str:
     """The page for a repository."""
     parts = [f"# {TITLE}", f"{len(results)} results, put together {now()}."]
     for result, name in zip(results, names, strict=True):
-        parts += [f"## {_escape_md(result.title)}", _facts_line(result), f"```\n{result.command}\n```"]
-        parts += [_escape_md(result.note)] if result.note else []
+        parts += [f"## {escape_markdown(result.title)}", _facts_line(result), f"```\n{result.command}\n```"]
+        parts += [escape_markdown(result.note)] if result.note else []
         for table in result.tables:
-            parts += [f"### {_escape_md(table.title)}", _md_table(table)]
-            parts += [_escape_md(table.note)] if table.note else []
+            parts += [f"### {escape_markdown(table.title)}", markdown_table(table)]
+            parts += [escape_markdown(table.note)] if table.note else []
         for number, plot in enumerate(result.plots, 1):
-            parts += [f"### {_escape_md(plot.title)}", f"![{_escape_md(plot.title)}]({FILES}/{name}-{number}.svg)"]
-            parts += [_escape_md(plot.note)] if plot.note else []
+            parts += [
+                f"### {escape_markdown(plot.title)}",
+                f"![{escape_markdown(plot.title)}]({FILES}/{name}-{number}.svg)",
+            ]
+            parts += [escape_markdown(plot.note)] if plot.note else []
         for number, picture in enumerate(result.pictures, 1):
             file = picture_name(name, number, picture)
-            parts += [f"### {_escape_md(picture.title)}", f"![{_escape_md(picture.title)}]({FILES}/{file})"]
+            title = escape_markdown(picture.title)
+            parts += [f"### {title}", f"![{title}]({FILES}/{file})"]
     return "\n\n".join(parts) + "\n"
 
 
-def _md_table(table: Table) -> str:
-    head = "| " + " | ".join(map(_escape_md, table.columns)) + " |"
-    rule = "|" + "|".join(["---", *["---:"] * (len(table.columns) - 1)]) + "|"
-    rows = ["| " + " | ".join(_escape_md(cell_text(cell)) for cell in row) + " |" for row in table.rows]
-    return "\n".join([head, rule, *rows])
-
-
-def _escape_md(text: str) -> str:
-    return " ".join(text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").split())
-
-
 def _facts_line(result: Result) -> str:
-    return _escape_md("; ".join([result.date, *(f"{name} {text}" for name, text in _plain_facts(result))]))
+    return escape_markdown("; ".join([result.date, *(f"{name} {text}" for name, text in _plain_facts(result))]))
 
 
 def _plain_facts(result: Result) -> list[tuple[str, str]]:

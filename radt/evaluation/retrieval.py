@@ -14,7 +14,8 @@ import numpy as np
 from index.errors import ConfigError, QueryError
 from radt.evaluation import metrics
 from radt.evaluation.metrics import Score
-from radt.evaluation.results import Cell, Estimate, Result, Table, typed_command
+from radt.evaluation.results import Cell, Result, Table, typed_command
+from radt.evaluation.tables import cell_of, cell_text
 from radt.settings import By
 
 if TYPE_CHECKING:
@@ -193,7 +194,7 @@ def make_table(report: RetrievalReport) -> "RichTable":
     ways = list(report.scores)
     table = RichTable("", *ways, title=_title(report), caption=_caption(report), box=box.SIMPLE)
     for name in next(iter(report.scores.values())):
-        table.add_row(name, *(_cell(report.scores[way][name]) for way in ways))
+        table.add_row(name, *(cell_text(cell_of(report.scores[way][name])) for way in ways))
     return table
 
 
@@ -211,7 +212,7 @@ def write_report(report: RetrievalReport, out: Path) -> list[Path]:
     """Write the result for `radt report`, with everything in it."""
     names = next(iter(report.scores.values()))
     rows: list[tuple[Cell, ...]] = [
-        (name, *(_estimate(report.scores[way][name]) for way in report.scores)) for name in names
+        (name, *(cell_of(report.scores[way][name]) for way in report.scores)) for name in names
     ]
     table = Table(title=_title(report), columns=("", *report.scores), rows=tuple(rows), note=_caption(report))
     result = Result(
@@ -225,12 +226,6 @@ def write_report(report: RetrievalReport, out: Path) -> list[Path]:
     return [result.save(out)]
 
 
-def _estimate(score: Score) -> Cell:
-    if score.low is None or score.high is None:
-        return score.value
-    return Estimate(value=score.value, low=score.low, high=score.high)
-
-
 def _title(report: RetrievalReport) -> str:
     return f"{report.n:,} queries to {report.pairs:,} pairs"
 
@@ -240,9 +235,3 @@ def _caption(report: RetrievalReport) -> str:
         f"recall: share of the relevant pairs found (their number is {report.relevant_median:g} in the median); hit: "
         f"any of them found; mrr: 1 / rank of the first, among {report.depth} hits. In brackets 95 % intervals."
     )
-
-
-def _cell(score: Score) -> str:
-    if score.low is None:
-        return f"{score.value:.2f}"
-    return f"{score.value:.2f} ({score.low:.2f} to {score.high:.2f})"

@@ -9,9 +9,10 @@ from PIL import Image
 
 from index.errors import CorpusError, QueryError
 from radt.evaluation.plain_results import find_plain_results
-from radt.evaluation.report import cell_text, table_lines, write_report
+from radt.evaluation.report import write_report
 from radt.evaluation.results import Estimate, Line, Picture, Plot, Result, Table
 from radt.evaluation.svg_plot import draw_plot, number_text
+from radt.evaluation.tables import cell_text, table_lines
 
 SVG = "{http://www.w3.org/2000/svg}"
 
