@@ -19,7 +19,11 @@ MEASURES_HELP = (
 
 def add_commands(evaluate: typer.Typer, *, progress: Progress) -> None:
     """Put both commands under `radt evaluate`. `progress` opens a bar that is told (done, total)."""
+    _add_images(evaluate, progress)
+    _add_retrieval(evaluate, progress)
 
+
+def _add_images(evaluate: typer.Typer, progress: Progress) -> None:
     @evaluate.command("images")
     def images(
         pictures: Annotated[str, typer.Argument(help="Folder of pictures; a knowledge base or corpus does, too.")],
@@ -107,6 +111,8 @@ def add_commands(evaluate: typer.Typer, *, progress: Progress) -> None:
         written = [] if out is None else write_report(report, out)
         _print_json(report.to_json()) if as_json else print_report(report, written)
 
+
+def _add_retrieval(evaluate: typer.Typer, progress: Progress) -> None:
     @evaluate.command("retrieval")
     def retrieval(
         *,

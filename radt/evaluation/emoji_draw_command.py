@@ -1,18 +1,17 @@
 """What `radt evaluate emoji-draw` does with what was typed: the short form, kinds of prompts, or a sweep."""
 
 import tempfile
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from index.errors import QueryError
+from radt.evaluation.commands import Progress
 from radt.pipeline import TextToImage
 from radt.settings import GenerateSettings
 
 SweepOption = Literal["k", "text-share", "by", "neighbors"]
-Progress = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,14 +1,12 @@
 """The command `radt evaluate references`; heavy imports wait until it runs."""
 
 import json
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-Progress = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
+from radt.evaluation.commands import Progress
 
 
 def add_command(evaluate: typer.Typer, *, progress: Progress) -> None:
