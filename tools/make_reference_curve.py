@@ -10,10 +10,11 @@ from pathlib import Path
 
 from index.config import to_dict
 from radt.presets import BaseConfig
-from radt.training.doctor import RunFolder, newest_reading, read_lines
+from radt.training.doctor import newest_reading
 from radt.training.loop import METRICS_FILE
 from radt.training.probe import PROBE_FILE
 from radt.training.reference import Curve, Life, thin
+from radt.training.run_folder import RunFolder, read_lines
 
 CURVES = Path(__file__).parents[1] / "radt" / "training" / "curves"
 

@@ -9,20 +9,17 @@
 What it compares with is in `radt/training/reference.py`. docs/training.md says what to do about each finding.
 """
 
-import json
 import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
 
-from index.config import from_dict, to_dict
-from index.errors import ConfigError, CorpusError, UserError
-from radt.presets import PRESETS, BaseConfig
+from index.errors import CorpusError, UserError
+from radt.presets import BaseConfig
 from radt.training.checkpoint import load_state, without_prefix
 from radt.training.data import DataConfig, draw_batch
 from radt.training.distill_run import DistillConfig
@@ -30,13 +27,13 @@ from radt.training.leaks import Leak, leaks_in_corpus, leaks_in_pictures, leaks_
 from radt.training.loop import METRICS_FILE
 from radt.training.pack import Pack
 from radt.training.precompute import Captions
-from radt.training.probe import PROBE_FILE, Reading, probe
-from radt.training.reference import Curve, load_curves
+from radt.training.probe import Reading, probe
+from radt.training.reference import Curve
 from radt.training.run import objective_of
+from radt.training.run_folder import History, Lines, RunFolder
 from radt.unet.unet import UNet
 
 State: TypeAlias = Literal["ok", "warning", "error", "unknown"]
-Lines: TypeAlias = tuple[Mapping[str, float], ...]
 
 FAR_ABOVE = 1.5  # times the reference: windows of one run differ by a tenth, other data settings made it 1.3
 LEAP = 10.0  # times the median of the lines before; healthy runs leapt up to 3 times
@@ -53,7 +50,6 @@ SIGMAS = 4.5  # of a binomial share: once in 150,000 by chance
 RARE = 0.01  # a branch seen less often is not learnt
 MORE_DROPPED = 0.1  # than asked for
 TOLD = 3  # leaks that are named
-NEEDED = ("step", "images_seen", "loss")  # of a line
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,21 +64,6 @@ class Finding:
     def to_json(self) -> dict[str, Any]:
         """All four fields."""
         return {"name": self.name, "state": self.state, "detail": self.detail, "remedy": self.remedy}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class History:
-    """What one run, or one phase of a distillation, logged, and the curve it is held beside."""
-
-    phase: str
-    lines: Lines
-    probes: Lines
-    curve: Curve | None
-
-    @property
-    def images_seen(self) -> float:
-        """At the last line that was logged."""
-        return self.lines[-1]["images_seen"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,44 +114,6 @@ def examine_run(folder: Path, on_stage: Callable[[str], None] = lambda _: None) 
     elif isinstance(run.config, str):
         findings.append(Finding(name="config", state="unknown", detail=run.config))
     return Diagnosis(folder=folder, preset=run.preset, findings=tuple(findings), histories=tuple(run.histories))
-
-
-class RunFolder:
-    """What lies in a run folder, read once and when it is asked for."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        try:
-            self.raw: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            if not isinstance(self.raw, dict):
-                raise ConfigError("its config.json holds no object")
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{folder} is no run folder ({error}): name one that `radt train` wrote") from error
-        self.preset = nearest_preset(self.raw)
-        self.config = _typed_config(self.raw, self.preset)
-
-    @cached_property
-    def histories(self) -> list[History]:
-        """The run's own, or one for each phase."""
-        places = [self.folder]
-        if not (self.folder / METRICS_FILE).exists():
-            places = sorted(self.folder.glob(f"*/{METRICS_FILE}"), key=lambda path: path.stat().st_mtime)
-            places = [path.parent for path in places]
-        found = []
-        for place in places:
-            lines = read_lines(place / METRICS_FILE)
-            if lines:
-                phase = "" if place == self.folder else place.name
-                curve = choose_curve(load_curves(self.preset, phase), self.raw)
-                probes = read_lines(place / PROBE_FILE)
-                found.append(History(phase=phase, lines=lines, probes=probes, curve=curve))
-        return found
-
-    @cached_property
-    def pack(self) -> Pack:
-        """What it trains on."""
-        named = self.config.pack_file if isinstance(self.config, DistillConfig) else None
-        return Pack.load(self.folder / "pack.safetensors" if named is None else Path(named))
 
 
 def judge_history(history: History) -> Iterator[Finding]:
@@ -433,60 +376,5 @@ def _looked_at(name: str, judge: Callable[[], Finding]) -> Finding:
         return Finding(name=name, state="unknown", detail=str(error))
 
 
-def read_lines(path: Path) -> Lines:
-    """The whole lines of a metrics file, as far as they are metrics with a loss; none where there is no file."""
-    found = []
-    for line in path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else ():
-        try:
-            values = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(values, dict) and all(isinstance(values.get(name), int | float) for name in NEEDED):
-            found.append({name: value for name, value in values.items() if isinstance(value, int | float)})
-    return tuple(found)
-
-
-def nearest_preset(raw: Mapping[str, Any]) -> str:
-    """The preset that a configuration has most fields in common with: the run does not keep its name."""
-    ours = dotted(raw)
-
-    def distance(name: str) -> int:
-        theirs = dotted(to_dict(PRESETS[name]()))
-        return sum(ours.get(key, _NONE) != theirs.get(key, _NONE) for key in ours.keys() | theirs.keys())
-
-    return min(PRESETS, key=distance)
-
-
-def choose_curve(curves: Sequence[Curve], raw: Mapping[str, Any]) -> Curve | None:
-    """One of a run that began alike, from nothing or from trained weights, and learnt the same kind of answer.
-
-    A run from trained weights that has no such curve is held beside one from nothing: it should be below.
-    """
-    kind = ("prediction", "weighting")
-    alike = [curve for curve in curves if all(curve.config.get(name) == raw.get(name) for name in kind)]
-    from_nothing = [curve for curve in alike if curve.from_nothing]
-    began = from_nothing if raw.get("start") is None else [curve for curve in alike if not curve.from_nothing]
-    return next(iter(began or from_nothing), None)
-
-
-def dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested fields by their dotted names."""
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        found |= dotted(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return found
-
-
-def _typed_config(raw: dict[str, Any], preset: str) -> Any:
-    """The configuration, or, where this version cannot read it, a sentence that says so."""
-    try:
-        return from_dict(type(PRESETS[preset]()), raw)
-    except ValueError as error:
-        return f"of another version, so only what was logged is looked at: {error}"
-
-
 def _is_finite(line: Mapping[str, float]) -> bool:
     return all(math.isfinite(line.get(name, 0.0)) for name in ("loss", "grad_norm"))
-
-
-_NONE = object()

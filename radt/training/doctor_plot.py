@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from index.atomic import write_bytes
 from index.errors import MissingExtraError
-from radt.training.doctor import Diagnosis, History, Lines
+from radt.training.doctor import Diagnosis
+from radt.training.run_folder import History, Lines
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

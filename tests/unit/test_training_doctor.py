@@ -16,20 +16,18 @@ from radt.presets import PRESETS
 from radt.training import doctor
 from radt.training.data import DataConfig
 from radt.training.doctor import (
-    choose_curve,
     examine_run,
     judge_dropping,
     judge_finite,
     judge_gradient,
     judge_loss,
     judge_reading,
-    nearest_preset,
     prob_of_no_neighbors,
-    read_lines,
 )
 from radt.training.pack import Pack
 from radt.training.probe import Reading
 from radt.training.reference import Curve, Life, Point, load_curves, thin
+from radt.training.run_folder import choose_curve, nearest_preset, read_lines
 from tests.packs import CANDIDATES, NUM_SCENES, small_pack
 
 
