@@ -56,7 +56,7 @@ def emoji_demo() -> BaseConfig:
     """The base stage that ships with radt: 32x32, 5 M parameters, neighbours at four levels."""
     return BaseConfig(
         clip="runs/clip-emoji/clip",
-        unet=UNetConfig(image_size=32, text_width=128, pooled_width=128),
+        unet=UNetConfig(image_size=32, text_width=128, pooled_width=128, text_layers=2),
         schedule=NoiseSchedule(curve="cosine"),
         prediction="v",
         weighting="v",

@@ -12,7 +12,7 @@ TEXT_WIDTH, POOLED_WIDTH, IMAGE_SIZE = 12, 10, 16
 
 
 def small_config(**changes: Any) -> UNetConfig:
-    """Three levels on 16x16 pixels, neighbours in the encoder and the decoder."""
+    """Three levels on 16x16 pixels, neighbours in the encoder and the decoder, a text refiner."""
     fields: dict[str, Any] = {
         "image_size": IMAGE_SIZE,
         "text_width": TEXT_WIDTH,
@@ -23,6 +23,7 @@ def small_config(**changes: Any) -> UNetConfig:
         "heads": 2,
         "neighbor_key_width": 8,
         "neighbor_value_width": 24,
+        "text_layers": 1,
     }
     return UNetConfig(**(fields | changes))
 

@@ -13,6 +13,7 @@ A base run's folder holds
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -129,9 +130,12 @@ def _first_network(config: BaseConfig, *, resumes: bool) -> "UNet":
     network = UNet(config.unet)
     if config.start is not None and not resumes:
         trained = load_unet(Path(config.start))
-        if trained.config != config.unet:
+        theirs = trained.config
+        if not theirs.text_layers:  # a refiner may be new, for it starts as the identity
+            theirs = replace(theirs, text_layers=config.unet.text_layers)
+        if theirs != config.unet:
             raise ConfigError(f"the stage in {config.start!r} is another network than unet asks for; name one like it")
-        network.load_state_dict(trained.state_dict())
+        network.load_state_dict(network.state_dict() | trained.state_dict())
     return network
 
 
@@ -139,8 +143,6 @@ def train_twin(
     config: DistillConfig, out: Path, *, on_step: OnStep = lambda _: None, on_stage: OnStage = lambda _: None
 ) -> Path:
     """Distil one stage of a bundle. The twin may be halved further when a run resumes."""
-    from dataclasses import replace
-
     from radt.bundle import CLIP_FOLDER, load_unet, read_info, text_encoder_of
     from radt.training.distill_run import distill, find_stage
     from radt.training.pack import Pack

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from einops import rearrange, repeat
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.functional import normalize, scaled_dot_product_attention
 
@@ -53,6 +53,48 @@ class TextSelfAttention(nn.Module):
         k, v = torch.cat([k, text_k], dim=2), torch.cat([v, text_v], dim=2)
         attended = scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return x + self.project_out(rearrange(attended, "b g (h w) e -> b (g e) h w", h=x.shape[2]))
+
+
+class TextRefiner(nn.Module):
+    """Let every token of a text see all others, before the picture attends to them; starts as the identity.
+
+    A text tower that reads from left to right, as CLIP's does, has no sign at the first thing of "a wolf left of a cup"
+    that it is the left one: here it gets one (the bidirectional token refiner of HunyuanVideo, Kong et al. 2024).
+    Deviates from Imagen, where the picture attends to the frozen encoder's tokens as they are.
+    """
+
+    def __init__(self, width: int, *, layers: int, heads: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(TextRefinerLayer(width, heads) for _ in range(layers))
+
+    def forward(self, tokens: Float[Tensor, "b n d"], mask: Bool[Tensor, "b n"]) -> Float[Tensor, "b n d"]:
+        """Tokens where `mask` is True see each other. The others, which nobody attends to, are not defined."""
+        visible = (mask | ~mask.any(dim=-1, keepdim=True))[:, None, None]  # of a null text all, or there is no softmax
+        for layer in self.layers:
+            tokens = layer(tokens, visible)
+        return tokens
+
+
+class TextRefinerLayer(nn.Module):
+    """Self-attention and a feed-forward network, each behind its normalisation and beside the identity."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.attention_norm = nn.LayerNorm(width)
+        self.to_qkv = nn.Linear(width, 3 * width, bias=False)
+        self.project_out = nn.Linear(width, width)
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, width)
+        )
+
+    def forward(self, tokens: Float[Tensor, "b n d"], visible: Bool[Tensor, "b 1 1 n"]) -> Float[Tensor, "b n d"]:
+        """The same tokens, with what they saw of each other added."""
+        qkv = self.to_qkv(self.attention_norm(tokens))
+        q, k, v = rearrange(qkv, "b n (three g e) -> three b g n e", three=3, g=self.heads)
+        seen = scaled_dot_product_attention(q, k, v, attn_mask=visible)
+        tokens = tokens + self.project_out(rearrange(seen, "b g n e -> b n (g e)"))
+        return tokens + self.mlp(tokens)
 
 
 class CaptionAgreement(nn.Module):

@@ -7,7 +7,7 @@ Next on the main path: `radt/diffusion/denoiser.py`, which turns this network's 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import torch
@@ -27,7 +27,14 @@ from radt.conditioning import (
 )
 from radt.resizing import Size, resize
 from radt.shapes import Features, NeighborMask, PerExample, Pixels
-from radt.unet.attention import AttentionMaps, CaptionAgreement, NeighborAttention, TextSelfAttention
+from radt.unet.attention import (
+    AttentionMaps,
+    CaptionAgreement,
+    NeighborAttention,
+    TextRefiner,
+    TextRefinerLayer,
+    TextSelfAttention,
+)
 from radt.unet.layers import ResidualBlock, Upsample, fourier_features, group_norm, zero_
 
 LevelMap = Float[Tensor, "b _c _h _w"]  # features of any level
@@ -55,6 +62,7 @@ class UNetConfig:
     low_res_size: int | None = None  # height of the picture drawn over; None: the first stage, which draws over none
     guidance_input: bool = False  # told the guidance that it imitates in one row: a fast twin (I10)
     neighbor_encoder: Literal["shared", "separate"] = "shared"  # shared: neighbours go through the network's own (R7)
+    text_layers: int = 0  # of the refiner, through which tokens see each other before the picture attends to them
 
     def __post_init__(self) -> None:
         levels = range(len(self.channels))
@@ -68,6 +76,8 @@ class UNetConfig:
         for name, side in zip(("image_size", "image_width"), self.size, strict=True):
             if side % shrink:
                 raise ConfigError(f"{name} {side} must be a multiple of {shrink} (fold and {len(levels)} levels)")
+        if self.text_layers < 0:
+            raise ConfigError(f"text_layers must be 0 (tokens as they are) or more, got {self.text_layers}")
         if self.low_res_size is not None and not 0 < self.low_res_size <= self.image_size:
             raise ConfigError(f"low_res_size {self.low_res_size} must be at most image_size {self.image_size}")
 
@@ -188,6 +198,8 @@ class UNet(nn.Module):
         self.config = config
         levels = range(len(config.channels))
         self.embedding = TextEmbedding(config)
+        if config.text_layers:
+            self.refiner = TextRefiner(config.text_width, layers=config.text_layers, heads=config.heads)
         self.encoder = nn.ModuleList(EncoderLevel(config, level) for level in levels)
         self.decoder = nn.ModuleList(DecoderLevel(config, level) for level in levels)
         if config.has_neighbor_encoder:
@@ -213,14 +225,22 @@ class UNet(nn.Module):
         """The neighbour attention of a level of the encoder or the decoder."""
         return cast(NeighborAttention, self.neighbor_attention[f"{side}{level}"])
 
+    def refined(self, text: TextCondition) -> TextCondition:
+        """The text as attention reads it: through the refiner where there is one."""
+        if not self.config.text_layers:
+            return text
+        return replace(text, tokens=self.refiner(text.tokens, text.mask))
+
     def init_weights(self) -> None:
         """Zero the last projection of every branch: blocks and attentions start as the identity, the output at 0."""
         for module in self.modules():
             if isinstance(module, ResidualBlock):
                 zero_(module.conv2)
                 zero_(module.modulation)
-            elif isinstance(module, TextSelfAttention | NeighborAttention):
+            elif isinstance(module, TextSelfAttention | NeighborAttention | TextRefinerLayer):
                 zero_(module.project_out)
+            if isinstance(module, TextRefinerLayer):
+                zero_(cast(nn.Linear, module.mlp[-1]))
             if isinstance(module, NeighborAttention):
                 zero_(module.to_offset)
                 if self.config.low_res is not None:
@@ -304,8 +324,8 @@ class UNet(nn.Module):
     ) -> Pixels:
         assert guidance is None or self.config.guidance_input, "only a network with guidance_input is told guidance"
         embedding = self.embedding(t, text, low_res, guidance)
-        maps = self._encode(self.encoder, x, embedding, text, attend=attend, low_res=low_res)
-        return self._decode(maps, embedding, text, attend)
+        maps = self._encode(self.encoder, x, embedding, attend=attend, low_res=low_res)
+        return self._decode(maps, embedding, attend)
 
     @property
     def shares_encoder(self) -> bool:
@@ -329,21 +349,19 @@ class UNet(nn.Module):
         assert self.shares_encoder, "neighbours are looked at inside the encoder"
         embedding = self.embedding(t, text, low_res)
         nobody = _NeighborReader(self, text, None)
-        encoded = self._encode(self.encoder, x, embedding, text, attend=nobody, low_res=low_res)
+        encoded = self._encode(self.encoder, x, embedding, attend=nobody, low_res=low_res)
         maps = [one[rows] for one in encoded]
         embedding, text = embedding[rows], map_tensors(lambda tensor: tensor[rows], text)
         attend = _NeighborReader(self, text, neighbors)
         maps[-1] = attend(maps[-1], "encoder", len(maps) - 1)
-        return self._decode(maps, embedding, text, attend)
+        return self._decode(maps, embedding, attend)
 
-    def _decode(
-        self, maps: list[LevelMap], embedding: Float[Tensor, "b e"], text: TextCondition, attend: "_NeighborReader"
-    ) -> Pixels:
+    def _decode(self, maps: list[LevelMap], embedding: Float[Tensor, "b e"], attend: "_NeighborReader") -> Pixels:
         h = maps[-1]
         for level in reversed(range(len(self.decoder))):
             decoder = cast(DecoderLevel, self.decoder[level])
             h = attend(decoder.enter(h, maps[level], embedding), "decoder", level)
-            h = decoder.leave(decoder.refine(h, embedding, text))
+            h = decoder.leave(decoder.refine(h, embedding, attend.text))
         return nn.functional.pixel_shuffle(self.conv_out(nn.functional.silu(self.norm_out(h))), self.config.fold)
 
     def encode(
@@ -351,7 +369,7 @@ class UNet(nn.Module):
     ) -> list[LevelMap]:
         """The encoder alone, without neighbours: one map a level, finest first."""
         nobody = _NeighborReader(self, text, None)
-        return self._encode(self.encoder, x, self.embedding(t, text, low_res), text, attend=nobody, low_res=low_res)
+        return self._encode(self.encoder, x, self.embedding(t, text, low_res), attend=nobody, low_res=low_res)
 
     def encode_neighbors(
         self, pixels: Pixels, text: TextCondition, *, low_res: LowResolution | None = None
@@ -362,14 +380,13 @@ class UNet(nn.Module):
             return self.encode(pixels, start, text, low_res=low_res)
         nobody = _NeighborReader(self, text, None)
         embedding = self.neighbor_embedding(start, text, low_res)
-        return self._encode(self.neighbor_encoder, pixels, embedding, text, attend=nobody, low_res=low_res)
+        return self._encode(self.neighbor_encoder, pixels, embedding, attend=nobody, low_res=low_res)
 
     def _encode(
         self,
         levels: nn.ModuleList,
         x: Pixels,
         embedding: Float[Tensor, "b e"],
-        text: TextCondition,
         *,
         attend: "_NeighborReader",
         low_res: LowResolution | None,
@@ -379,7 +396,7 @@ class UNet(nn.Module):
         seen = x if low_res is None else torch.cat([x, low_res.pixels], dim=1)
         h = nn.functional.pixel_unshuffle(seen, self.config.fold)
         for level, encoder in enumerate(levels):
-            h = attend(encoder(h, embedding, text), "encoder", level)
+            h = attend(encoder(h, embedding, attend.text), "encoder", level)
             maps.append(h)
         return maps
 
@@ -433,7 +450,9 @@ class UNet(nn.Module):
 class _NeighborReader:
     """Applies the neighbour attention of a level where there is one, in the order the keys were projected.
 
-    `note` is told each layer that runs, what it sees of the picture, and what it reads of the neighbours.
+    `text` is what all attention of the call reads. Prompt and captions are compared by the tokens as they came: equal
+    words agree whatever stands beside them. `note` is told each layer that runs, what it sees of the picture, and what
+    it reads of the neighbours.
     """
 
     def __init__(
@@ -443,7 +462,7 @@ class _NeighborReader:
         neighbors: NeighborKV | None,
         note: Callable[[NeighborAttention, Features, dict[str, Any]], None] | None = None,
     ) -> None:
-        self.unet, self.text, self.neighbors, self.note = unet, text, neighbors, note
+        self.unet, self.text, self.neighbors, self.note = unet, unet.refined(text), neighbors, note
         self.layers = unet.config.neighbor_layers
         self.agreement = None if neighbors is None else unet.agreement(text, neighbors)
 

@@ -215,6 +215,22 @@ def test_training_may_start_from_a_stage_that_was_trained_before(
     train("tiny", [*gone, "loop.num_steps=2"], prepared)  # it has weights of its own now
 
 
+def test_training_may_start_from_a_stage_without_a_refiner(finished: Path, prepared: Path, tiny_clip: Path) -> None:
+    stage = finished / "bundle" / "stage0"
+    more = ("unet.text_layers=1", "loop.num_steps=1", "optim.lr=1e-9", "optim.warmup_steps=0")
+    train("tiny", settings(tiny_clip, f"start={stage}", *more), prepared)
+    trained, started = (
+        load_file(prepared / "bundle" / "stage0" / "model.safetensors"),
+        load_file(stage / "model.safetensors"),
+    )
+    assert all(torch.allclose(trained[name], started[name], rtol=1e-3, atol=1e-6) for name in started)
+    assert {name.partition(".")[0] for name in trained.keys() - started.keys()} == {"refiner"}
+    # What was trained is not thrown away.
+    lost = settings(tiny_clip, f"start={prepared / 'bundle' / 'stage0'}", "unet.text_layers=0")
+    with pytest.raises(ConfigError, match="is another network than unet asks for"):
+        train("tiny", lost, prepared / "new")
+
+
 def test_t5_can_read_the_prompts(tiny_clip: Path, tmp_path: Path) -> None:
     t5 = save_t5(tmp_path / "t5")
     widths = ["unet.text_width=16", "unet.pooled_width=16"]

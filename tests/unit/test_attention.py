@@ -11,6 +11,8 @@ from radt.unet.attention import (
     NUM_POSITION_WAVES,
     CaptionAgreement,
     NeighborAttention,
+    TextRefiner,
+    TextRefinerLayer,
     TextSelfAttention,
     cell_centres,
     position_code,
@@ -173,6 +175,55 @@ def test_text_self_attention_is_its_formula() -> None:
         out = torch.cat(attended, dim=1) @ layer.project_out.weight[:, :, 0, 0].T + layer.project_out.bias
         expected[b] += out.T.view_as(x[b])
     torch.testing.assert_close(layer(x, TEXT), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def refiner() -> TextRefiner:
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        refiner = TextRefiner(TEXT_WIDTH, layers=2, heads=HEADS)
+    randomize(refiner, scale=0.3)
+    return refiner.requires_grad_(requires_grad=False)
+
+
+def slow_refined(layer: TextRefinerLayer, tokens: Tensor) -> Tensor:
+    """One text without padding, token by token and head by head."""
+    rows = [layer.to_qkv.weight @ layer.attention_norm(token) for token in tokens]
+    size = TEXT_WIDTH // HEADS
+    refined = []
+    for token, row in zip(tokens, rows, strict=True):
+        heads = []
+        for g in range(HEADS):
+            part = slice(g * size, (g + 1) * size)
+            q = row[:TEXT_WIDTH][part]
+            keys = torch.stack([other[TEXT_WIDTH : 2 * TEXT_WIDTH][part] for other in rows])
+            values = torch.stack([other[2 * TEXT_WIDTH :][part] for other in rows])
+            heads.append((keys @ q / math.sqrt(size)).softmax(dim=0) @ values)
+        seen = token + layer.project_out(torch.cat(heads))
+        refined.append(seen + layer.mlp(seen))
+    return torch.stack(refined)
+
+
+def test_refiner_is_its_formula_and_sees_no_padding(refiner: TextRefiner) -> None:
+    refined = refiner(TEXT.tokens, TEXT.mask)
+    for tokens, mask, found in zip(TEXT.tokens, TEXT.mask, refined, strict=True):
+        expected = tokens[mask]
+        for layer in refiner.layers:
+            assert isinstance(layer, TextRefinerLayer)
+            expected = slow_refined(layer, expected)
+        torch.testing.assert_close(found[mask], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_first_token_hears_of_the_last(refiner: TextRefiner) -> None:
+    """What a text tower that reads from left to right cannot tell."""
+    changed = TEXT.tokens.clone()
+    changed[0, -1] = changed[0, 0]
+    before, after = (refiner(tokens, TEXT.mask)[0, 0] for tokens in (TEXT.tokens, changed))
+    assert not torch.allclose(before, after, atol=1e-3)
+
+
+def test_refiner_of_a_null_text_is_finite(refiner: TextRefiner) -> None:
+    assert refiner(TEXT.tokens, torch.zeros_like(TEXT.mask)).isfinite().all()
 
 
 def test_padding_is_no_text() -> None:

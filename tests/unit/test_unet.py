@@ -9,7 +9,7 @@ from torch import Tensor
 
 from index.errors import ConfigError
 from radt.conditioning import map_tensors
-from radt.unet.attention import NeighborAttention, TextSelfAttention
+from radt.unet.attention import NeighborAttention, TextRefinerLayer, TextSelfAttention
 from radt.unet.layers import ResidualBlock
 from radt.unet.unet import UNet, UNetConfig
 from tests.networks import (
@@ -21,6 +21,7 @@ from tests.networks import (
     random_pixels,
     random_text,
     random_unet,
+    randomize,
     small_config,
 )
 
@@ -185,15 +186,15 @@ def test_every_branch_starts_as_the_identity() -> None:
         assert torch.equal(out, expected)
 
     for module in unet.modules():
-        if isinstance(module, ResidualBlock | TextSelfAttention | NeighborAttention):
+        if isinstance(module, ResidualBlock | TextSelfAttention | NeighborAttention | TextRefinerLayer):
             module.register_forward_hook(check, with_kwargs=True)
     unet(X, T, TEXT, unet.project_neighbors(NEIGHBORS))
-    assert seen == {ResidualBlock, TextSelfAttention, NeighborAttention}
+    assert seen == {ResidualBlock, TextSelfAttention, NeighborAttention, TextRefinerLayer}
 
 
 def test_no_parameter_is_dead() -> None:
     """What starts at zero lets the gradient through one layer a step: the output first, then the last convolution of
-    every branch, then the rest. After three steps of the optimiser every single parameter has a gradient."""
+    every branch, then the rest, the text refiner last. After four steps every single parameter has a gradient."""
     unet = new_unet()
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-2)
     target = random_pixels(B, seed=9)
@@ -207,14 +208,17 @@ def test_no_parameter_is_dead() -> None:
 
     everything = {name for name, _ in unet.named_parameters()}
     counts = []
-    for _ in range(4):
+    for _ in range(5):
         counts.append(silent())
         assert all(parameter.grad is not None for parameter in unet.parameters())  # what several processes need
         optimizer.step()
     assert everything - counts[0] == {"conv_out.weight", "conv_out.bias"}
     assert {"norm_out.weight", "encoder.0.blocks.0.conv2.weight"}.isdisjoint(counts[1])
-    assert {name for name in counts[1] if name.endswith("project_out.weight")} == set()
-    assert counts[3] == set()
+    assert {name for name in counts[1] if name.endswith("project_out.weight")} == {
+        "refiner.layers.0.project_out.weight"
+    }
+    assert {name.partition(".")[0] for name in counts[3]} <= {"refiner"}
+    assert counts[4] == set()
 
 
 # Configuration
@@ -228,6 +232,7 @@ def test_no_parameter_is_dead() -> None:
         ({"encoder_neighbor_levels": (0, 5)}, "encoder_neighbor_levels names level 5"),
         ({"decoder_neighbor_levels": (-1,)}, "decoder_neighbor_levels names level -1"),
         ({"image_size": 20}, "image_size 20 must be a multiple of 8"),
+        ({"text_layers": -1}, "text_layers must be 0 (tokens as they are) or more, got -1"),
     ],
 )
 def test_impossible_sizes_are_refused(changes: dict[str, Any], said: str) -> None:
@@ -247,7 +252,8 @@ def test_neighbor_layers_are_in_the_order_they_run() -> None:
         small_config(
             channels=(16,), blocks=(1,), attention_levels=(), encoder_neighbor_levels=(0,), decoder_neighbor_levels=()
         ),
-        small_config(fold=1, encoder_neighbor_levels=(2,), decoder_neighbor_levels=()),  # the source's form
+        # the source's form
+        small_config(fold=1, encoder_neighbor_levels=(2,), decoder_neighbor_levels=(), text_layers=0),
         small_config(channels=(24, 40), blocks=(2, 1), attention_levels=(0, 1), encoder_neighbor_levels=(0, 1)),
     ],
 )
@@ -255,6 +261,23 @@ def test_other_forms_run(config: UNetConfig) -> None:
     unet = UNet(config)
     out = unet(X, T, TEXT, unet.project_neighbors(NEIGHBORS))
     assert out.shape == (B, 3, IMAGE_SIZE, IMAGE_SIZE)
+
+
+def test_a_new_refiner_changes_nothing_and_a_trained_one_does() -> None:
+    plain, refined = random_unet(text_layers=0), new_unet(text_layers=2)
+    refined.load_state_dict(refined.state_dict() | plain.state_dict())
+    kept = plain.project_neighbors(NEIGHBORS)
+    assert_bitwise(refined.project_neighbors(NEIGHBORS), kept)
+    assert torch.equal(refined(X, T, TEXT, kept), plain(X, T, TEXT, kept))
+    randomize(refined.refiner)
+    assert not torch.allclose(refined(X, T, TEXT, kept), plain(X, T, TEXT, kept), atol=1e-3)
+
+
+def test_prompt_and_captions_are_compared_by_the_tokens_as_they_came() -> None:
+    """A refiner must not move a word of the prompt away from the same word of a caption."""
+    unet = random_unet(text_layers=2)
+    captions = unet.encode_pairs(NEIGHBORS).captions
+    assert torch.equal(captions, unet.agreement.embed(NEIGHBORS.text.tokens))
 
 
 def test_attention_mass_is_a_share_for_each_neighbor(unet: UNet) -> None:
