@@ -2,16 +2,18 @@
 
 Nothing of the prompt is used. Ink is what differs from the ground, which is the colour of the border. One emoji may
 be of several parts and two may touch, so figures are not connected parts: of all arrangements that scenes have (one
-figure somewhere; two, three or four in their places, any of them missing) the one that fits the ink best is taken.
-So a picture is read as having at most four figures.
+figure somewhere; two, three or four in their places, any of them missing) the one that fits the ink best is taken,
+sooner where all its places show the same thing and there is a gap between them. So a picture is read as having at most
+four figures.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import TypeAlias
 
 import numpy as np
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from scipy import ndimage
 
 from radt.corpora.emoji import Box
@@ -31,6 +33,7 @@ from radt.evaluation.color import border_color, lab_from_srgb, nearest_color
 Point: TypeAlias = tuple[float, float]
 Mask: TypeAlias = Bool[np.ndarray, "h w"]
 Contrast: TypeAlias = Float[np.ndarray, "h w"]
+Lab: TypeAlias = Float[np.ndarray, "h w 3"]
 
 INK = 12.0  # CIE76 from the ground: less is not seen as another colour
 LEAST_INK = 0.0015  # of the frame: smaller specks are noise
@@ -42,6 +45,9 @@ SMALL, LARGE = (PLACED_SIDE + ALONE_SIDE) / 2, (ALONE_SIDE + SIZED_SIDES["large"
 ONE = 0.075  # what one figure costs beyond its misfit: where several fit as well and do not touch, there are several
 ONE_OF_TWO_SQUARES = 0.05  # and where it is large and half as high as wide, or half as wide as high: hardly any is
 TOUCHING = 0.14  # what several cost where the emptiest line between them is as full of ink as the others
+ALIKE = 0.15  # what several gain where all their places show the very same and nothing lies between them
+UNLIKE = 0.6  # how different two places are, in typical contrasts of the ink, that they are two things: no gain
+CELLS = 12  # samples along each side of a place
 BETWEEN = 0.025  # how far from the middle of the frame that line may lie
 
 
@@ -120,15 +126,11 @@ def read(picture: UInt8[np.ndarray, "h w 3"]) -> Reading:
     """Read a picture of any size. A blank one has no figures."""
     color = border_color(picture)
     ground = nearest_color(color, PALETTE)
-    contrast = contrast_to(picture, color)
+    lab = lab_from_srgb(picture)
+    contrast: Contrast = np.linalg.norm(lab - lab_from_srgb(color), axis=-1)  # to the eye: CIE76
     mask = ink(contrast)
-    figures = [] if mask.mean() < BLANK else _figures(mask, contrast)
+    figures = [] if mask.mean() < BLANK else _figures(mask, contrast, lab)
     return Reading(ground=ground, figures=tuple(sorted(figures, key=lambda each: each.center[::-1])))
-
-
-def contrast_to(picture: UInt8[np.ndarray, "h w 3"], ground: Float[np.ndarray, " 3"]) -> Contrast:
-    """How different each pixel looks from the ground (CIE76)."""
-    return np.linalg.norm(lab_from_srgb(picture) - lab_from_srgb(ground), axis=-1)
 
 
 def ink(contrast: Contrast) -> Mask:
@@ -150,7 +152,7 @@ def outline(mask: Mask) -> Figure | None:
     return Figure(center=((left + right) / 2, (top + bottom) / 2), side=max(right - left, bottom - top))
 
 
-def _figures(mask: Mask, contrast: Contrast) -> list[Figure]:
+def _figures(mask: Mask, contrast: Contrast, lab: Lab) -> list[Figure]:
     """Those of the arrangement that fits the ink best."""
     whole = outline(mask)
     if whole is None:
@@ -160,13 +162,13 @@ def _figures(mask: Mask, contrast: Contrast) -> list[Figure]:
     if whole.side > LARGE and min(rows.stop - rows.start, columns.stop - columns.start) < 0.6 * whole.side * len(mask):
         least += ONE_OF_TWO_SQUARES
     for arrangement in ARRANGEMENTS:
-        figures, cost = _fitted(mask, contrast, arrangement)
+        figures, cost = _fitted(mask, contrast, lab, arrangement)
         if len(figures) > 1 and cost < least:
             best, least = figures, cost
     return best
 
 
-def _fitted(mask: Mask, contrast: Contrast, arrangement: Arrangement) -> tuple[list[Figure], float]:
+def _fitted(mask: Mask, contrast: Contrast, lab: Lab, arrangement: Arrangement) -> tuple[list[Figure], float]:
     """Every pixel of ink belongs to the nearest place. The figures, and how far they are from as they should be."""
     parts = _distances(mask.shape, arrangement.centers).argmin(axis=0)
     found = [outline(mask & (parts == place)) for place in range(len(arrangement.centers))]
@@ -174,8 +176,24 @@ def _fitted(mask: Mask, contrast: Contrast, arrangement: Arrangement) -> tuple[l
         MISSING if figure is None else _misfit(figure, Figure(center=center, side=arrangement.side))
         for figure, center in zip(found, arrangement.centers, strict=True)
     ]
-    touching = TOUCHING * max(_ink_on_line(mask, contrast, *line) for line in arrangement.lines)
-    return [figure for figure in found if figure is not None], sum(costs) / len(costs) + touching
+    between = max(_ink_on_line(mask, contrast, *line) for line in arrangement.lines)
+    alike = max(0.0, 1 - _difference(mask, contrast, lab, arrangement) / UNLIKE) * (1 - between)
+    cost = sum(costs) / len(costs) + TOUCHING * between - ALIKE * alike
+    return [figure for figure in found if figure is not None], cost
+
+
+def _difference(mask: Mask, contrast: Contrast, lab: Lab, arrangement: Arrangement) -> float:
+    """How differently the two places that differ most look: mean over a grid on each, in typical contrasts of ink."""
+    height, width = mask.shape
+    offsets = ((np.arange(CELLS) + 0.5) / CELLS - 0.5) * arrangement.side
+    parts = [lab[np.ix_(_cells(y + offsets, height), _cells(x + offsets, width))] for x, y in arrangement.centers]
+    apart = max(np.linalg.norm(one - other, axis=-1).mean() for one, other in combinations(parts, 2))
+    return float(apart / np.median(contrast[mask]))
+
+
+def _cells(where: Float[np.ndarray, " n"], size: int) -> Int[np.ndarray, " n"]:
+    """The pixels in which points of the frame lie; those beyond it count for its edge."""
+    return np.clip((where * size).astype(int), 0, size - 1)
 
 
 def _ink_on_line(mask: Mask, contrast: Contrast, axis: int, extent: float) -> float:
