@@ -24,7 +24,8 @@ from radt.training.pack import Pack, TextTable
 
 MIRRORED_KINDS = ("alone", "sized", "counted")  # their captions speak of no left and right
 TURNED_KINDS = ("alone", "sized")  # and what they show stands in the middle
-# More of the difficult ones than in the corpus: two things of one prompt, counts and places.
+# More of the difficult ones than in the corpus: two things of one prompt, counts and places. The base stage has still
+# more (`radt/presets.py`).
 TRAINING_KINDS: dict[Kind, float] = {"alone": 0.45, "placed": 0.15, "sized": 0.05, "counted": 0.15, "two": 0.20}
 TEXT_BATCH = 256
 
