@@ -8,11 +8,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from index.errors import UserError
-
-State = Literal["ok", "absent", "broken"]  # absent: optional, or only some commands need it
+from radt.finding import AnyFinding
 
 FONT = "colour-emoji font"
 GIB = 2**30
@@ -20,17 +19,10 @@ ROOM = 2 * GIB  # a demonstration run takes a fraction of this
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Finding:
-    """One thing looked at. `remedy` is what to type when the state is not ok."""
+class Finding(AnyFinding):
+    """One thing looked at of a machine."""
 
-    name: str
-    state: State
-    detail: str
-    remedy: str = ""
-
-    def to_json(self) -> dict[str, Any]:
-        """All four fields."""
-        return {"name": self.name, "state": self.state, "detail": self.detail, "remedy": self.remedy}
+    state: Literal["ok", "absent", "broken"]  # absent: optional, or only some commands need it
 
 
 def examine(model: str | Path | None = None, out: Path = Path()) -> list[Finding]:

@@ -14,11 +14,12 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import torch
 
 from index.errors import CorpusError, UserError
+from radt.finding import AnyFinding
 from radt.presets import BaseConfig
 from radt.training.checkpoint import load_state, without_prefix
 from radt.training.data import DataConfig, draw_batch
@@ -32,8 +33,6 @@ from radt.training.reference import Curve
 from radt.training.run import objective_of
 from radt.training.run_folder import History, Lines, RunFolder
 from radt.unet.unet import UNet
-
-State: TypeAlias = Literal["ok", "warning", "error", "unknown"]
 
 FAR_ABOVE = 1.5  # times the reference: windows of one run differ by a tenth, other data settings made it 1.3
 LEAP = 10.0  # times the median of the lines before; healthy runs leapt up to 3 times
@@ -53,17 +52,10 @@ TOLD = 3  # leaks that are named
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Finding:
-    """One thing looked at. `remedy` says what to do where it is not well."""
+class Finding(AnyFinding):
+    """One thing looked at of a run."""
 
-    name: str
-    state: State
-    detail: str
-    remedy: str = ""
-
-    def to_json(self) -> dict[str, Any]:
-        """All four fields."""
-        return {"name": self.name, "state": self.state, "detail": self.detail, "remedy": self.remedy}
+    state: Literal["ok", "warning", "error", "unknown"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
