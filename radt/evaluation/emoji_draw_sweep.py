@@ -63,7 +63,7 @@ SWEEP_TEXT_SHARE = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 SWEEP_BY: tuple[By, ...] = ("clip", "bm25", "hybrid")
 UNITS = "points"  # the folder of what is kept
 ROWS_KEPT = 12  # prompts a sheet
-JUDGING = 4  # goes up whenever reading or judging a picture changes, so that what was judged before is drawn anew
+JUDGING = 5  # goes up whenever reading or judging a picture changes, so that what was judged before is drawn anew
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

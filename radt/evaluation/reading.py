@@ -3,7 +3,7 @@
 Nothing of the prompt is used. Ink is what differs from the ground, which is the colour of the border. One emoji may
 be of several parts and two may touch, so figures are not connected parts: of all arrangements that scenes have (one
 figure somewhere; two, three or four in their places, any of them missing) the one that fits the ink best is taken,
-sooner where all its places show the same thing and there is a gap between them. So a picture is read as having at most
+sooner where all its places show the same thing, or there is a gap between them. So a picture is read as having at most
 four figures.
 """
 
@@ -45,9 +45,10 @@ SMALL, LARGE = (PLACED_SIDE + ALONE_SIDE) / 2, (ALONE_SIDE + SIZED_SIDES["large"
 ONE = 0.075  # what one figure costs beyond its misfit: where several fit as well and do not touch, there are several
 ONE_OF_TWO_SQUARES = 0.05  # and where it is large and half as high as wide, or half as wide as high: hardly any is
 TOUCHING = 0.14  # what several cost where the emptiest line between them is as full of ink as the others
-ALIKE = 0.15  # what several gain where all their places show the very same and nothing lies between them
-UNLIKE = 0.6  # how different two places are, in typical contrasts of the ink, that they are two things: no gain
+ALIKE = 0.12  # what several gain where all their places show the very same
+RELATED = 0.45  # the correlation of places from which on they gain: those of one figure are seldom more alike
 CELLS = 12  # samples along each side of a place
+NUDGES = (-1 / 32, 0.0, 1 / 32)  # by how much two of the same may stand otherwise in their places
 BETWEEN = 0.025  # how far from the middle of the frame that line may lie
 
 
@@ -177,18 +178,32 @@ def _fitted(mask: Mask, contrast: Contrast, lab: Lab, arrangement: Arrangement) 
         for figure, center in zip(found, arrangement.centers, strict=True)
     ]
     between = max(_ink_on_line(mask, contrast, *line) for line in arrangement.lines)
-    alike = max(0.0, 1 - _difference(mask, contrast, lab, arrangement) / UNLIKE) * (1 - between)
+    alike = max(0.0, (_correlation(lab, arrangement) - RELATED) / (1 - RELATED))
     cost = sum(costs) / len(costs) + TOUCHING * between - ALIKE * alike
     return [figure for figure in found if figure is not None], cost
 
 
-def _difference(mask: Mask, contrast: Contrast, lab: Lab, arrangement: Arrangement) -> float:
-    """How differently the two places that differ most look: mean over a grid on each, in typical contrasts of ink."""
-    height, width = mask.shape
-    offsets = ((np.arange(CELLS) + 0.5) / CELLS - 0.5) * arrangement.side
-    parts = [lab[np.ix_(_cells(y + offsets, height), _cells(x + offsets, width))] for x, y in arrangement.centers]
-    apart = max(np.linalg.norm(one - other, axis=-1).mean() for one, other in combinations(parts, 2))
-    return float(apart / np.median(contrast[mask]))
+def _correlation(lab: Lab, arrangement: Arrangement) -> float:
+    """How alike the places look, less their mean colours: the mean over pairs, each as it fits best. -1 to 1.
+
+    Places within something of one colour have nothing in common but noise, and those of one large figure little.
+    """
+    shown = [_samples(lab, center, arrangement.side) for center in arrangement.centers]
+    nudged = [
+        [_samples(lab, (x + across, y + down), arrangement.side) for across in NUDGES for down in NUDGES]
+        for x, y in arrangement.centers
+    ]
+    pairs = combinations(range(len(shown)), 2)
+    return float(np.mean([max(float((shown[i] * other).sum()) for other in nudged[j]) for i, j in pairs]))
+
+
+def _samples(lab: Lab, center: Point, side: float) -> Float[np.ndarray, "cells cells 3"]:
+    """Colours on a grid over a place, less their mean and of length 1; 0 where there is but one colour."""
+    offsets = ((np.arange(CELLS) + 0.5) / CELLS - 0.5) * side
+    (x, y), (height, width) = center, lab.shape[:2]
+    colors = lab[np.ix_(_cells(y + offsets, height), _cells(x + offsets, width))]
+    colors = colors - colors.mean(axis=(0, 1))
+    return colors / max(float(np.linalg.norm(colors)), 1e-6)
 
 
 def _cells(where: Float[np.ndarray, " n"], size: int) -> Int[np.ndarray, " n"]:

@@ -100,11 +100,13 @@ class TestFigures:
 
     @pytest.mark.parametrize("name", ["smiling face with smiling eyes", "wolf", "pink heart"])
     def test_several_alike_are_counted_though_they_are_blurred(self, glyphs: GlyphRenderer, name: str) -> None:
-        """As a network draws them: with halos that make them larger. What they show tells them from one thing."""
+        """As a network draws them: with halos that make them larger, and not on quite one colour. What they show tells them from one thing."""
         for centers in COUNTED_CENTERS.values():
             picture = Image.fromarray(show(glyphs, *[(name, center, COUNTED_SIDE + 0.03) for center in centers]))
             coarse = picture.resize((26, 26), Image.Resampling.LANCZOS).resize((32, 32), Image.Resampling.BICUBIC)
             assert read(np.asarray(coarse)).count == len(centers)
+            speckled = np.asarray(coarse) + np.random.default_rng(0).normal(scale=4, size=(32, 32, 3))
+            assert read(speckled.clip(0, 255).astype(np.uint8)).count == len(centers)
 
     @pytest.mark.parametrize("name", ["red square", "white large square", "window", "waffle"])
     def test_one_large_thing_whose_parts_are_alike_is_one(self, glyphs: GlyphRenderer, name: str) -> None:
