@@ -27,6 +27,7 @@ from radt.corpora.scenes import PALETTE, Glyphs, Scene, benchmark_prompt, render
 from radt.evaluation.color import border_color, nearest_color
 from radt.evaluation.emoji_recognizer import EmojiRecognizer, find_recognizer
 from radt.evaluation.intervals import Interval, wilson
+from radt.evaluation.ranking import rank_of
 from radt.evaluation.reading import read
 from radt.evaluation.recognizer import Recognizer
 from radt.neighbors import Neighbor, Reference, neighbors_of
@@ -286,9 +287,9 @@ class EmojiDrawBench:
                 judged[place] = replace(judged[place], rank=len(trained.classes))
                 continue
             (scores,) = trained.logits(crop_box(pictures[place], figure.crop, side)[None])
-            own = scores[trained.columns([task.entity.class_id])[0]]
+            own = int(trained.columns([task.entity.class_id])[0])
             guess = by_class[trained.classes[int(scores.argmax())]]
-            judged[place] = replace(judged[place], rank=int((scores >= own).sum()), guess=guess)
+            judged[place] = replace(judged[place], rank=rank_of(scores, own), guess=guess)
         return judged
 
     def ceiling(self) -> dict[str, float]:
@@ -476,6 +477,7 @@ def kb_facts(kb: "AnyKnowledgeBase") -> dict[str, Any]:
     """What the neighbours came from."""
     return {
         "path": kb.name,
+        "created": kb.manifest.created,
         "pairs": len(kb),
         "fingerprint": kb.manifest.fingerprint,
         "snapshot": kb.store.version,

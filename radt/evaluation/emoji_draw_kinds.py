@@ -21,6 +21,7 @@ from radt.corpora.wording import noun, with_article
 from radt.evaluation.emoji_draw import plan_tasks
 from radt.evaluation.emoji_recognizer import EmojiRecognizer
 from radt.evaluation.intervals import wilson
+from radt.evaluation.ranking import rank_of
 from radt.evaluation.reading import Figure, Reading, read, relation_holds
 from radt.recognizer_network import crop_box
 
@@ -226,11 +227,6 @@ def _agreement(scene: Scene, reading: Reading, *, names_ground: bool) -> dict[st
     return agrees
 
 
-def rank_of(scores: Float[np.ndarray, " classes"], column: int) -> int:
-    """The place of a class, from 1. One that is as good as the asked one goes before it."""
-    return int((scores >= scores[column]).sum())
-
-
 def assign(scores: Float[np.ndarray, "figures classes"], columns: Sequence[int]) -> tuple[int | None, ...]:
     """For each class a figure of its own, so that the sum of scores is the largest; None where there are too few."""
     figures: list[int | None] = [*range(len(scores)), *([None] * max(0, len(columns) - len(scores)))]
@@ -269,10 +265,14 @@ def shares(prompts: Sequence[Prompt], outcomes: Sequence[Outcome]) -> dict[str, 
 
 
 def with_intervals(measured: Mapping[str, float], n: int) -> dict[str, dict[str, float]]:
-    """Each share with its 95 % interval (Wilson); `n_NAME` among the shares says how many a share is of."""
+    """Each share with its 95 % interval (Wilson); `n_NAME` among the shares says how many a share is of.
+
+    Where that is not `n`, the interval says it too.
+    """
     found = {}
     for name, value in measured.items():
         if not name.startswith("n_"):
-            low, high = wilson(value, int(measured.get(f"n_{name}", n)))
-            found[name] = {"value": value, "low": low, "high": high}
+            of = int(measured.get(f"n_{name}", n))
+            low, high = wilson(value, of)
+            found[name] = {"value": value, "low": low, "high": high} | ({"n": of} if of != n else {})
     return found

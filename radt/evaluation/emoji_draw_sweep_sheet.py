@@ -83,14 +83,26 @@ def _table(
     cells: list[tuple[Cell, ...]] = [
         (
             NAMES.get(point.name, point.name),
-            *(Estimate(**row[key]) if key in row else None for key in keys),
+            *(_estimate(row[key]) if key in row else None for key in keys),
             row["copy_similarity"],
             row["seconds_per_image"],
         )
         for point, row in zip(report.points, rows, strict=True)
     ]
     cells.append(("true scenes", *(ceiling.get(key) for key in keys), None, None))
-    return Table(title=title, columns=columns, rows=tuple(cells), note=f"{rows[0]['n']} prompts a row; 95 % intervals.")
+    return Table(title=title, columns=columns, rows=tuple(cells), note=_note(rows))
+
+
+def _estimate(share: Mapping[str, float]) -> Estimate:
+    return Estimate(value=share["value"], low=share["low"], high=share["high"])
+
+
+def _note(rows: Sequence[Mapping[str, Any]]) -> str:
+    """How many prompts the shares are of; those that fewer prompts ask for are named."""
+    note = f"{rows[0]['n']} prompts a row; 95 % intervals."
+    fewer = {key: sorted({row[key]["n"] for row in rows if "n" in row.get(key, {})}) for key in MEASURES}
+    told = [f"{MEASURES[key]} of {' or '.join(map(str, counts))}" for key, counts in fewer.items() if counts]
+    return f"{note} Of fewer, those that ask for it: {', '.join(told)}." if told else note
 
 
 def plot(report: SweepReport) -> Plot | None:

@@ -12,6 +12,7 @@ from jaxtyping import Float64, Int, UInt8
 
 from radt.corpora.emoji import Box, Color, Entity, compose, placement_layer
 from radt.corpora.scenes import Glyphs
+from radt.evaluation.ranking import ranks
 
 CHUNK_BYTES = 64 * 2**20
 
@@ -45,11 +46,8 @@ class Recognizer:
 
     def ranks(self, distances: Float64[np.ndarray, "n entities"], class_ids: Sequence[int]) -> Int[np.ndarray, " n"]:
         """The place of each picture's asked class, from 1. A class that is as near as the asked one goes before it."""
-        nearest = self.by_class(distances)
         assert np.isin(class_ids, self.classes).all(), f"some of {class_ids} are not among the candidates"
-        columns = np.searchsorted(self.classes, class_ids)
-        own = nearest[np.arange(len(nearest)), columns]
-        return (nearest <= own[:, None]).sum(axis=1)
+        return ranks(-self.by_class(distances), np.searchsorted(self.classes, class_ids))
 
     def _chunks(self) -> Iterator[UInt8[np.ndarray, "chunk h w 4"]]:
         count = max(1, CHUNK_BYTES // (8 * self._layers[0].size))

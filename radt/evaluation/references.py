@@ -25,14 +25,14 @@ from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image
 
 from index.config import to_dict
-from index.embedder import decode_image
 from index.errors import CorpusError, QueryError, UserError
 from radt.corpora.scenes import PALETTE
 from radt.corpora.wording import with_article
 from radt.evaluation.color import border_color, nearest_color
-from radt.evaluation.image_set import LeftOut, PictureFile, find_pictures
+from radt.evaluation.image_set import LeftOut, PictureFile, decode, find_pictures
 from radt.evaluation.intervals import wilson
 from radt.evaluation.plain_results import share as share_of
+from radt.evaluation.ranking import ranks
 from radt.evaluation.results import Cell, Picture, Result, Table, typed_command
 from radt.pipeline import DrawRequest, OnStep, TextToImage, ignore
 from radt.settings import GenerateSettings
@@ -233,7 +233,7 @@ def _as_words(path: str) -> str:
 def _decode(file: PictureFile, unread: list[LeftOut]) -> Image.Image | None:
     """A picture, or None for a broken one, which is then noted."""
     try:
-        return decode_image(file.read())
+        return decode(file.read())
     except UserError as error:
         unread.append(LeftOut(name=file.name, reason=str(error)))
         return None
@@ -323,14 +323,13 @@ class Judge:
 
     def __call__(self, pictures: Sequence[Image.Image]) -> Judged:
         """Picture i was asked to show thing i. A thing that is as near as the asked one goes before it."""
-        ranks, guesses = {}, {}
+        places, guesses = {}, {}
         for measure in MEASURES:
             distances = squared_distances(self._features(measure, pictures), self._known[measure])
             nearest = np.minimum.reduceat(distances, self._starts, axis=1)
-            own = nearest[np.arange(len(pictures)), np.arange(len(pictures))]
-            ranks[measure] = (nearest <= own[:, None]).sum(axis=1)
+            places[measure] = ranks(-nearest, np.arange(len(pictures)))
             guesses[measure] = nearest.argmin(axis=1)
-        return Judged(ranks=ranks, guesses=guesses)
+        return Judged(ranks=places, guesses=guesses)
 
     def _features(self, measure: str, pictures: Sequence[Image.Image]) -> Float[np.ndarray, "n d"]:
         if measure == "clip":

@@ -185,7 +185,9 @@ class TestRun:
         run_sweep(bench, model, "k", settings, out=tmp_path / "cut")
         assert drawn == []
 
-    def test_what_is_kept_of_another_measurement_is_not_taken(self, bench, model, settings, drawn, tmp_path):
+    def test_what_is_kept_of_another_measurement_is_not_taken(
+        self, bench, model, settings, drawn, tmp_path, emoji_kb, monkeypatch
+    ):
         run_sweep(bench, model, "by", settings, out=tmp_path)
         for other in (
             (bench, replace(settings, steps=2)),
@@ -203,6 +205,11 @@ class TestRun:
         (tmp_path / "points" / "by=clip.two.json").write_text("{half")
         run_sweep(bench, model, "by", settings, out=tmp_path)
         assert [len(call) for call in drawn] == [N]
+        drawn.clear()
+        with monkeypatch.context() as patch:  # another one at its path, with as many pairs from the same embedder
+            patch.setattr(emoji_kb, "manifest", replace(emoji_kb.manifest, created="2026-01-01T00:00:00+00:00"))
+            run_sweep(bench, model, "by", settings, out=tmp_path)
+        assert drawn
 
     def test_the_files_are_a_curve_a_page_and_results(self, bench, model, settings, drawn, tmp_path):
         report = run_sweep(bench, model, "text-share", settings, out=tmp_path)
@@ -255,8 +262,10 @@ class TestRun:
         ]
         found = summary(prompts, {"prompts": rows, "seconds_to_draw": 1.0, "seconds_to_find": 1.0})
         assert (found["n"], found["found"]["value"]) == (4, 0.5)
-        assert found["drew_shown"] == dict(zip(("value", "low", "high"), (1.0, *wilson(1.0, 2)), strict=True))
-        assert found["copied"] == dict(zip(("value", "low", "high"), (0.5, *wilson(0.5, 2)), strict=True))
+        assert found["drew_shown"] == dict(zip(("value", "low", "high"), (1.0, *wilson(1.0, 2)), strict=True)) | {
+            "n": 2
+        }
+        assert found["copied"] == dict(zip(("value", "low", "high"), (0.5, *wilson(0.5, 2)), strict=True)) | {"n": 2}
 
 
 class TestNewEntity:

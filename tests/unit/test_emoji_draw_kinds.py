@@ -15,13 +15,13 @@ from radt.evaluation.emoji_draw_kinds import (
     judge,
     log_softmax,
     plan_prompts,
-    rank_of,
     read_kinds,
     shares,
     true_pictures,
     with_intervals,
 )
 from radt.evaluation.intervals import wilson
+from radt.evaluation.ranking import rank_of, ranks
 from radt.evaluation.reading import Figure, Reading
 from tests.recognizers import TemplateRecognizer, template_recognizer
 
@@ -152,6 +152,11 @@ class TestScores:
         scores = np.array([0.5, 0.1, 0.5, 0.9])
         assert [rank_of(scores, column) for column in range(4)] == [3, 4, 3, 1]
 
+    def test_a_judge_that_gives_no_number_is_never_right(self) -> None:
+        """Or a network whose weights overflowed would score everything as right."""
+        assert rank_of(np.full(4, np.nan), 2) == 4
+        assert ranks(np.array([[0.5, np.nan, 0.1], [np.nan, 0.2, 0.1]]), np.array([0, 0])).tolist() == [2, 3]
+
     def test_softmax_sums_to_one_and_survives_large_logits(self) -> None:
         found = np.exp(log_softmax(np.array([[1000.0, 999.0], [-5.0, -5.0]])))
         assert found.sum(axis=1) == pytest.approx([1, 1])
@@ -194,6 +199,8 @@ class TestScores:
         assert (found["place"], found["n_place"]) == (0.0, 1)
         assert "n_size" not in found
         assert with_intervals(found, 2)["place"]["high"] == wilson(0.0, 1)[1]
+        assert with_intervals(found, 2)["place"]["n"] == 1  # one of the two asks for a place
+        assert "n" not in with_intervals(found, 2)["size"]
         assert with_intervals(found, 2)["size"]["high"] == wilson(0.5, 2)[1]
 
     def test_an_outcome_survives_json(self) -> None:

@@ -162,3 +162,17 @@ def test_a_broken_picture_is_named_and_left_out(tmp_path):
     assert all("image" in each.reason for each in unread)
     with pytest.raises(CorpusError, match=r"has 1 things .*; 2 of the pictures left out.*dog/broken\.png"):
         evaluate_references(str(tmp_path))
+
+
+def test_what_is_transparent_is_white_as_where_a_model_draws_from_it(tmp_path):
+    (tmp_path / "robot").mkdir()
+    for number in range(2):
+        picture = badge().convert("RGBA")
+        picture.putalpha(Image.fromarray(np.where(np.asarray(badge().convert("L")) == 255, 0, 255).astype(np.uint8)))
+        clear = np.asarray(picture).copy()
+        clear[clear[..., 3] == 0] = 0  # black under what is transparent
+        Image.fromarray(clear).save(tmp_path / "robot" / f"{number}.png")
+    ((robot,), _) = find_things(find_pictures(str(tmp_path)))
+    for image in (robot.left_out, *robot.known):
+        assert image.getpixel((0, 0)) == (255, 255, 255)
+        assert image.getpixel((45, 45)) == (255, 0, 0)
