@@ -45,7 +45,7 @@ def _looked_at(name: str, check: Callable[[], Iterable[Finding]]) -> list[Findin
     except (ImportError, OSError) as error:
         detail = f"cannot look: {error}"
         return [
-            Finding(name=name, state="broken", detail=detail, remedy="mend the packages first: pip install . in the clone")
+            Finding(name=name, state="broken", detail=detail, remedy="mend the packages: pip install . in the clone")
         ]
 
 

@@ -149,7 +149,7 @@ def judge_gradient(lines: Lines) -> Finding:
         and before > 0
     ]
     size = max(LEAST_LINES, len(norms) // STRETCHES)
-    stretches = [statistics.median(norms[i : i + size]) for i in range(0, len(norms) - size + 1, size)]
+    stretches = [statistics.median(norms[i : i + size]) for i in range(len(norms) % size, len(norms), size)]
     if min(stretches) == 0:
         return Finding(
             name="gradient",

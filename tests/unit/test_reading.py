@@ -100,7 +100,7 @@ class TestFigures:
 
     @pytest.mark.parametrize("name", ["smiling face with smiling eyes", "wolf", "pink heart"])
     def test_several_alike_are_counted_though_they_are_blurred(self, glyphs: GlyphRenderer, name: str) -> None:
-        """As a network draws them: with halos that make them larger, and not on quite one colour. What they show tells them from one thing."""
+        """As a network draws them, with halos and speckles. What they show tells them from one thing."""
         for centers in COUNTED_CENTERS.values():
             picture = Image.fromarray(show(glyphs, *[(name, center, COUNTED_SIDE + 0.03) for center in centers]))
             coarse = picture.resize((26, 26), Image.Resampling.LANCZOS).resize((32, 32), Image.Resampling.BICUBIC)

@@ -69,6 +69,8 @@ def test_a_gradient_that_leaps_or_grows_is_a_warning() -> None:
     growing = [0.1 * 1.03**i for i in range(100)]
     found = judge_gradient(history([1.0] * 100, growing))
     assert (found.state, found.detail.startswith("grows")) == ("warning", True)
+    lately = [1.0] * 30 + [9.0] * 9  # no whole stretch from the beginning has them
+    assert judge_gradient(history([1.0] * 39, lately)).state == "warning"
     falling = [1.2 * 0.95**i for i in range(100)]  # as every healthy run does
     assert judge_gradient(history([1.0] * 100, falling)).state == "ok"
     assert judge_gradient(history([1.0] * 5, [0.1] * 4 + [9.0])).state == "ok"  # too few to judge
