@@ -8,9 +8,9 @@ A mean of one value a picture gets its interval from `mean_score`; what is no su
 subsets likewise.
 """
 
+import math
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -42,7 +42,8 @@ class Score:
     """A measured number. `low` and `high` bound its 95 % interval, None where there are too few pictures for one.
 
     `n` counts what the interval rests on: pictures of the measured set, reals, prompts or queries. `method` says how.
-    `at_half` is the mean over halves of the sets: what moves between it and `value` still moves with N.
+    `at_half` is the mean over halves of the sets, None where smaller subsets were taken: what moves between it and
+    `value` still moves with N.
     """
 
     value: float
@@ -59,18 +60,23 @@ class Score:
 def mean_score(values: Num[np.ndarray, " n"] | Bool[np.ndarray, " n"], *, seed: int = 0) -> Score:
     """The mean of one value for each picture. Shares have Wilson's interval, others the percentile bootstrap's.
 
-    The bootstrap (Efron and Tibshirani 1993, section 13.3) draws `RESAMPLES` times; one value has no interval.
+    Values that are all 0 or one and the same c are c times a share, and have c times Wilson's interval; c alone, too,
+    as if it could have been 0: a bootstrap of equal values would be sure of them. The bootstrap (Efron and Tibshirani
+    1993, section 13.3) draws `RESAMPLES` times; one value that is neither 0 nor 1 has no interval.
     """
     numbers = np.asarray(values, np.float64)
     if len(numbers) == 0:
         raise ConfigError("there is nothing to take the mean of: give at least one picture")
     _check_finite(numbers[:, None])
     mean, n = float(numbers.mean()), len(numbers)
-    if np.isin(numbers, (0.0, 1.0)).all():
+    others = np.unique(numbers[numbers != 0])
+    if len(others) == 0 or others.tolist() == [1.0]:
         low, high = wilson(mean, n)
         return Score(value=mean, low=low, high=high, n=n, method="Wilson")
     if n < 2:
         return Score(value=mean, low=None, high=None, n=n, method="one value has no interval")
+    if len(others) == 1:
+        return _scaled_share(numbers, float(others[0]))
     rng = np.random.default_rng(seed)
     means = [float(numbers[rng.integers(n, size=n)].mean()) for _ in range(RESAMPLES)]
     low, high = np.quantile(means, (0.025, 0.975))
@@ -81,6 +87,15 @@ def mean_score(values: Num[np.ndarray, " n"] | Bool[np.ndarray, " n"], *, seed: 
         n=n,
         method=f"bootstrap of {RESAMPLES}",
     )
+
+
+def _scaled_share(numbers: Float64[np.ndarray, " n"], c: float) -> Score:
+    """The mean of values that are each 0 or c."""
+    mean, n = float(numbers.mean()), len(numbers)
+    low, high = sorted(c * bound for bound in wilson(np.count_nonzero(numbers) / n, n))
+    is_constant = bool((numbers == c).all())
+    method = f"Wilson times {c:.4g}, " + ("as if each could be 0 too" if is_constant else f"each is 0 or {c:.4g}")
+    return Score(value=mean, low=min(mean, low), high=max(mean, high), n=n, method=method)
 
 
 def subset_score(
@@ -185,6 +200,8 @@ def kernel_distance(
     """The mean of `polynomial_mmd` over random subsets of both sets (KID; Binkowski et al. 2018, section 4).
 
     Without `subset_size` they have 1000 pictures, or half of the smaller set. ConfigError when a set has not as many.
+    The error joins that of the pictures (the jackknife's) and that of the lot by which the subsets are drawn, as the
+    mean over few subsets of few pictures is far from the mean over all of them.
     """
     _wide(a, b, least=2)
     fewest = min(len(a), len(b))
@@ -196,10 +213,12 @@ def kernel_distance(
         return Score(value=value, low=None, high=None, n=len(a), method="all pictures at once have no interval")
     parts = _subsets((a, b), (size, size), subsets=subsets, seed=seed)
     values = np.array([polynomial_mmd(*some) for some in parts])
-    value, method = float(values.mean()), f"jackknife over {subsets} subsets of {size}"
+    value, method = float(values.mean()), f"jackknife over {subsets} subsets of {size}, and the lot of these"
     if size == fewest:
         return Score(value=value, low=None, high=None, n=len(a), method=f"no subset of {size} leaves any out")
-    return _around(value, jackknife_error(values, (size, size), (len(a), len(b))), n=len(a), method=method)
+    of_pictures = jackknife_error(values, (size, size), (len(a), len(b)))
+    error = math.hypot(of_pictures, float(values.std(ddof=1)) / subsets**0.5)
+    return _around(value, error, n=len(a), method=method)
 
 
 def too_few_for_subsets(size: int, fewest: int) -> ConfigError:
@@ -228,15 +247,17 @@ def gaussian_mmd(
 
 
 def gaussian_mmd_score(a: Features, b: Float[np.ndarray, "m d"], *, subsets: int = SUBSETS, seed: int = 0) -> Score:
-    """`gaussian_mmd` of all pictures, its error from subsets of at most 1000."""
+    """`gaussian_mmd` of all pictures, its error from halves, or subsets of 1000 where halves are more: no `at_half`."""
     value = gaussian_mmd(a, b)
     if min(len(a), len(b)) < LEAST:
         return Score(value=value, low=None, high=None, n=len(a), method=f"fewer than {LEAST} pictures, no interval")
-    sizes = [min(SUBSET_SIZE, len(each) // 2) for each in (a, b)]
+    halves = [len(each) // 2 for each in (a, b)]
+    sizes = [min(SUBSET_SIZE, half) for half in halves]
     values = np.array([gaussian_mmd(*some) for some in _subsets((a, b), sizes, subsets=subsets, seed=seed)])
     error = jackknife_error(values, sizes, (len(a), len(b)))
     method = f"jackknife over {subsets} subsets of {sizes[0]} and {sizes[1]}"
-    return _around(value, error, n=len(a), method=method, floor=0.0, at_half=float(values.mean()))
+    at_half = float(values.mean()) if sizes == halves else None
+    return _around(value, error, n=len(a), method=method, floor=0.0, at_half=at_half)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -307,7 +328,7 @@ def neighborhood_scores(
         value, method = float(each.mean()), f"jackknife over {subsets} halves"
         if not of_halves:
             method = f"fewer than {2 * LEAST_OF_BALLS} pictures in a set have no interval"
-            scores[name] = Score(value=value, low=None, high=None, n=len(pictures), method=method)
+            scores[name] = Score(value=value, low=None, high=None, n=len(each), method=method)
             continue
         error = jackknife_error(np.array(of_halves), sizes, totals)
         low, high = max(0.0, value - Z95 * error), value + Z95 * error
@@ -315,7 +336,7 @@ def neighborhood_scores(
             least = wilson(value, len(each))
             low, high, method = min(low, least[0]), min(1.0, max(high, least[1])), f"{method}, or Wilson if wider"
         half_mean = float(np.mean(of_halves))
-        scores[name] = Score(value=value, low=low, high=high, n=len(pictures), method=method, at_half=half_mean)
+        scores[name] = Score(value=value, low=low, high=high, n=len(each), method=method, at_half=half_mean)
     return scores
 
 
@@ -344,23 +365,16 @@ def _distances(x: Float[np.ndarray, "n d"], y: Float[np.ndarray, "m d"]) -> Iter
 # One set
 
 
-def inception_score(logits: Float[np.ndarray, "n c"], *, splits: int = 1) -> float:
+def inception_score(logits: Float[np.ndarray, "n c"]) -> float:
     """The exponential of the mean KL divergence of p(class | picture) from its mean (Salimans et al. 2016, section 4).
 
     Between 1 and the number of classes. One split, unlike the paper's ten, whose means depend on N more (Barratt and
-    Sharma 2018); with more, the pictures are split in their order.
+    Sharma 2018).
     """
     wide = logits.astype(np.float64)
     _check_finite(wide)
-    if not 1 <= splits <= len(wide):
-        raise ConfigError(f"{splits} splits of {len(wide)} pictures: give a number from 1 to that of the pictures")
     log_p = wide - wide.max(axis=1, keepdims=True)
     log_p -= np.log(np.exp(log_p).sum(axis=1, keepdims=True))
-    edges = [i * len(wide) // splits for i in range(splits + 1)]
-    return float(np.mean([_split_score(log_p[a:b]) for a, b in pairwise(edges)]))
-
-
-def _split_score(log_p: Float64[np.ndarray, "n c"]) -> float:
     p = np.exp(log_p)
     log_mean = np.log(np.maximum(p.mean(axis=0), np.finfo(np.float64).tiny))
     return float(np.exp((p * (log_p - log_mean)).sum(axis=1).mean()))

@@ -157,7 +157,18 @@ def test_the_interval_of_a_kernel_distance_holds_the_spread_over_fresh_sets():
     score = kernel_distance(normal(100, 4, seed=999), normal(100, 4, seed=998, mean=1.0))
     assert (score.high - score.low) / 2 / metrics.Z95 == pytest.approx(np.std(fresh), rel=0.5)
     assert score.low < np.mean(fresh) < score.high
-    assert score.method == "jackknife over 100 subsets of 50"
+    assert score.method == "jackknife over 100 subsets of 50, and the lot of these"
+
+
+def test_the_interval_of_a_kernel_distance_holds_the_truth_where_subsets_are_few_and_small():
+    """Signs, d = 1: (xy + 1)^3 = 4 (1 + xy), so that the squared discrepancy is 4 (E x - E y)^2."""
+    truth, inside = 4 * (0.0 - 0.8) ** 2, []
+    for seed in range(400):
+        rng = np.random.default_rng(seed)
+        x, y = (np.where(rng.random((1000, 1)) < share, 1.0, -1.0) for share in (0.5, 0.9))
+        score = kernel_distance(x, y, subset_size=5, subsets=40, seed=seed)
+        inside.append(score.low <= truth <= score.high)
+    assert 0.9 <= np.mean(inside) <= 0.99  # 0.58 by the jackknife alone
 
 
 def test_fewer_pictures_than_a_subset_has_is_one_sentence():
@@ -194,6 +205,18 @@ def test_the_interval_of_a_gaussian_mmd_holds_the_spread_over_fresh_sets():
     fresh = [gaussian_mmd(normal(80, 3, seed=2 * i), normal(80, 3, seed=2 * i + 1, mean=1.0)) for i in range(60)]
     score = gaussian_mmd_score(normal(80, 3, seed=999), normal(80, 3, seed=998, mean=1.0))
     assert (score.high - score.low) / 2 / metrics.Z95 == pytest.approx(np.std(fresh), rel=0.5)
+
+
+def test_at_half_is_of_halves_or_of_nothing(monkeypatch):
+    x, y = normal(40, 3), normal(40, 3, seed=1)
+    of_halves = gaussian_mmd_score(x, y, subsets=400)
+    # k(x, x) = 1 is 1 / n of the biased estimator: over all halves its mean is higher by (1 - E k) / n of each set
+    different = [1 - np.exp(-((z[:, None] - z) ** 2).sum(-1) / 200).sum() / (40 * 39) + 1 / 39 for z in (x, y)]
+    assert of_halves.at_half - of_halves.value == pytest.approx(1000 * sum(different) / 40, rel=0.05)
+    monkeypatch.setattr(metrics, "SUBSET_SIZE", 10)
+    smaller = gaussian_mmd_score(x, y, subsets=50)
+    assert (smaller.value, smaller.at_half) == (of_halves.value, None)
+    assert "subsets of 10 and 10" in smaller.method
 
 
 # Precision, recall, density, coverage
@@ -308,12 +331,15 @@ def test_the_four_scores_are_the_means_and_shares_of_1_have_width():
     for name in metrics.NEIGHBORHOODS:
         assert found[name].value == getattr(values, name).mean()
         assert found[name].low <= found[name].value <= found[name].high
+    of_which = {name: score.n for name, score in found.items()}
+    assert of_which == {"precision": 40, "density": 40, "recall": 60, "coverage": 60}
     same = neighborhood_scores(x, x, subsets=5)
     assert (same["recall"].value, same["recall"].high) == (1.0, 1.0)
     assert same["recall"].low <= wilson(1.0, 40)[0] < 1
     few = neighborhood_scores(x[:11], y)
     assert {(each.low, each.high) for each in few.values()} == {(None, None)}
     assert "fewer than 12 pictures" in few["density"].method
+    assert (few["density"].n, few["recall"].n) == (11, 60)
 
 
 # Inception score
@@ -324,7 +350,6 @@ def test_the_inception_score_of_sure_unsure_and_equal_answers():
     assert inception_score(sure) == pytest.approx(4)  # sure of each, and of as many of every class
     assert inception_score(np.zeros((4, 4))) == pytest.approx(1)  # never sure
     assert inception_score(np.repeat(sure[:1], 9, axis=0)) == pytest.approx(1)  # always the same
-    assert inception_score(sure[[0, 0, 1, 1]], splits=2) == pytest.approx(1)  # of each half by itself
 
 
 def test_the_inception_score_beside_torch_fidelity_and_torchmetrics():
@@ -332,8 +357,8 @@ def test_the_inception_score_beside_torch_fidelity_and_torchmetrics():
     from torchmetrics.image.inception import InceptionScore
 
     logits = normal(50, 12, scale=2.0)
-    theirs = isc_features_to_metric(torch.from_numpy(logits), splits=5, shuffle=False)["inception_score_mean"]
-    assert inception_score(logits, splits=5) == pytest.approx(theirs, rel=1e-6)
+    theirs = isc_features_to_metric(torch.from_numpy(logits), splits=1, shuffle=False)["inception_score_mean"]
+    assert inception_score(logits) == pytest.approx(theirs, rel=1e-6)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it speaks of memory, and asks one split for its spread
         other = InceptionScore(feature=torch.nn.Identity(), splits=1)
@@ -434,6 +459,28 @@ def test_a_share_has_an_interval_at_0_and_1_and_others_one_around_their_mean():
     assert score.low < score.value < score.high
     assert mean_score(values, seed=3) == mean_score(values, seed=3) != score
     assert mean_score(np.array([2.5])).low is None
+
+
+@pytest.mark.parametrize("c", [0.25, 3.0, -5.0])
+@pytest.mark.parametrize("share", [0.1, 0.7, 1.0])
+def test_the_interval_of_values_that_are_0_or_c_is_c_times_that_of_the_share(c, share):
+    flags = np.arange(20) < 20 * share
+    whole, scaled = mean_score(flags), mean_score(c * flags)
+    assert scaled.value == pytest.approx(c * whole.value)
+    assert [scaled.low, scaled.high] == pytest.approx(sorted([c * whole.low, c * whole.high]))
+    assert scaled.low <= scaled.value <= scaled.high
+    assert scaled.high - scaled.low > 0.1 * abs(c)
+    assert scaled.method == f"Wilson times {c:.4g}, " + (
+        "as if each could be 0 too" if share == 1 else f"each is 0 or {c:.4g}"
+    )
+
+
+def test_first_hits_of_queries_with_four_relevant_pairs_have_width():
+    values = recalls([[1, 9]] * 30, [{1, 2, 3, 4}] * 30, 1)
+    score = mean_score(values)
+    assert (score.value, score.high) == (0.25, 0.25)
+    assert score.low == pytest.approx(wilson(1.0, 30)[0] / 4)
+    assert mean_score(np.full(7, 0.1)).high >= mean_score(np.full(7, 0.1)).value  # whatever is rounded
 
 
 def test_the_bootstrap_holds_the_true_mean_nineteen_times_of_twenty():
