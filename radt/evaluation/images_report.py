@@ -145,13 +145,13 @@ def _page(report: ImagesReport) -> str:
 def _result(report: ImagesReport, document: dict[str, Any]) -> Result:
     rows = tuple(
         (
-            row.title,
-            _over(report, row),
+            title,  # with the numbers of its notes
+            over,
             cell_of(row.score),
             row.n,
             row.n_real,
         )
-        for row in report.rows
+        for row, (title, over, *_) in zip(report.rows, table_rows(report), strict=True)
     )
     table = Table(
         title="Measures",

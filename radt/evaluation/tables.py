@@ -6,6 +6,8 @@ from radt.evaluation.metrics import Score
 from radt.evaluation.results import Cell, Estimate, Table
 from radt.evaluation.svg_plot import number_text
 
+MOST_PLACES = 6
+
 
 def cell_of(score: Score) -> Cell:
     """A score as a cell: an estimate where its interval is known."""
@@ -19,16 +21,22 @@ def cell_text(cell: Cell) -> str:
     if cell is None:
         return "-"
     if isinstance(cell, Estimate):
-        places = _places(cell)
-        return f"{cell.value:.{places}f} ({cell.low:.{places}f} to {cell.high:.{places}f})"
+        form = _form(cell)
+        return f"{cell.value:{form}} ({cell.low:{form}} to {cell.high:{form}})"
     return number_text(cell) if isinstance(cell, int | float) else cell
 
 
-def _places(cell: Estimate) -> int:
-    """Decimals at which an interval has two figures of width; shares of so many trials as one has get two."""
+def _form(cell: Estimate) -> str:
+    """As many decimals as give an interval two figures of width; shares of so many trials as one has get two.
+
+    Where that rounds to nothing what is not 0, three figures.
+    """
     width = cell.high - cell.low
     is_share = cell.low >= 0 and cell.high <= 1 and width > 0.02
-    return 2 if is_share or width <= 0 else min(6, max(0, 1 - math.floor(math.log10(width))))
+    wanted = 2 if is_share or width <= 0 else max(0, 1 - math.floor(math.log10(width)))
+    places = min(MOST_PLACES, wanted)
+    is_lost = any(0 < abs(each) < 0.5 * 10**-places for each in (cell.value, cell.low, cell.high))
+    return ".3g" if is_lost and (wanted > places or width <= 0) else f".{places}f"
 
 
 def markdown_table(table: Table) -> str:

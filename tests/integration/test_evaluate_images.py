@@ -1,6 +1,7 @@
 """`radt evaluate images` and `retrieval` as a user meets them: what they print, keep, take up again, and refuse."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -134,7 +135,12 @@ def test_every_measure_that_can_be_taken_is_printed_with_what_it_rests_on(radt, 
     assert plot.width > 500
     assert len(set(plot.convert("L").tobytes())) > 10
     stored = Result.load(out / "images.result.json")
-    assert len(stored.tables[0].rows) == len(document["scores"])
+    (table,) = stored.tables
+    assert len(table.rows) == len(document["scores"])
+    marks = [set(re.findall(r"\[\d+\]", row[0])) for row in table.rows]
+    assert [len(each) for each in marks] == [len(score["notes"]) for score in document["scores"]]
+    assert all(mark in table.note for mark in set.union(*marks))  # each leads to a note below
+    assert marks[0] == {"[1]"}
 
 
 def test_json_is_one_document_and_nothing_else(radt, pictures, clip):
