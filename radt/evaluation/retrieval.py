@@ -4,7 +4,7 @@ A line of the queries names the relevant pairs: by id, or by a condition on pair
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -141,17 +141,19 @@ def evaluate_retrieval(
 ) -> RetrievalReport:
     """Ask every question in every way. `options` are further arguments of `KnowledgeBase.search`.
 
-    Hits have distinct pictures: of relevant pairs that show the very same one, at most one is found.
+    Each k is asked for by itself, as a user does: fused ranks and diverse hits come from as many candidates as k needs,
+    so that the first k of more hits may be others. Hits have distinct pictures: of relevant pairs that show the very
+    same one, at most one is found.
     """
     _check(by, ks, depth)
     relevant = [relevant_ids(kb, question) for question in questions]
     scores: dict[str, dict[str, Score]] = {}
     total = len(by) * len(questions)
     for part, way in enumerate(by):
-        found = []
+        found: dict[int, list[list[int]]] = {k: [] for k in (*ks, depth)}
         for place, question in enumerate(questions):
-            hits = kb.search(question.text, k=max(depth, *ks), by=way, **(options or {}))
-            found.append([hit.id for hit in hits])
+            for k, ids in found.items():
+                ids.append([hit.id for hit in kb.search(question.text, k=k, by=way, **(options or {}))])
             on_query(part * len(questions) + place + 1, total)
         scores[way] = dict(_scores(found, relevant, ks, depth=depth, seed=seed))
     return RetrievalReport(
@@ -174,12 +176,12 @@ def _check(by: Sequence[str], ks: Sequence[int], depth: int) -> None:
 
 
 def _scores(
-    found: list[list[int]], relevant: list[set[int]], ks: Sequence[int], *, depth: int, seed: int
+    found: Mapping[int, list[list[int]]], relevant: list[set[int]], ks: Sequence[int], *, depth: int, seed: int
 ) -> Iterator[tuple[str, Score]]:
     for k in ks:
-        yield f"recall@{k}", metrics.mean_score(metrics.recalls(found, relevant, k), seed=seed)
-        yield f"hit@{k}", metrics.mean_score(metrics.hits(found, relevant, k), seed=seed)
-    ranks = metrics.reciprocal_ranks([each[:depth] for each in found], relevant)
+        yield f"recall@{k}", metrics.mean_score(metrics.recalls(found[k], relevant, k), seed=seed)
+        yield f"hit@{k}", metrics.mean_score(metrics.hits(found[k], relevant, k), seed=seed)
+    ranks = metrics.reciprocal_ranks(found[depth], relevant)
     yield "mrr", metrics.mean_score(ranks, seed=seed)
 
 
