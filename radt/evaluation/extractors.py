@@ -8,6 +8,7 @@ al. 2022): by Pillow's bicubic filter with antialiasing, in floating point, noth
 """
 
 import difflib
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ BATCH_ROWS = 16
 INCEPTION_SIDE = 299
 INCEPTION_WIDTH = 2048
 INCEPTION_SHA256 = "6726825d"  # how the digest of torch-fidelity's file begins, as its name has it
+TENSORS_ALONE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # torch/serialization.py, goes before what a caller of torch.load says
 UNTRAINED = "untrained"  # fixed random weights in the place of WEIGHTS, for tests
 FORMS = "inception[:WEIGHTS.pth], open_clip:NAME_OR_FOLDER, timm:NAME[:WEIGHTS], timm:FOLDER or recognizer[:FOLDER]"
 HINT = "the extra brings it: pip install 'radt[eval]'"
@@ -250,7 +252,7 @@ class TimmExtractor:
         if path:
             asked = {} if path == UNTRAINED else {"checkpoint_path": path}
         try:
-            with torch.random.fork_rng(devices=[]):
+            with torch.random.fork_rng(devices=[]), _tensors_alone():
                 torch.manual_seed(0)
                 full = f"local-dir:{model}" if Path(model).is_dir() else model
                 network = timm.create_model(full, **asked)
@@ -382,6 +384,20 @@ def _read_weights(path: Path) -> Mapping[str, Any]:
     except Exception as error:  # whatever a file that is none makes of the reader
         raise ModelError(f"{str(path)!r} is no file of weights ({_line(error)}): copy it again") from error
     return weights
+
+
+@contextmanager
+def _tensors_alone() -> Iterator[None]:
+    """Inside, torch reads tensors alone and runs nothing of a file, whatever is asked of it: not every timm asks so."""
+    before = os.environ.get(TENSORS_ALONE)
+    os.environ[TENSORS_ALONE] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[TENSORS_ALONE]
+        else:
+            os.environ[TENSORS_ALONE] = before
 
 
 def _downloaded_inception() -> Path:

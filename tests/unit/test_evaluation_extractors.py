@@ -1,5 +1,6 @@
 """Extractors beside the libraries they come from, and what is said where one cannot be had."""
 
+import os
 import pickle
 import urllib.error
 
@@ -221,6 +222,27 @@ def test_timm_takes_a_folder_of_its_hub(tmp_path):
     assert dict(extractor.class_words) == {}  # seven classes are not ImageNet's
     weights = extractor._network.state_dict()
     assert all(torch.equal(weights[name], value) for name, value in network.state_dict().items())
+
+
+def test_nothing_inside_a_file_for_timm_is_run_though_timm_would_run_it(monkeypatch, tmp_path):
+    import timm
+    from timm.models import _helpers, save_for_hf
+
+    def trusting(checkpoint_path, map_location="cpu", **_):  # as timm had it
+        return torch.load(checkpoint_path, map_location=map_location, weights_only=False)
+
+    monkeypatch.setattr(_helpers, "_torch_load", trusting)
+    monkeypatch.delenv(extractors.TENSORS_ALONE, raising=False)
+    mark, folder = tmp_path / "mark", tmp_path / "mine"
+    save_for_hf(timm.create_model("test_vit", num_classes=3), folder, safe_serialization=False)
+    (file,) = folder.glob("*.bin")
+    load_extractor(f"timm:{folder}")  # an honest pickle of tensors is read
+    torch.save({"weight": Told(str(mark))}, file, pickle_module=pickle)
+    for name in (f"timm:test_vit:{file}", f"timm:{folder}"):
+        with pytest.raises(ModelError, match="cannot load the timm model"):
+            load_extractor(name)
+    assert not mark.exists()
+    assert extractors.TENSORS_ALONE not in os.environ
 
 
 @pytest.mark.parametrize(
