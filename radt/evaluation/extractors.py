@@ -31,10 +31,12 @@ if TYPE_CHECKING:
 Kind: TypeAlias = Literal["inception", "open_clip", "timm", "recognizer"]
 
 BATCH_ROWS = 16
+IMAGENET_CLASSES = 1000
 INCEPTION_SIDE = 299
 INCEPTION_WIDTH = 2048
 INCEPTION_SHA256 = "6726825d"  # how the digest of torch-fidelity's file begins, as its name has it
 TENSORS_ALONE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # torch/serialization.py, goes before what a caller of torch.load says
+CMMD_MODEL = "ViT-L-14-336-quickgelu/openai"  # of Jayasumana et al. 2024, by its full name in open_clip
 UNTRAINED = "untrained"  # fixed random weights in the place of WEIGHTS, for tests
 FORMS = "inception[:WEIGHTS.pth], open_clip:NAME_OR_FOLDER, timm:NAME[:WEIGHTS], timm:FOLDER or recognizer[:FOLDER]"
 HINT = "the extra brings it: pip install 'radt[eval]'"
@@ -56,7 +58,8 @@ class Extractor(Protocol):
 
     `side` is that of the square which the network sees, in pixels; `resize` says in words how a picture becomes one;
     `width` is the number of features. `class_words` says in which words a caption may name a class, and which logit it
-    has; empty where there are no classes or no words for them.
+    has; empty where there are no classes or no words for them. `class_numbers` says the same of numbers: empty where
+    nobody says in which order the classes stand.
     """
 
     name: str
@@ -66,6 +69,7 @@ class Extractor(Protocol):
     width: int
     digest: str
     class_words: Mapping[str, int]
+    class_numbers: Mapping[int, int]
 
     def extract(self, pictures: Sequence["Image"]) -> Extracted:
         """Features of RGB pictures of any sizes."""
@@ -123,6 +127,7 @@ class InceptionExtractor:
     side = INCEPTION_SIDE
     width = INCEPTION_WIDTH
     class_words: Mapping[str, int] = MappingProxyType({})
+    class_numbers: Mapping[int, int] = MappingProxyType({})
 
     def __init__(self, network: Any, *, name: str, is_published: bool) -> None:
         self.name, self.is_published = name, is_published
@@ -174,14 +179,19 @@ class InceptionExtractor:
 
 
 class OpenClipExtractor:
-    """The image half of an open_clip model, whose texts can be compared with its pictures. Features have length 1."""
+    """The image half of an open_clip model, whose texts can be compared with its pictures. Features have length 1.
+
+    `is_published`: it is the one that CMMDs are published with.
+    """
 
     kind: Kind = "open_clip"
     class_words: Mapping[str, int] = MappingProxyType({})
+    class_numbers: Mapping[int, int] = MappingProxyType({})
 
     def __init__(self, embedder: Any, *, name: str, resize: str) -> None:
         self._embedder = embedder
         self.name, self.resize = name, resize
+        self.is_published = embedder.name == CMMD_MODEL
         self.side = embedder.image_side() or 0
         self.width = embedder.dim
         self.digest = embedder.fingerprint
@@ -231,7 +241,8 @@ class TimmExtractor:
         self._network = network.eval().to(self._device)
         self._mean, self._std = (np.array(config[key], np.float32) for key in ("mean", "std"))
         self.digest = _digest(self._network, f"{self.resize} {config['mean']} {config['std']}")
-        self.class_words: Mapping[str, int] = _imagenet_words(int(getattr(network, "num_classes", 0)))
+        self.class_words: Mapping[str, int] = _timm_words(network)
+        self.class_numbers: Mapping[int, int] = {i: i for i in range(network.num_classes)} if self.class_words else {}
         self.width = self._forward(np.zeros((1, self.side, self.side, 3), np.float32))[0].shape[1]
 
     @classmethod
@@ -285,16 +296,20 @@ class TimmExtractor:
             return features, logits
 
 
-def _imagenet_words(count: int) -> dict[str, int]:
-    """English names of the classes, where their number says that they are ImageNet's."""
-    if count != 1000:
-        return {}
+def _timm_words(network: Any) -> dict[str, int]:
+    """Names of the classes: those in its own config, else ImageNet's where their number says that they are its."""
     from timm.data import ImageNetInfo
 
+    count = int(getattr(network, "num_classes", 0))
+    own = (getattr(network, "pretrained_cfg", None) or {}).get("label_names")
     info = ImageNetInfo()
+    if isinstance(own, list | tuple) and len(own) == count and list(own) != list(info.label_names()):
+        names = [[str(name)] for name in own]
+    else:
+        names = [info.index_to_description(i).split(",") for i in range(count)] if count == IMAGENET_CLASSES else []
     words: dict[str, int] = {}
-    for column in range(count):
-        for name in info.index_to_description(column).split(","):
+    for column, those in enumerate(names):
+        for name in those:
             words.setdefault(name.strip().lower(), column)
     return words
 
@@ -312,6 +327,7 @@ class RecognizerExtractor:
         self.digest = recognizer.digest
         self.width = recognizer.network.config.feature_width
         self.class_words: Mapping[str, int] = _emoji_words(recognizer.classes)
+        self.class_numbers: Mapping[int, int] = {each: column for column, each in enumerate(recognizer.classes)}
 
     @classmethod
     def load(cls, folder: Path | None = None) -> "RecognizerExtractor":

@@ -206,8 +206,8 @@ def _kernel(measure: str, sets: Sets) -> list[Row]:
 def _gaussian(measure: str, sets: Sets) -> list[Row]:
     a, b = _both(sets, 1)
     score = metrics.gaussian_mmd_score(a, b, subsets=sets.options.subsets_of(measure), seed=sets.options.seed)
-    if sets.extractor.kind == "open_clip":
-        return [_row(measure, "CMMD", score, sets)]
+    if isinstance(sets.extractor, OpenClipExtractor):
+        return [_row(measure, "CMMD" if sets.extractor.is_published else "MMD", score, sets)]
     note = f"the kernel's width of {metrics.CMMD_SIGMA:g} is meant for features of length 1, as CLIP's are"
     return [_row(measure, "MMD", score, sets, notes=[note])]
 
@@ -287,14 +287,20 @@ def _r_precision(measure: str, sets: Sets) -> list[Row]:
 
 
 def _object_accuracy(measure: str, sets: Sets) -> list[Row]:
-    logits, words = sets.pictures.logits, sets.extractor.class_words
+    logits, extractor = sets.pictures.logits, sets.extractor
     if logits is None:
-        raise NotMeasurableError(f"{sets.extractor.name} is no classifier")
-    asked = [asked_class(picture, words, logits.shape[1]) for picture in sets.pictures.pictures]
+        raise NotMeasurableError(f"{extractor.name} is no classifier")
+    words, numbers = extractor.class_words, extractor.class_numbers
+    if not numbers:
+        raise NotMeasurableError(
+            f"nothing says what the {logits.shape[1]:,} classes of {extractor.name} are: name an extractor that knows "
+            "its own, such as a timm model of ImageNet"
+        )
+    asked = [asked_class(picture, words, numbers) for picture in sets.pictures.pictures]
     places = [place for place, each in enumerate(asked) if each is not None]
     if not places:
         raise NotMeasurableError(
-            f"no caption names a class that {sets.extractor.name} knows; give a `label` to each picture in --captions"
+            f"no caption names a class that {extractor.name} knows; give a `label` to each picture in --captions"
         )
     classes = np.array([each for each in asked if each is not None])
     answers = logits[places].argmax(axis=1)[:, None]
@@ -309,8 +315,10 @@ def _object_accuracy(measure: str, sets: Sets) -> list[Row]:
     ]
 
 
-def asked_class(picture: PictureFile, words: Mapping[str, int], classes: int) -> int | None:
+def asked_class(picture: PictureFile, words: Mapping[str, int], numbers: Mapping[int, int]) -> int | None:
     """The column of the class that a picture should show: by its label, a name or a number, else by its caption.
+
+    `numbers` says which column a number means: places in ImageNet or in the names of a timm model, class ids of emoji.
 
     Of the names that stand in the caption as whole words the first counts, the longest of those that begin there; Hinz
     et al. 2022 choose captions by words, too. Words mislead: an orange background is no orange. NotMeasurableError for
@@ -319,11 +327,11 @@ def asked_class(picture: PictureFile, words: Mapping[str, int], classes: int) ->
     if picture.label is not None:
         if picture.label.lower() in words:
             return words[picture.label.lower()]
-        if picture.label.isascii() and picture.label.isdigit() and int(picture.label) < classes:
-            return int(picture.label)
+        if picture.label.isascii() and picture.label.isdigit() and int(picture.label) in numbers:
+            return numbers[int(picture.label)]
         raise NotMeasurableError(
-            f"{picture.name!r} is labelled {picture.label!r}, which is neither a name that this extractor knows nor a "
-            f"number below {classes}"
+            f"{picture.name!r} is labelled {picture.label!r}, which is neither the name nor the number of a class that "
+            "this extractor knows"
         )
     said = _spaced(picture.caption or "")
     places = {name: said.find(_spaced(name)) for name in words}

@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from index.embedder import ClipEmbedder
-from index.errors import ConfigError, ModelError
+from index.embedder import ClipEmbedder, _named_weights
+from index.errors import ConfigError, ModelError, QueryError
 from radt.evaluation import extractors
 from radt.evaluation.extractors import (
     Extractor,
@@ -110,6 +110,14 @@ def test_only_over_the_published_weights_a_distance_is_called_fid(inception, tmp
     assert titles() == ["FID", "KID", "inception score"]
 
 
+def test_a_number_is_no_class_of_inception(inception, tmp_path):
+    draw(0).save(tmp_path / "0.png")
+    (tmp_path / "captions.csv").write_text("file,label\n0.png,207\n")
+    pictures = find_pictures(str(tmp_path), captions=tmp_path / "captions.csv")
+    with pytest.raises(QueryError, match=r"soa .*: nothing says what the 1,008 classes of inception:\S+ are: name an"):
+        measure_images(pictures, [InceptionExtractor.load(inception[1])], options=Options(measures=("soa",)))
+
+
 def test_weights_of_something_else_are_one_sentence(tmp_path):
     path = tmp_path / "other.pth"
     torch.save({"weight": torch.zeros(2)}, path)
@@ -167,6 +175,24 @@ def test_open_clip_is_the_embedder(tiny_clip):
     assert extractor.resize == "the model's own: Resize 32 bicubic, CenterCrop 32x32"
 
 
+def test_only_over_its_published_model_a_gaussian_mmd_is_called_cmmd(tiny_clip, tmp_path):
+    for i in range(2):
+        draw(i).save(tmp_path / f"{i}.png")
+    pictures = find_pictures(str(tmp_path))
+    extractor = OpenClipExtractor.load(str(tiny_clip))
+    assert not extractor.is_published
+
+    def title():
+        return measure_images(pictures, [extractor], reals=pictures, options=Options(measures=("cmmd",))).rows[0].title
+
+    assert title() == "MMD"
+    extractor.is_published = True
+    assert title() == "CMMD"
+    # however it is typed, open_clip's full name is this one
+    for typed in ("ViT-L-14-336-quickgelu", "ViT-L-14-336-quickgelu/openai"):
+        assert "/".join(_named_weights(typed)) == extractors.CMMD_MODEL
+
+
 def test_other_weights_have_another_digest(tiny_clip, other_clip):
     assert load_extractor(f"open_clip:{tiny_clip}").digest != load_extractor(f"open_clip:{other_clip}").digest
 
@@ -189,6 +215,7 @@ def test_timm_features_come_before_its_classifier():
     alone = extractor.extract(pictures[:1])
     np.testing.assert_allclose(alone.features, found.features[:1], rtol=1e-3, atol=1e-5)
     assert extractor.class_words["tench"] == 0
+    assert dict(extractor.class_numbers) == {i: i for i in range(1000)}  # both cranes, too
     again = load_extractor("timm:test_vit:untrained")
     assert again.digest == extractor.digest
     assert "160x160, PIL bicubic with antialias" in extractor.resize
@@ -208,6 +235,18 @@ def test_timm_takes_a_checkpoint(tmp_path):
     assert all(torch.equal(weights[name], value) for name, value in network.state_dict().items())
 
 
+def test_a_timm_folder_that_names_its_classes_is_asked_for_them(tmp_path):
+    import timm
+    from timm.models import save_for_hf
+
+    network = timm.create_model("test_vit", num_classes=3)
+    names = {"label_names": ["Red Fox", "wolf", "bear"]}
+    save_for_hf(network, tmp_path / "mine", model_config=names, safe_serialization=True)
+    extractor = load_extractor(f"timm:{tmp_path / 'mine'}")
+    assert extractor.class_words == {"red fox": 0, "wolf": 1, "bear": 2}
+    assert extractor.class_numbers == {0: 0, 1: 1, 2: 2}
+
+
 def test_timm_takes_a_folder_of_its_hub(tmp_path):
     import timm
     from timm.models import save_for_hf
@@ -219,7 +258,7 @@ def test_timm_takes_a_folder_of_its_hub(tmp_path):
     found = extractor.extract([draw(0)])
     assert found.logits is not None
     assert found.logits.shape == (1, 7)
-    assert dict(extractor.class_words) == {}  # seven classes are not ImageNet's
+    assert dict(extractor.class_words) == dict(extractor.class_numbers) == {}  # seven classes are not ImageNet's
     weights = extractor._network.state_dict()
     assert all(torch.equal(weights[name], value) for name, value in network.state_dict().items())
 
@@ -281,6 +320,7 @@ def test_the_recogniser_is_an_extractor_with_words_for_its_classes(tmp_path):
     assert found.logits is not None
     assert found.logits.shape == (4, 3)
     assert extractor.class_words[noun(wolf)] == 2
+    assert extractor.class_numbers == {0: 0, 5: 1, wolf.class_id: 2}
     with pytest.raises(ModelError, match="there is no emoji recogniser"):
         load_extractor(f"recognizer:{tmp_path}")
 
