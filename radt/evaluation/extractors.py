@@ -11,7 +11,7 @@ import difflib
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import blake2b, sha256
 from pathlib import Path
@@ -181,15 +181,17 @@ class InceptionExtractor:
 class OpenClipExtractor:
     """The image half of an open_clip model, whose texts can be compared with its pictures. Features have length 1.
 
-    `is_published`: it is the one that CMMDs are published with.
+    `is_published`: it is the one that CMMDs are published with. `bundle` is the digest of the bundle whose prompts it
+    reads, None where it was not named by one.
     """
 
     kind: Kind = "open_clip"
     class_words: Mapping[str, int] = MappingProxyType({})
     class_numbers: Mapping[int, int] = MappingProxyType({})
 
-    def __init__(self, embedder: Any, *, name: str, resize: str) -> None:
+    def __init__(self, embedder: Any, *, name: str, resize: str, bundle: str | None = None) -> None:
         self._embedder = embedder
+        self.bundle = bundle
         self.name, self.resize = name, resize
         self.is_published = embedder.name == CMMD_MODEL
         self.side = embedder.image_side() or 0
@@ -203,7 +205,7 @@ class OpenClipExtractor:
 
         model, tokenizer, preprocess, full_name = open_model(name)
         embedder = ClipEmbedder(model, tokenizer, preprocess, name=full_name, fast=False, resize_on_device=False)
-        return cls(embedder, name=f"open_clip:{name}", resize=_steps(preprocess))
+        return cls(embedder, name=f"open_clip:{name}", resize=_steps(preprocess), bundle=_bundle_of(full_name))
 
     def extract(self, pictures: Sequence["Image"]) -> Extracted:
         """Unit vectors of pictures."""
@@ -212,6 +214,19 @@ class OpenClipExtractor:
     def texts(self, texts: Sequence[str]) -> Float32[np.ndarray, "n d"]:
         """Unit vectors of texts."""
         return self._embedder.texts(texts)
+
+
+def _bundle_of(full_name: str) -> str | None:
+    """The digest of the bundle that a folder of open_clip's form lies in, if it reads that bundle's prompts."""
+    from radt.bundle import CLIP_FOLDER, read_info
+
+    clip = Path(full_name)
+    if clip.name != CLIP_FOLDER or not (clip.parent / "bundle.json").is_file():
+        return None
+    with suppress(ModelError):  # of another format, say: its encoder is read all the same
+        info = read_info(clip.parent)
+        return info.digest if info.text_encoder is None else None
+    return None
 
 
 def _steps(preprocess: Any) -> str:

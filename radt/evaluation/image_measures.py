@@ -250,9 +250,12 @@ def _captioned(sets: Sets) -> tuple[OpenClipExtractor, Int[np.ndarray, " n"], li
 
 
 def _text_notes(sets: Sets, count: int) -> list[str]:
-    notes = []
-    if any(picture.encoder == sets.extractor.digest for picture in sets.pictures.pictures):
+    notes, pictures, extractor = [], sets.pictures.pictures, sets.extractor
+    if any(picture.encoder == extractor.digest for picture in pictures):
         notes.append("not independent: the model looked its prompts up with this very encoder")
+    bundle = extractor.bundle if isinstance(extractor, OpenClipExtractor) else None
+    if bundle is not None and any(picture.model == bundle for picture in pictures):
+        notes.append("not independent: the model reads its prompts with this very encoder")
     missing = len(sets.pictures.pictures) - count
     return [*notes, f"{missing} pictures have no caption"] if missing else notes
 

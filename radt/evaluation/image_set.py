@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"})
 PLOT = "plot.png"  # that an evaluation writes
 RECORD_CHUNK = "radt"  # of a PNG (radt/provenance.py)
+BY_CLIP = ("clip", "hybrid")  # ways of searching that compare CLIP vectors (index/search/request.py)
 BATCH_ROWS = 32  # pictures decoded at once
 FLUSH_ROWS = 256  # pictures, or seconds, that a kill may cost
 FLUSH_SECONDS = 20
@@ -41,8 +42,9 @@ T = TypeVar("T")
 class PictureFile:
     """One picture: its name within the source, how its bytes are read, and what it should show, where that is known.
 
-    `label` names the class that it should show. `encoder` is the digest of the CLIP that it was looked up with, and
-    `copy_similarity` how like its neighbours it is, both from the record that `radt generate` leaves.
+    `label` names the class that it should show. From the record that `radt generate` leaves: `encoder` is the digest of
+    the CLIP that its neighbours were found by, None where they were found by words alone or not at all; `model` that of
+    the bundle that drew it; `copy_similarity` how like its neighbours it is.
     """
 
     name: str
@@ -50,6 +52,7 @@ class PictureFile:
     caption: str | None = None
     label: str | None = None
     encoder: str | None = None
+    model: str | None = None
     copy_similarity: float | None = None
 
 
@@ -147,9 +150,12 @@ def read_record(path: Path) -> dict[str, Any] | None:
     with suppress(Exception):  # a broken file is named when it is decoded, and a foreign record is none
         with Image.open(path, formats=["PNG"]) as image:
             values = json.loads(image.info[RECORD_CHUNK])
+        by_clip = values["settings"]["by"] in BY_CLIP
+        is_found = any(not str(each["id"]).startswith("reference:") for each in values["neighbors"])
         return {
             "caption": str(values["prompt"]) or None,
-            "encoder": values["origin"].get("knowledge_base"),
+            "encoder": values["origin"].get("knowledge_base") if by_clip and is_found else None,
+            "model": values["origin"].get("model_digest"),
             "copy_similarity": values.get("copy_similarity"),
         }
     return None

@@ -31,6 +31,8 @@ from radt.neighbors import Neighbor, to_rgb8
 from tests.fakes import caption_of, draw, encode, write_img2dataset
 
 N = 14
+SEARCHED_WITH = "not independent: the model looked its prompts up with this very encoder"
+READ_BY = "not independent: the model reads its prompts with this very encoder"
 
 
 @pytest.fixture
@@ -178,9 +180,27 @@ def test_pictures_of_generate_say_themselves_what_they_should_show(capsys, radt,
     assert code == 0, err
     scores = {score["measure"]: score for score in json.loads(out)["scores"]}
     assert set(scores) == {"clip-score", "r-precision", "copies"}
-    assert "not independent" in scores["clip-score"]["notes"][0]
+    assert [note for note in scores["clip-score"]["notes"] if "not independent" in note] == [SEARCHED_WITH, READ_BY]
     recorded = np.mean([picture.copy_similarity > 0.95 for picture in found])
     assert scores["copies"]["value"] == recorded
+
+
+@pytest.mark.parametrize("words", [("--by", "bm25"), ("--by", "tfidf"), ("-k", "0")])
+def test_an_encoder_is_not_blamed_for_a_search_that_it_had_no_part_in(
+    capsys, tiny_bundle, tiny_kb, other_clip, tmp_path, words
+):
+    said = ["a red circle", "--kb", tiny_kb, "--model", tiny_bundle, "--out", tmp_path / "out", *words]
+    with pytest.raises(SystemExit) as end:
+        run(app, ["generate", *map(str, said)])
+    assert not end.value.code, capsys.readouterr().err
+
+    def notes(name):
+        extractor, found = load_extractor(f"open_clip:{name}"), find_pictures(str(tmp_path / "out"))
+        assert found[0].encoder is None
+        return measure_images(found, [extractor], options=Options(measures=("clip-score",))).rows[0].notes
+
+    assert notes(tiny_bundle) == (READ_BY,)
+    assert notes(other_clip) == ()
 
 
 def test_captions_and_labels_of_a_file_go_before_others(radt, pictures, clip, tmp_path):

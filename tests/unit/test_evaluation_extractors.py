@@ -1,16 +1,21 @@
 """Extractors beside the libraries they come from, and what is said where one cannot be had."""
 
+import json
 import os
 import pickle
+import shutil
 import urllib.error
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from index.config import to_dict
 from index.embedder import ClipEmbedder, _named_weights
 from index.errors import ConfigError, ModelError, QueryError
+from radt.bundle import BundleInfo, StageInfo
 from radt.evaluation import extractors
 from radt.evaluation.extractors import (
     Extractor,
@@ -191,6 +196,22 @@ def test_only_over_its_published_model_a_gaussian_mmd_is_called_cmmd(tiny_clip, 
     # however it is typed, open_clip's full name is this one
     for typed in ("ViT-L-14-336-quickgelu", "ViT-L-14-336-quickgelu/openai"):
         assert "/".join(_named_weights(typed)) == extractors.CMMD_MODEL
+
+
+def test_an_encoder_knows_the_bundle_whose_prompts_it_reads(tiny_clip, tmp_path):
+    bundle = tmp_path / "bundle"
+    shutil.copytree(tiny_clip, bundle / "clip")
+    info = BundleInfo(name="tiny", stages=(StageInfo(name="base"),))
+
+    def found(name, text_encoder=None):
+        (bundle / "bundle.json").write_text(json.dumps(to_dict(replace(info, text_encoder=text_encoder))))
+        return OpenClipExtractor.load(str(name)).bundle
+
+    assert found(bundle) == found(bundle / "clip") == info.digest
+    assert found(bundle, text_encoder="google/t5-v1_1-xxl") is None  # another reads its prompts
+    assert found(tiny_clip) is None
+    (bundle / "bundle.json").write_text("{}")
+    assert OpenClipExtractor.load(str(bundle)).bundle is None
 
 
 def test_other_weights_have_another_digest(tiny_clip, other_clip):
