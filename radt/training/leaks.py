@@ -23,6 +23,7 @@ from radt.training.precompute import Captions
 
 RENDITIONS = 4  # of an entity, as `radt corpus emoji` draws by default
 CORPUS_SIZE = 128
+FONT_CHECKED = 100  # entities, the first ones: a pack of a few entities has those too
 SHADE = 8  # of 8 bits, in any channel of any pixel
 Arrangement: TypeAlias = tuple[tuple[int, tuple[float, ...]], ...]
 
@@ -93,8 +94,9 @@ def leaks_in_corpus(folder: Path) -> Iterator[Leak]:
 
 
 def leaks_in_pictures(pack: Pack, glyphs: GlyphRenderer) -> Iterator[Leak]:
-    """Neighbours of a pack that are a picture of a held-out entity, pixel for pixel."""
+    """Neighbours of a pack that are a picture of a held-out entity, pixel for pixel. CorpusError for another font's."""
     rows = _rows_by_pixels(pack)
+    _check_font(rows, pack, glyphs)
     for entity in load_entities():
         if entity.held_out and glyphs.draws(entity):
             for number in range(RENDITIONS):
@@ -107,6 +109,7 @@ def leaks_in_targets(pack: Pack, captions: Captions, config: PackConfig, glyphs:
 
     Resampling may differ by a shade from version to version; another glyph, however like, differs by more than `SHADE`.
     """
+    _check_font(_rows_by_pixels(pack), pack, glyphs)
     known: dict[tuple[int, Arrangement], int] = {}
     for place, scene in _drawn_again(captions, config, glyphs):
         row = int(pack.scene_layer[place])
@@ -123,10 +126,11 @@ def own_records(pack: Pack, captions: Captions, config: PackConfig, glyphs: Glyp
     """Scenes whose neighbours hold the very record that the scene is drawn from: rendition 0 of what it shows.
 
     The scenes are drawn by lot from the pack's configuration, so which entities they show is found by drawing again; a
-    CorpusError where that gives other captions, as after a change of the corpus.
+    CorpusError where that gives other captions, as after a change of the corpus, or where the pack is another font's.
     """
     table = load_entities()
     rows = _rows_by_pixels(pack)
+    _check_font(rows, pack, glyphs)
     own: dict[int, set[int]] = {}
     for place, scene in _drawn_again(captions, config, glyphs):
         neighbors = set(pack.scene_neighbors[place].tolist())
@@ -184,6 +188,13 @@ def _rows_by_pixels(pack: Pack) -> dict[bytes, list[int]]:
     for row, picture in enumerate(pack.pictures.cpu().numpy()):
         rows.setdefault(picture.tobytes(), []).append(row)
     return rows
+
+
+def _check_font(rows: Mapping[bytes, Sequence[int]], pack: Pack, glyphs: GlyphRenderer) -> None:
+    """CorpusError where no picture of the pack is as this font draws it: then nothing can be told of any."""
+    drawn = islice((entity for entity in load_entities() if glyphs.draws(entity)), FONT_CHECKED)
+    if not any(_as_in_pack(glyphs, entity, number, pack) in rows for entity in drawn for number in range(RENDITIONS)):
+        raise CorpusError("the pack was drawn with another font than this machine's, or resized otherwise")
 
 
 def _as_in_pack(glyphs: GlyphRenderer, entity: Entity, number: int, pack: Pack) -> bytes:

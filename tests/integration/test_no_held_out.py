@@ -285,6 +285,16 @@ def test_the_doctor_finds_a_scene_among_its_own_neighbours(spoiled: Path, glyphs
     assert "has its own record among its neighbours" in out
 
 
+def test_of_a_pack_of_another_font_the_doctor_knows_nothing(spoiled: Path, radt: Radt) -> None:
+    """No picture is found again, which is no proof that none is held out, and no scene shows what it would here."""
+    pack = Pack.load(spoiled / "pack.safetensors")
+    rewrite(spoiled, pictures=255 - pack.pictures, layers=pack.layers.flip(-2))
+    code, out = radt("doctor", spoiled)
+    assert code == 0
+    for name in ("pictures", "targets", "own records"):
+        assert any(line.startswith("unknown") and name in line and "another font" in line for line in out.splitlines())
+
+
 def test_the_doctor_of_a_run_that_diverged(spoiled: Path, radt: Radt) -> None:
     with (spoiled / "metrics.jsonl").open("a") as file:
         file.write('{"step": 7, "images_seen": 28, "loss": NaN, "grad_norm": NaN}\n')
