@@ -57,10 +57,10 @@ class BaseConfig:
 
 
 def emoji_demo() -> BaseConfig:
-    """The base stage that ships with radt: 32x32, 5 M parameters, neighbours at four levels.
+    """The base stage of the demonstration: 32x32, 5 M parameters, neighbours at four levels.
 
     1.5 M pictures: about five hours on two CPU cores, in two processes. What stands where, and which of two things is
-    which, is learnt late.
+    which, is learnt late. The weights inside the package are of an earlier recipe, which their card names.
     """
     return BaseConfig(
         clip="runs/clip-emoji/clip",
@@ -68,7 +68,7 @@ def emoji_demo() -> BaseConfig:
         schedule=NoiseSchedule(curve="cosine"),
         prediction="v",
         weighting="v",
-        pack=PackConfig(num_scenes=30_000, kinds=DIFFICULT_KINDS),
+        pack=PackConfig(num_scenes=30_000, kinds=dict(DIFFICULT_KINDS)),
         data=DataConfig(candidates=2, wrong_prob=0.12, missing_prob=0.05),
         optim=OptimConfig(cooldown_share=0.15),
         loop=LoopConfig(num_steps=24_000),

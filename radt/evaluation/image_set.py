@@ -150,8 +150,8 @@ def read_record(path: Path) -> dict[str, Any] | None:
     with suppress(Exception):  # a broken file is named when it is decoded, and a foreign record is none
         with Image.open(path, formats=["PNG"]) as image:
             values = json.loads(image.info[RECORD_CHUNK])
-        by_clip = values["settings"]["by"] in BY_CLIP
-        is_found = any(not str(each["id"]).startswith("reference:") for each in values["neighbors"])
+        by_clip = values.get("settings", {}).get("by") in BY_CLIP
+        is_found = any(not str(each["id"]).startswith("reference:") for each in values.get("neighbors", ()))
         return {
             "caption": str(values["prompt"]) or None,
             "encoder": values["origin"].get("knowledge_base") if by_clip and is_found else None,

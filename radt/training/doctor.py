@@ -11,7 +11,7 @@ What it compares with is in `radt/training/reference.py`. docs/training.md says 
 
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -328,7 +328,7 @@ def judge_leaks(run: RunFolder) -> Iterator[Finding]:
 
         return leaks_in_pictures(run.pack, GlyphRenderer())
 
-    def targets() -> Iterator[Leak]:
+    def targets() -> list[Leak]:
         from radt.corpora.emoji import GlyphRenderer
 
         assert isinstance(run.config, BaseConfig | DistillConfig)
@@ -340,7 +340,7 @@ def judge_leaks(run: RunFolder) -> Iterator[Finding]:
         assert isinstance(run.config, BaseConfig | DistillConfig)
         return own_records(run.pack, Captions.load(folder, run.pack), run.config.pack, GlyphRenderer())
 
-    sources: dict[str, Callable[[], Iterator[Leak]]] = {
+    sources: dict[str, Callable[[], Iterable[Leak]]] = {
         "corpus": lambda: leaks_in_corpus(folder / "corpus"),
         "captions": captions,
         "pictures": pictures,

@@ -285,6 +285,17 @@ def test_the_doctor_finds_a_scene_among_its_own_neighbours(spoiled: Path, glyphs
     assert "has its own record among its neighbours" in out
 
 
+def test_scenes_that_are_all_wrong_beside_neighbours_of_this_font_are_a_leak(
+    spoiled: Path, glyphs: GlyphRenderer
+) -> None:
+    """Nor are scenes that are as drawn here unknown, where neighbours differ by how they were resized."""
+    pack, config = Pack.load(spoiled / "pack.safetensors"), PRESETS["tiny"]().pack
+    config = replace(config, num_scenes=SCENES, num_entities=ENTITIES)
+    captions = Captions.load(spoiled, pack)
+    assert len(leaks_in_targets(replace(pack, layers=pack.layers.flip(-2)), captions, config, glyphs)) == SCENES
+    assert leaks_in_targets(replace(pack, pictures=255 - pack.pictures), captions, config, glyphs) == []
+
+
 def test_of_a_pack_of_another_font_the_doctor_knows_nothing(spoiled: Path, radt: Radt) -> None:
     """No picture is found again, which is no proof that none is held out, and no scene shows what it would here."""
     pack = Pack.load(spoiled / "pack.safetensors")
