@@ -37,6 +37,7 @@ MEASURES = {
     "drew_shown": "drew what neighbours show",
     "copied": "copied",
 }
+FACTS = ("both_entities", "ground", "place", "count", "size")
 CURVES = ("entity_top1", "both_entities", "ground", "place", "count", "size", "agreement")
 AXES = {"k": "neighbours, K", "text-share": "share of the text, eta"}
 TITLES = {
@@ -62,13 +63,40 @@ NAMES = {
 
 
 def tables(report: SweepReport) -> list[Table]:
-    """A table over all kinds with a row a point, one for each kind, and what the true scenes score."""
+    """A table over all kinds with a row a point, one for each kind, and what the true scenes score.
+
+    The three arms over several kinds begin with the table that is quoted: a row a kind.
+    """
     overall = [report.overall[point.name] for point in report.points]
     made = [_table(f"EmojiDrawBench {TITLES[report.sweep]}: all kinds", overall, report, ceiling=report.ceiling["all"])]
+    if report.sweep == "arms" and len(report.kinds) > 1:
+        made.insert(0, _by_kind(report))
     for kind in report.kinds:
         found = [report.by_kind[point.name][kind] for point in report.points]
         made.append(_table(f"Prompts of kind {kind!r}", found, report, ceiling=report.ceiling[kind]))
     return made
+
+
+def _by_kind(report: SweepReport) -> Table:
+    """The entity in every arm, and what else is read off the first arm's pictures, with a row a kind."""
+    first, *others = report.points
+    rows = {kind: report.by_kind[first.name][kind] for kind in report.kinds}
+    facts = [key for key in FACTS if any(key in row for row in rows.values())]
+    cells: list[tuple[Cell, ...]] = [
+        (
+            kind,
+            _estimate(row["entity_top1"]),
+            *(report.by_kind[point.name][kind]["entity_top1"]["value"] for point in others),
+            *(row[key]["value"] if key in row else None for key in facts),
+        )
+        for kind, row in rows.items()
+    ]
+    return Table(
+        title="EmojiDrawBench by kind of prompt",
+        columns=("", MEASURES["entity_top1"], *(NAMES[p.name] for p in others), *(MEASURES[key] for key in facts)),
+        rows=tuple(cells),
+        note=f"{report.n} prompts of each kind: the entity in every arm, then what else is right with retrieval.",
+    )
 
 
 def _table(

@@ -28,7 +28,7 @@ from radt.evaluation.emoji_draw_sweep import (
 )
 from radt.evaluation.emoji_draw_sweep_sheet import write_sweep
 from radt.evaluation.intervals import wilson
-from radt.evaluation.results import Result
+from radt.evaluation.results import Estimate, Result
 from radt.pipeline import TextToImage
 from radt.recognizer_network import RecognizerConfig, RecognizerNetwork, save_recognizer
 from tests.integration.conftest import save_tiny_bundle
@@ -159,6 +159,19 @@ class TestRun:
         assert seeds[0] == seeds[2] == seeds[4]
         assert len({seed for _, seed in [*seeds[0], *seeds[1]]}) == 2 * N
         assert all(not request.neighbors for request in drawn[2])
+
+    def test_the_arms_begin_with_the_table_that_is_quoted_a_row_a_kind(self, bench, model, settings, drawn):
+        report = run_sweep(bench, model, "arms", settings)
+        first = emoji_draw_sweep_sheet.tables(report)[0]
+        assert first.columns[:4] == ("", "entity top-1", "without", "one wrong")
+        assert [row[0] for row in first.rows] == list(report.kinds)
+        for kind, entity, *cells in first.rows:
+            right = report.by_kind["with_retrieval"][kind]
+            assert entity == Estimate(**{part: right["entity_top1"][part] for part in ("value", "low", "high")})
+            arms = [report.by_kind[arm][kind]["entity_top1"]["value"] for arm in ("without_retrieval", "with_one_wrong")]
+            facts = [right.get(key, {}).get("value") for key in ("both_entities", "ground", "place", "count")]
+            assert cells == [*arms, *facts]
+        assert "by kind" not in emoji_draw_sweep_sheet.tables(run_sweep(bench, model, "by", settings))[0].title
 
     def test_a_sweep_that_was_killed_goes_on_and_is_the_unbroken_one(
         self, bench, model, settings, drawn, tmp_path, monkeypatch
