@@ -13,7 +13,7 @@ from index.errors import MissingExtraError
 from radt.corpora.emoji import load_entities
 from radt.evaluation.emoji_draw_kinds import BenchKind, Outcome, Prompt
 from radt.evaluation.emoji_draw_sheet import marked
-from radt.evaluation.emoji_draw_sweep import ROWS_KEPT, Drawn, KindsBench, Point, SweepReport
+from radt.evaluation.emoji_draw_sweep import ROWS_KEPT, UNITS, Drawn, KindsBench, Point, SweepReport
 from radt.evaluation.plain_results import JUDGES
 from radt.evaluation.results import Cell, Estimate, Line, Plot, Result, Table, typed_command
 from radt.evaluation.results import Picture as ResultPicture
@@ -63,14 +63,15 @@ NAMES = {
 
 
 def tables(report: SweepReport) -> list[Table]:
-    """A table over all kinds with a row a point, one for each kind, and what the true scenes score.
+    """A row a point and what the true scenes score: a table over all kinds, if there are several, and one for each.
 
     The three arms over several kinds begin with the table that is quoted: a row a kind.
     """
-    overall = [report.overall[point.name] for point in report.points]
-    made = [_table(f"EmojiDrawBench {TITLES[report.sweep]}: all kinds", overall, report, ceiling=report.ceiling["all"])]
-    if report.sweep == "arms" and len(report.kinds) > 1:
-        made.insert(0, _by_kind(report))
+    made = []
+    if len(report.kinds) > 1:
+        overall = [report.overall[point.name] for point in report.points]
+        made += [_by_kind(report)] if report.sweep == "arms" else []
+        made.append(_table("Prompts of all kinds", overall, report, ceiling=report.ceiling["all"]))
     for kind in report.kinds:
         found = [report.by_kind[point.name][kind] for point in report.points]
         made.append(_table(f"Prompts of kind {kind!r}", found, report, ceiling=report.ceiling[kind]))
@@ -92,7 +93,7 @@ def _by_kind(report: SweepReport) -> Table:
         for kind, row in rows.items()
     ]
     return Table(
-        title="EmojiDrawBench by kind of prompt",
+        title="By kind of prompt",
         columns=("", MEASURES["entity_top1"], *(NAMES[p.name] for p in others), *(MEASURES[key] for key in facts)),
         rows=tuple(cells),
         note=f"{report.n} prompts of each kind: the entity in every arm, then what else is right with retrieval.",
@@ -152,8 +153,15 @@ def plot(report: SweepReport) -> Plot | None:
     )
 
 
-def to_result(report: SweepReport, curve: str | None) -> Result:
-    """As all results are stored, for `radt report`."""
+def heading(report: SweepReport) -> str:
+    """What was measured, at which size, and whether by fast twins."""
+    size = report.facts["model"]["image_size"]
+    twin = ", fast twins" if report.facts["settings"]["fast"] else ""
+    return f"EmojiDrawBench {TITLES[report.sweep]}; {size}x{size}{twin}"
+
+
+def to_result(report: SweepReport, curve: str) -> Result:
+    """As all results are stored, for `radt report`: the tables, the curve, and the sheets of every point."""
     drawn = plot(report)
     facts = {
         "model": f"{report.facts['model']['name']} ({report.facts['model']['digest'][:12]})",
@@ -163,14 +171,23 @@ def to_result(report: SweepReport, curve: str | None) -> Result:
     }
     return Result(
         kind=f"emoji-draw-{report.sweep}",
-        title=f"EmojiDrawBench {TITLES[report.sweep]}",
+        title=heading(report),
         command=typed_command(),
         facts=facts,
         tables=tuple(tables(report)),
         plots=() if drawn is None else (drawn,),
-        pictures=() if curve is None else (ResultPicture(file=curve, title=f"EmojiDrawBench {TITLES[report.sweep]}"),),
+        pictures=(*([] if drawn else [ResultPicture(file=curve, title="Every measure")]), *sheets(report)),
         data=report.to_json(),
     )
+
+
+def sheets(report: SweepReport) -> list[ResultPicture]:
+    """The sheets that were written as each point's prompts of one kind were done."""
+    return [
+        ResultPicture(file=f"{UNITS}/{point.name}.{kind}.png", title=f"{NAMES.get(point.name, point.name)}: {kind}")
+        for kind in report.kinds
+        for point in report.points
+    ]
 
 
 def write_sweep(report: SweepReport, out: Path) -> list[Path]:
@@ -189,13 +206,14 @@ def markdown(report: SweepReport, curve: str) -> str:
     judge = JUDGES[report.facts["recognizer"]["judge"]]
     asked = report.facts["settings"]
     parts = [
-        f"# EmojiDrawBench {TITLES[report.sweep]}\n",
+        f"# {heading(report)}\n",
         f"Model {report.facts['model']['name']}, {report.facts['kb']['pairs']:,} pairs, {report.n} held-out classes in "
         f"prompts of {len(report.kinds)} kinds, by {asked['by']}, K = {asked['k']}, eta = {asked['text_share']:g}, "
         f"{asked['sampler']} at {asked['steps']} steps, seed {asked['seed']}. The entity is judged by {judge}.\n",
         f"![{TITLES[report.sweep]}]({curve})\n",
     ]
     parts.extend(f"## {table.title}\n\n{markdown_table(table)}\n\n{table.note}\n" for table in tables(report))
+    parts.extend(f"## {sheet.title}\n\n![{sheet.title}]({sheet.file})\n" for sheet in sheets(report))
     return "\n".join(parts)
 
 
@@ -294,7 +312,7 @@ def write_unit_sheet(path: Path, bench: KindsBench, drawn: Drawn, *, point: Poin
         rows=rows,
     )
     buffer = io.BytesIO()
-    draw_sheet(sheet).save(buffer, "PNG")
+    draw_sheet(sheet).quantize(256).save(buffer, "PNG")  # a third of the bytes: a report shows them all
     write_bytes(path, buffer.getvalue())
 
 

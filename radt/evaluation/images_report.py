@@ -161,7 +161,7 @@ def _result(report: ImagesReport, document: dict[str, Any]) -> Result:
     )
     return Result(
         kind="images",
-        title="Measures of pictures",
+        title=f"Measures of pictures: {Path(report.source).name}",
         command=typed_command(),
         facts={"pictures": report.source, "N": report.n, "real": report.real, "reals": report.n_real},
         tables=(table,),

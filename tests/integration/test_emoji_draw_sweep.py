@@ -240,6 +240,8 @@ class TestRun:
         assert json.loads((tmp_path / "text-share.json").read_text()) == json.loads(json.dumps(result.data))
         with Image.open(tmp_path / "points" / "text-share=0.two.png") as sheet:
             assert sheet.height > 300
+        assert len(result.pictures) == len(report.points) * len(report.kinds)  # a report shows every sheet
+        assert all((tmp_path / picture.file).is_file() for picture in result.pictures)
 
     def test_pictures_of_another_font_are_drawn_again_where_glyphs_decide(
         self, bench, model, settings, drawn, tmp_path
