@@ -72,6 +72,11 @@ class Outcome:
     guesses: tuple[int, ...]
     agrees: Mapping[str, bool]
 
+    @property
+    def is_right(self) -> bool:
+        """Every asked fact holds, and every entity is the nearest class."""
+        return all(self.agrees.values()) and max(self.ranks) <= 1
+
     def to_json(self) -> dict[str, Any]:
         """Everything that was seen."""
         return {
@@ -258,7 +263,7 @@ def shares(prompts: Sequence[Prompt], outcomes: Sequence[Outcome]) -> dict[str, 
         for fact, holds in outcome.agrees.items():
             counted.setdefault(fact, []).append(holds)
         counted.setdefault("agreement", []).append(all(outcome.agrees.values()))
-        counted.setdefault("all_right", []).append(all(outcome.agrees.values()) and max(outcome.ranks) <= 1)
+        counted.setdefault("all_right", []).append(outcome.is_right)
     return {name: sum(values) / len(values) for name, values in counted.items()} | {
         f"n_{name}": len(values) for name, values in counted.items() if len(values) != len(pairs)
     }

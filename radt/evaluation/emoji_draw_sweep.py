@@ -430,7 +430,7 @@ def _kept_unit(
     on_unit: OnUnit,
 ) -> Mapping[str, Any]:
     """One kind at one point: what is kept of it, or drawn now and kept."""
-    from radt.evaluation.emoji_draw_sweep_sheet import write_unit_sheet
+    from radt.evaluation.emoji_draw_sweep_sheet import write_unit_sheets
 
     key = _key(bench, model, point, kind)
     path = None if out is None else out / UNITS / f"{point.name}.{kind}.json"
@@ -440,7 +440,7 @@ def _kept_unit(
     if models is not None and point.kb == "after":
         unit["added"] = models.added()
     if path is not None:
-        write_unit_sheet(path.with_name(f"{point.name}.{kind}.png"), bench, drawn, point=point, kind=kind)
+        write_unit_sheets(path.parent, bench, drawn, point=point, kind=kind)
         write_bytes(path, (json.dumps({"key": key, **unit}, indent=1) + "\n").encode())
     return unit
 

@@ -183,11 +183,14 @@ def to_result(report: SweepReport, curve: str) -> Result:
 
 def sheets(report: SweepReport) -> list[ResultPicture]:
     """The sheets that were written as each point's prompts of one kind were done."""
-    return [
-        ResultPicture(file=f"{UNITS}/{point.name}.{kind}.png", title=f"{NAMES.get(point.name, point.name)}: {kind}")
-        for kind in report.kinds
-        for point in report.points
-    ]
+    found = []
+    for kind in report.kinds:
+        for point in report.points:
+            file, title = f"{UNITS}/{point.name}.{kind}", f"{NAMES.get(point.name, point.name)}: {kind}"
+            found.append(ResultPicture(file=f"{file}.png", title=title))
+            if point.source == "found" and report.by_kind[point.name][kind]["all_right"]["value"] < 1:
+                found.append(ResultPicture(file=f"{file}.failures.png", title=f"{title}, what went wrong"))
+    return found
 
 
 def write_sweep(report: SweepReport, out: Path) -> list[Path]:
@@ -301,15 +304,33 @@ def _x(report: SweepReport, place: int) -> float:
     return float(report.points[place].x or 0)
 
 
-def write_unit_sheet(path: Path, bench: KindsBench, drawn: Drawn, *, point: Point, kind: BenchKind) -> None:
-    """The first prompts of one kind at one point: what was found, what was drawn and read, and the truth."""
-    prompts = bench.of_kind(kind)[:ROWS_KEPT]
-    rows = tuple(_row(bench, drawn, place, prompt) for place, prompt in enumerate(prompts))
+def write_unit_sheets(folder: Path, bench: KindsBench, drawn: Drawn, *, point: Point, kind: BenchKind) -> None:
+    """One kind at one point: what was found, what was drawn and read, and the truth.
+
+    A sheet of the first prompts, and one of the first that went wrong where neighbours were found.
+    """
+    prompts = bench.of_kind(kind)
+    name, title = f"{point.name}.{kind}", f"{NAMES.get(point.name, point.name)}: prompts of kind {kind!r}"
+    first = range(min(ROWS_KEPT, len(prompts)))
+    told = f"the first {len(first)} of {len(prompts)}; a tick: every entity and every fact is right"
+    _write_sheet(folder / f"{name}.png", bench, drawn, kind=kind, places=first, title=title, subtitle=told)
+    wrong = [place for place, outcome in enumerate(drawn.outcomes) if not outcome.is_right]
+    if point.source == "found" and wrong:
+        told = f"the first {min(ROWS_KEPT, len(wrong))} of the {len(wrong)} of {len(prompts)} that went wrong"
+        places = wrong[:ROWS_KEPT]
+        path = folder / f"{name}.failures.png"
+        _write_sheet(path, bench, drawn, kind=kind, places=places, title=title, subtitle=told)
+
+
+def _write_sheet(
+    path: Path, bench: KindsBench, drawn: Drawn, *, kind: BenchKind, places: Sequence[int], title: str, subtitle: str
+) -> None:
+    prompts = bench.of_kind(kind)
     sheet = Sheet(
-        title=f"{NAMES.get(point.name, point.name)}: prompts of kind {kind!r}",
-        subtitle=f"the first {len(rows)} of {len(bench.of_kind(kind))}; a tick: every entity and every fact is right",
+        title=title,
+        subtitle=subtitle,
         columns=("Neighbours", "Drawn", "Truth"),
-        rows=rows,
+        rows=tuple(_row(bench, drawn, place, prompts[place]) for place in places),
     )
     buffer = io.BytesIO()
     draw_sheet(sheet).quantize(256).save(buffer, "PNG")  # a third of the bytes: a report shows them all
@@ -318,7 +339,6 @@ def write_unit_sheet(path: Path, bench: KindsBench, drawn: Drawn, *, point: Poin
 
 def _row(bench: KindsBench, drawn: Drawn, place: int, prompt: Prompt) -> Row:
     outcome = drawn.outcomes[place]
-    is_right = all(outcome.agrees.values()) and max(outcome.ranks) <= 1
     neighbors = tuple(
         Picture(
             image=marked(each.neighbor.original or each.neighbor.image, each.class_id in prompt.class_ids),
@@ -326,7 +346,7 @@ def _row(bench: KindsBench, drawn: Drawn, place: int, prompt: Prompt) -> Row:
         )
         for each in drawn.shown[place][:4]
     )
-    picture = Picture(image=marked(Image.fromarray(drawn.pictures[place]), is_right), lines=told(outcome))
+    picture = Picture(image=marked(Image.fromarray(drawn.pictures[place]), outcome.is_right), lines=told(outcome))
     truth = Picture(
         image=Image.fromarray(bench.truths[prompt.kind][place]),
         lines=(", ".join(entity.name for entity in prompt.entities),),

@@ -168,7 +168,9 @@ class TestRun:
         for kind, entity, *cells in first.rows:
             right = report.by_kind["with_retrieval"][kind]
             assert entity == Estimate(**{part: right["entity_top1"][part] for part in ("value", "low", "high")})
-            arms = [report.by_kind[arm][kind]["entity_top1"]["value"] for arm in ("without_retrieval", "with_one_wrong")]
+            arms = [
+                report.by_kind[arm][kind]["entity_top1"]["value"] for arm in ("without_retrieval", "with_one_wrong")
+            ]
             facts = [right.get(key, {}).get("value") for key in ("both_entities", "ground", "place", "count")]
             assert cells == [*arms, *facts]
         assert "by kind" not in emoji_draw_sweep_sheet.tables(run_sweep(bench, model, "by", settings))[0].title
@@ -240,8 +242,31 @@ class TestRun:
         assert json.loads((tmp_path / "text-share.json").read_text()) == json.loads(json.dumps(result.data))
         with Image.open(tmp_path / "points" / "text-share=0.two.png") as sheet:
             assert sheet.height > 300
-        assert len(result.pictures) == len(report.points) * len(report.kinds)  # a report shows every sheet
+        assert len(result.pictures) >= len(report.points) * len(report.kinds)  # a report shows every sheet
         assert all((tmp_path / picture.file).is_file() for picture in result.pictures)
+
+    def test_what_went_wrong_has_a_sheet_of_its_own(self, bench, model, settings, drawn, tmp_path, monkeypatch):
+        draw = KindsBench.draw
+
+        def draws_the_last_one_blank(self, model, point, kind, on_unit):
+            found, *seconds = draw(self, model, point, kind, on_unit)
+            pictures = found.pictures.copy()
+            pictures[-1] = 0
+            outcomes = (*found.outcomes[:-1], *judge(self.recognizer, self.of_kind(kind)[-1:], pictures[-1:]))
+            return replace(found, pictures=pictures, outcomes=outcomes), *seconds
+
+        sheets, draw_sheet = [], emoji_draw_sweep_sheet.draw_sheet
+        monkeypatch.setattr(KindsBench, "draw", draws_the_last_one_blank)
+        monkeypatch.setattr(
+            emoji_draw_sweep_sheet, "draw_sheet", lambda sheet: sheets.append(sheet) or draw_sheet(sheet)
+        )
+        result = Result.load(write_sweep(run_sweep(bench, model, "arms", settings, out=tmp_path), tmp_path)[-1])
+        shown = [picture.file for picture in result.pictures if "failures" in picture.file]
+        assert shown == [f"points/with_retrieval.{kind}.failures.png" for kind in bench.kinds]
+        assert all((tmp_path / file).is_file() for file in shown)
+        assert [[row.prompt for row in sheet.rows] for sheet in sheets if "went wrong" in sheet.subtitle] == [
+            [bench.of_kind(kind)[-1].text] for kind in bench.kinds
+        ]
 
     def test_pictures_of_another_font_are_drawn_again_where_glyphs_decide(
         self, bench, model, settings, drawn, tmp_path
