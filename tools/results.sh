@@ -28,19 +28,19 @@ first_lane() {
   # what is drawn, by kind of prompt: with retrieval, without, with one neighbour wrong
   bench kinds --kinds all
   bench fast --kinds all --stages 1 --fast
+  # one thing at a time
+  bench text-share --sweep text-share --kinds ground,two
   bench by --sweep by --kinds ground
+}
+second_lane() {
+  bench small --kinds all --stages 1
+  bench neighbors --sweep neighbors --kinds ground
+  bench k --sweep k --kinds ground
   bench new-entity --new-entity --kinds ground
   # things from outside the font
   radt corpus drawings "$out/drawings"
   radt evaluate references "$out/drawings" --out "$out/references"
   radt evaluate references "$out/drawings" --stages 1 --out "$out/references-small"
-}
-second_lane() {
-  # one thing at a time
-  bench neighbors --sweep neighbors --kinds ground
-  bench k --sweep k --kinds ground
-  bench text-share --sweep text-share --kinds ground
-  bench small --kinds all --stages 1
   # distances to true scenes of held-out emoji, with retrieval and without
   radt corpus emoji-scenes "$out/asked" --num $((3 * n)) --split heldout --seed 1
   radt corpus emoji-scenes "$out/scenes" --num $((3 * n)) --split heldout --seed 2
