@@ -16,6 +16,7 @@ from index.knowledge_base import KnowledgeBase, Manifest
 from radt.bundle import find_bundle
 from radt.corpora.emoji import Entity, load_entities, select, write_emoji
 from radt.corpora.scenes import PALETTE, benchmark_prompt
+from radt.corpora.wording import noun, plural, with_article
 from radt.generate import drawn_pictures, neighbor_pictures, subtitle
 from radt.neighbors import with_pictures_of
 from radt.pipeline import GeneratedImage, TextToImage, file_name
@@ -120,12 +121,27 @@ def query(kb: KnowledgeBase, page: Path, say: Say) -> Path:
 
 
 def held_out_prompts(num: int) -> list[str]:
-    """Prompts for entities that no training saw, of all groups in turn, chosen by lot; the grounds go in turn too."""
+    """Prompts for entities that no training saw, of all groups in turn, chosen by lot; the grounds go in turn too.
+
+    Of four and more, the last two ask for several of one entity, and for two entities.
+    """
     grounds = [name for name in PALETTE if name not in ("white", "black", "gray")]
-    return [
-        benchmark_prompt(entity, grounds[place % len(grounds)]).caption
-        for place, entity in enumerate(by_lot(select(load_entities(), "heldout"))[:num])
+    entities = by_lot(select(load_entities(), "heldout"))
+    num = min(num, len(entities) - 1)
+    plain = num if num < 4 else num - 2
+    prompts = [
+        benchmark_prompt(entity, grounds[place % len(grounds)]).caption for place, entity in enumerate(entities[:plain])
     ]
+    if plain < num:
+        nouns = [noun(entity) for entity in entities[plain:][:3]]
+        several, first, second = sorted(nouns, key=lambda name: plural(name) is None)
+        difficult = (
+            f"three {plural(several)}" if plural(several) else f"three of: {several}",
+            f"{with_article(first)} left of {with_article(second)}",
+        )
+        for place, things in enumerate(difficult, plain):
+            prompts.append(f"{things} on {with_article(grounds[place % len(grounds)])} background")
+    return prompts
 
 
 def by_lot(entities: Sequence[Entity]) -> list[Entity]:

@@ -41,7 +41,12 @@ def test_demo_entities_are_held_out_and_of_different_groups():
     assert len(chosen) == len(set(chosen)) == len(select(load_entities(), "heldout"))
     groups = {entity.group for entity in chosen}
     assert {entity.group for entity in chosen[: len(groups)]} == groups
-    assert len(set(held_out_prompts(8))) == 8
+    for num in (1, 3, 4, 8, len(chosen) - 1):
+        assert len(set(held_out_prompts(num))) == num
+    assert len(held_out_prompts(1000)) == len(chosen) - 1
+    *_, several, two = held_out_prompts(8)
+    assert several.startswith("three ")
+    assert " left of " in two
 
 
 @pytest.mark.slow
