@@ -29,12 +29,12 @@ first_lane() {
   bench kinds --kinds all
   bench fast --kinds all --stages 1 --fast
   # one thing at a time
-  bench text-share --sweep text-share --kinds ground,two
+  bench text-share --sweep text-share --kinds ground,two -n $((n / 2 + n % 2))
   bench by --sweep by --kinds ground
 }
 second_lane() {
   bench small --kinds all --stages 1
-  bench neighbors --sweep neighbors --kinds ground
+  bench neighbors --sweep neighbors --kinds ground -k 2
   bench k --sweep k --kinds ground
   bench new-entity --new-entity --kinds ground
   # things from outside the font
