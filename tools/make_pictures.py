@@ -26,6 +26,7 @@ PROMPTS = (  # of entities that no training saw
     "a crown on a purple background",
     "a sunflower on a pink background",
 )
+TWO_THINGS = "a crown left of a sunflower on a blue background"
 # Flags with an emblem, and faces: what is small in them can come from nowhere but the neighbours.
 DETAILS = (
     "a flag of India on a blue background",
@@ -76,7 +77,7 @@ def main() -> None:
     ):
         save(name, strip(model, title, ways, prompts=prompts, seed=given.seed))
     save("from-a-picture", from_a_picture(model, given.seed))
-    (picture,) = model(one[0], seed=given.seed)
+    (picture,) = model(TWO_THINGS, seed=given.seed)
     path = picture.save(OUT / "explained.png")
     save("explain", make_sheet(explain_file(path, given.model)))
     path.unlink()
