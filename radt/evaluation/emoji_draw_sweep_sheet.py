@@ -316,7 +316,8 @@ def write_unit_sheets(folder: Path, bench: KindsBench, drawn: Drawn, *, point: P
     _write_sheet(folder / f"{name}.png", bench, drawn, kind=kind, places=first, title=title, subtitle=told)
     wrong = [place for place, outcome in enumerate(drawn.outcomes) if not outcome.is_right]
     if point.source == "found" and wrong:
-        told = f"the first {min(ROWS_KEPT, len(wrong))} of the {len(wrong)} of {len(prompts)} that went wrong"
+        first_of = f"the first {ROWS_KEPT} of " if len(wrong) > ROWS_KEPT else ""
+        told = f"{first_of}the {len(wrong)} of {len(prompts)} that went wrong"
         places = wrong[:ROWS_KEPT]
         path = folder / f"{name}.failures.png"
         _write_sheet(path, bench, drawn, kind=kind, places=places, title=title, subtitle=told)
