@@ -190,7 +190,9 @@ def radt(version: Annotated[bool, typer.Option("--version", help="Print the vers
 def demo(
     out: Annotated[Path, typer.Option("--out", help="Everything goes below this folder.")] = Path("demo"),
     model: Model = None,
-    k: Annotated[int, typer.Option("-k", min=1, help="Neighbours of a picture.")] = 2,
+    k: Annotated[
+        int | None, typer.Option("-k", min=1, help="Neighbours of a picture. Default: the model's own.")
+    ] = None,
     entities: Annotated[int, typer.Option("--entities", min=1, help="Held-out entities to draw.")] = 8,
     seed: Seed = 0,
     as_json: Json = False,

@@ -12,6 +12,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from index.errors import QueryError
 from index.knowledge_base import KnowledgeBase, Manifest
 from radt.bundle import find_bundle
 from radt.corpora.emoji import Entity, load_entities, select, write_emoji
@@ -52,20 +53,21 @@ def run_demo(
     model: str | Path | None = None,
     num_entities: int = 8,
     num_pictures: int = 2,
-    k: int = 2,
+    k: int | None = None,
     seed: int = 0,
     renditions: int = 4,
     say: Say = lambda line: None,
 ) -> DemoReport:
-    """Do all of it below `out`. A missing font or model is a UserError."""
+    """Do all of it below `out`; `k` is the model's own if None. A missing font or model is a UserError."""
+    prompts = held_out_prompts(num_entities)
     folder = find_bundle(model)
     corpus = make_corpus(out / "emoji", renditions, say)
     kb = make_knowledge_base(out / "kb", corpus, folder, say)
     query_page = query(kb, out / "query.html", say)
     pipeline = TextToImage.load(folder, kb=kb)
+    k = pipeline.settings().k if k is None else k
     rows: list[list[GeneratedImage]] = []
     started = time.perf_counter()
-    prompts = held_out_prompts(num_entities)
     for number, prompt in enumerate(prompts):
         rows.append(draw_row(pipeline, prompt, out / "pictures", number=number, n=num_pictures, k=k, seed=seed))
         say(f"drawn {number + 1} of {len(prompts)}: {prompt}")
@@ -123,11 +125,12 @@ def query(kb: KnowledgeBase, page: Path, say: Say) -> Path:
 def held_out_prompts(num: int) -> list[str]:
     """Prompts for entities that no training saw, of all groups in turn, chosen by lot; the grounds go in turn too.
 
-    Of four and more, the last two ask for several of one entity, and for two entities.
+    Of four and more, the last two ask for several of one entity, and for two entities. Too many are a QueryError.
     """
     grounds = [name for name in PALETTE if name not in ("white", "black", "gray")]
     entities = by_lot(select(load_entities(), "heldout"))
-    num = min(num, len(entities) - 1)
+    if num >= len(entities):
+        raise QueryError(f"--entities {num}: the held-out entities are enough for {len(entities) - 1} prompts")
     plain = num if num < 4 else num - 2
     prompts = [
         benchmark_prompt(entity, grounds[place % len(grounds)]).caption for place, entity in enumerate(entities[:plain])

@@ -7,7 +7,8 @@ The stage draws held-out scenes twice. Over their own small pictures, which a pe
 peak signal-to-noise ratio to the true scene in dB, and the colour shift, the largest mean difference of a channel in
 levels of 255 (the complaint of imagen-pytorch's users, lucidrains/imagen-pytorch#72). And over what the stage below
 did draw: the share of pictures whose entity is recognised. Each with the neighbours found, with those of another
-prompt, and with none; beside plain cubic enlargement. Writes upscaling.md, and upscaling.png with the first scenes.
+prompt, and with none; beside plain cubic enlargement. Writes upscaling.md, upscaling.png with the first scenes, and
+the result that `radt report` reads.
 """
 
 import argparse
@@ -22,6 +23,8 @@ from PIL import Image, ImageDraw, ImageFont
 from radt.cascade import augment, of_stage, sample_stage, stage_generator
 from radt.conditioning import Condition, take_rows
 from radt.evaluation.emoji_draw import EmojiDrawBench, check, retrieve, verdict_shares
+from radt.evaluation.results import Picture, Result, Table, typed_command
+from radt.evaluation.tables import markdown_table
 from radt.neighbors import Neighbor, from_pixels, to_pixels
 from radt.pipeline import TextToImage
 from radt.resizing import resize
@@ -54,8 +57,8 @@ class Row:
     top1: float
 
     @property
-    def text(self) -> str:
-        return f"| {self.level} | {self.neighbors} | {self.fidelity:.2f} | {self.shift:.2f} | {self.top1:.2f} |"
+    def cells(self) -> tuple[str, str, str, str, str]:
+        return (self.level, self.neighbors, f"{self.fidelity:.2f}", f"{self.shift:.2f}", f"{self.top1:.2f}")
 
 
 def main() -> None:
@@ -82,14 +85,28 @@ def main() -> None:
                 for below in (prepared.over_truth, prepared.over_drawn)
             ]
             rows.append(measured(bench, prepared, *pictures, level=f"{level:g}", neighbors=arm))
-            print(rows[-1].text, flush=True)
+            print(*rows[-1].cells, sep="  ", flush=True)
             if level == settings.augmentation_level:
                 shown.append(pictures[1])
     given.out.mkdir(parents=True, exist_ok=True)
-    report = table(rows, model, given.n, given.seed)
-    (given.out / "upscaling.md").write_text(report)
+    measures = Table(
+        title="By augmentation level and neighbours",
+        columns=("augmentation level", "neighbours", "PSNR, dB", "colour shift", "entity top-1"),
+        rows=tuple(row.cells for row in rows),
+        note=f"{given.n} held-out classes, one picture each, seed {given.seed}, model {model.digest}",
+    )
+    page = f"{measures.note}\n\n{markdown_table(measures)}\n"
+    (given.out / "upscaling.md").write_text(page)
     draw_sheet([*shown, prepared.truths]).save(given.out / "upscaling.png")
-    print(report)
+    Result(
+        kind="upscaling",
+        title="What the stage above 32x32 adds",
+        command=typed_command(),
+        facts={"model": f"{model.name} ({model.digest[:12]})", "classes": given.n, "seed": given.seed},
+        tables=(measures,),
+        pictures=(Picture(file="upscaling.png", title="The first scenes"),),
+    ).save(given.out)
+    print(page)
 
 
 def prepare(model: TextToImage, bench: EmojiDrawBench, settings: GenerateSettings) -> Prepared:
@@ -148,14 +165,6 @@ def measured(
         shift=float(difference.mean()) * 127.5,
         top1=verdict_shares(bench.tasks, verdicts)["entity_top1"],
     )
-
-
-def table(rows: Sequence[Row], model: TextToImage, n: int, seed: int) -> str:
-    head = (
-        f"{n} held-out classes, one picture each, seed {seed}, model {model.digest}\n\n"
-        "| augmentation level | neighbours | PSNR, dB | colour shift | entity top-1 |\n|---|---|---:|---:|---:|\n"
-    )
-    return head + "".join(f"{row.text}\n" for row in rows)
 
 
 def draw_sheet(columns: Sequence[Pixels]) -> Image.Image:

@@ -41,6 +41,9 @@ second_lane() {
   radt corpus drawings "$out/drawings"
   radt evaluate references "$out/drawings" --out "$out/references"
   radt evaluate references "$out/drawings" --stages 1 --out "$out/references-small"
+  # what the second stage adds to the first one's pictures
+  say "tools/bench_upscaling.py"
+  .venv/bin/python tools/bench_upscaling.py --kb "$out/kb" --out "$out/upscaling" -n $((n * 3 / 5)) --levels 0
   # distances to true scenes of held-out emoji, with retrieval and without
   radt corpus emoji-scenes "$out/asked" --num $((3 * n)) --split heldout --seed 1
   radt corpus emoji-scenes "$out/scenes" --num $((3 * n)) --split heldout --seed 2

@@ -160,8 +160,8 @@ def heading(report: SweepReport) -> str:
     return f"EmojiDrawBench {TITLES[report.sweep]}; {size}x{size}{twin}"
 
 
-def to_result(report: SweepReport, curve: str) -> Result:
-    """As all results are stored, for `radt report`: the tables, the curve, and the sheets of every point."""
+def to_result(report: SweepReport, out: Path, *, curve: str) -> Result:
+    """As all results are stored, for `radt report`: the tables, the curve, and the sheets that lie in `out`."""
     drawn = plot(report)
     facts = {
         "model": f"{report.facts['model']['name']} ({report.facts['model']['digest'][:12]})",
@@ -176,13 +176,16 @@ def to_result(report: SweepReport, curve: str) -> Result:
         facts=facts,
         tables=tuple(tables(report)),
         plots=() if drawn is None else (drawn,),
-        pictures=(*([] if drawn else [ResultPicture(file=curve, title="Every measure")]), *sheets(report)),
+        pictures=(*([] if drawn else [ResultPicture(file=curve, title="Every measure")]), *sheets(report, out)),
         data=report.to_json(),
     )
 
 
-def sheets(report: SweepReport) -> list[ResultPicture]:
-    """The sheets that were written as each point's prompts of one kind were done."""
+def sheets(report: SweepReport, out: Path) -> list[ResultPicture]:
+    """The sheets that were written as each point's prompts of one kind were done, as far as they are there.
+
+    Whoever kept a point may have deleted its pictures, or had a version that wrote fewer.
+    """
     found = []
     for kind in report.kinds:
         for point in report.points:
@@ -190,7 +193,7 @@ def sheets(report: SweepReport) -> list[ResultPicture]:
             found.append(ResultPicture(file=f"{file}.png", title=title))
             if point.source == "found" and report.by_kind[point.name][kind]["all_right"]["value"] < 1:
                 found.append(ResultPicture(file=f"{file}.failures.png", title=f"{title}, what went wrong"))
-    return found
+    return [picture for picture in found if (out / picture.file).is_file()]
 
 
 def write_sweep(report: SweepReport, out: Path) -> list[Path]:
@@ -198,13 +201,13 @@ def write_sweep(report: SweepReport, out: Path) -> list[Path]:
     curve = out / f"{report.sweep}.png"
     write_bytes(curve, draw_curve(report))
     page = out / f"{report.sweep}.md"
-    write_bytes(page, markdown(report, curve.name).encode())
+    write_bytes(page, markdown(report, out, curve=curve.name).encode())
     results = out / f"{report.sweep}.json"
     write_bytes(results, (json.dumps(report.to_json(), indent=1) + "\n").encode())
-    return [curve, page, results, to_result(report, curve.name).save(out)]
+    return [curve, page, results, to_result(report, out, curve=curve.name).save(out)]
 
 
-def markdown(report: SweepReport, curve: str) -> str:
+def markdown(report: SweepReport, out: Path, *, curve: str) -> str:
     """The tables and the curve as one page."""
     judge = JUDGES[report.facts["recognizer"]["judge"]]
     asked = report.facts["settings"]
@@ -216,7 +219,7 @@ def markdown(report: SweepReport, curve: str) -> str:
         f"![{TITLES[report.sweep]}]({curve})\n",
     ]
     parts.extend(f"## {table.title}\n\n{markdown_table(table)}\n\n{table.note}\n" for table in tables(report))
-    parts.extend(f"## {sheet.title}\n\n![{sheet.title}]({sheet.file})\n" for sheet in sheets(report))
+    parts.extend(f"## {sheet.title}\n\n![{sheet.title}]({sheet.file})\n" for sheet in sheets(report, out))
     return "\n".join(parts)
 
 

@@ -102,9 +102,10 @@ def nearest_preset(raw: Mapping[str, Any]) -> str:
 def choose_curve(curves: Sequence[Curve], raw: Mapping[str, Any]) -> Curve | None:
     """One of a run that began alike, from nothing or from trained weights, and learnt the same kind of answer.
 
-    A run from trained weights that has no such curve is held beside one from nothing: it should be below.
+    A run from trained weights that has no such curve is held beside one from nothing: it should be below. The loss of
+    a CLIP is that of telling one pair from a batch of others, so it is held beside one of as large a batch alone.
     """
-    kind = ("prediction", "weighting")
+    kind = ("prediction", "weighting", "batch_size")  # stages of the network keep their batch's size elsewhere
     alike = [curve for curve in curves if all(curve.config.get(name) == raw.get(name) for name in kind)]
     from_nothing = [curve for curve in alike if curve.from_nothing]
     began = from_nothing if raw.get("start") is None else [curve for curve in alike if not curve.from_nothing]

@@ -267,6 +267,12 @@ class TestRun:
         assert [[row.prompt for row in sheet.rows] for sheet in sheets if "went wrong" in sheet.subtitle] == [
             [bench.of_kind(kind)[-1].text] for kind in bench.kinds
         ]
+        (tmp_path / shown[0]).unlink()  # a point may be kept without all of its sheets, and is shown with the others
+        kept = Result.load(write_sweep(run_sweep(bench, model, "arms", settings, out=tmp_path), tmp_path)[-1])
+        assert [each.file for each in kept.pictures] == [
+            each.file for each in result.pictures if each.file != shown[0]
+        ]
+        assert shown[0] not in (tmp_path / "arms.md").read_text()
 
     def test_pictures_of_another_font_are_drawn_again_where_glyphs_decide(
         self, bench, model, settings, drawn, tmp_path

@@ -177,6 +177,14 @@ def test_a_run_is_held_beside_one_that_began_alike() -> None:
     assert choose_curve([warm], raw) is None  # from nothing, a run is above one from trained weights for long
 
 
+def test_a_contrastive_loss_is_held_beside_one_of_as_large_a_batch() -> None:
+    reference = curve([1.0], config={"batch_size": 256})
+    assert choose_curve([reference], {"batch_size": 256}) is reference
+    assert choose_curve([reference], {"batch_size": 64}) is None
+    stage = curve([1.0], config={"prediction": "v", "data": {"batch_size": 64}})  # a mean over the batch's examples
+    assert choose_curve([stage], {"prediction": "v", "data": {"batch_size": 16}}) is stage
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_is_known_by_its_fields(name: str) -> None:
     raw = to_dict(PRESETS[name]())
@@ -189,13 +197,12 @@ def test_the_curves_that_ship_are_whole_and_say_where_they_come_from() -> None:
     found = [
         curve
         for preset, phase in [
-            ("emoji-demo", ""),
-            ("emoji-demo-sr", ""),
+            *((preset, "") for preset in ("emoji-demo", "emoji-demo-sr", "clip-emoji", "recognizer-emoji")),
             *(("emoji-demo-fast", phase) for phase in ("guided", "16-steps", "8-steps")),
         ]
         for curve in load_curves(preset, phase)
     ]
-    assert len(found) >= 6
+    assert len(found) >= 9
     for each in found:
         assert "radt train" in each.source or "the same run" in each.source
         seen = [point.images_seen for point in each.points]
