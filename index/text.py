@@ -13,6 +13,11 @@ def one_line(text: str) -> str:
     return " ".join(printable(text).split())
 
 
+def writable(text: str) -> str:
+    """`text` as UTF-8 can hold it: Python's lone surrogates, for the bytes of a name that are not UTF-8, as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def escaped_json(document: str) -> str:
     """A JSON document in which DEL and C1 are written as escapes, too, as JSON has it for C0 alone."""
     return document.translate({code: f"\\u{code:04x}" for code in range(0x7F, 0xA0)})

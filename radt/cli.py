@@ -433,7 +433,7 @@ def evaluate_emoji_draw(
     ] = False,
     recognizer: Annotated[
         Path | None,
-        typer.Option("--recognizer", help="Folder that `radt train recognizer-emoji` leaves; without it pixels judge."),
+        typer.Option("--recognizer", help="Folder that `radt train recognizer-emoji` leaves. Default: the one inside."),
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Keep figures, curves and sheets of pictures here.")] = None,
     device: DeviceOption = "auto",

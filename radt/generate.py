@@ -26,6 +26,7 @@ from radt.sheet import Picture, Row, Sheet, write_sheet
 
 RETRIEVAL_ONLY = ("by", "fusion", "decompose", "diversity", "dataset", "where", "min_score", "exclude")
 RESULTS = "results.jsonl"
+STATE = "state of the knowledge base"  # that neighbours are found in
 OF_A_RUN = ("network", "truncated")  # told when a picture is drawn, and not kept in its record
 
 
@@ -365,7 +366,8 @@ def _find_drawn(
             image, record = read_png(path)
             if request.max_copy is not None and (record.copy_similarity or 0.0) > request.max_copy:
                 raise QueryError(f"{str(path)!r} is there and is above --max-copy {request.max_copy:g}: take it away")
-            asked = everywhere | _facts(attempt, init, request)
+            state = pipeline.origin().snapshot if attempt.settings.k else None
+            asked = everywhere | _facts(attempt, init, request) | {STATE: state}
             other = [name for name, value in _facts_of(record).items() if value != asked[name]]
             if other:
                 raise QueryError(
@@ -390,6 +392,7 @@ def _facts_of(record: Record) -> dict[str, Any]:
         **_deciding(record.settings),
         "model": record.origin.model_digest,
         "knowledge base": record.origin.knowledge_base,
+        STATE: record.origin.snapshot if record.settings.k else None,
         "references": _shown([each for each in record.neighbors if each.id.startswith("reference:")]),
         "prompt": record.prompt,
         "init_image": None if record.init is None else record.init.pixels.tolist(),

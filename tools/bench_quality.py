@@ -4,10 +4,11 @@
     python tools/bench_quality.py --kb kb --out runs/quality -n 100 [--fast runs/other/bundle]...
 
 One prompt a held-out class and one seed a prompt, the same for all, drawn from the neighbours found for it. Two
-measures: the share of pictures whose entity is recognised (`radt evaluate emoji-draw`), and the squared maximum mean
-discrepancy between the pictures and the true scenes in the model's own image embeddings (Binkowski et al. 2018: the
-unbiased estimate with a cubic kernel, times 1000). The model's own twin is measured, and those of other models with
-`--fast`. Writes quality.md, quality.png and quality.json, after every point; the same command again goes on from there.
+measures: the share of pictures whose entity is recognised, as `radt evaluate emoji-draw` judges, and the squared
+maximum mean discrepancy between the pictures and the true scenes in the model's own image embeddings (Binkowski et al.
+2018: the unbiased estimate with a cubic kernel, times 1000). The model's own twin is measured, and those of other
+models with `--fast`. Writes quality.md, quality.png and quality.json, after every point; the same command again goes on
+from there.
 """
 
 import argparse
@@ -23,8 +24,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from radt.diffusion.samplers import SAMPLERS
-from radt.evaluation.emoji_draw import EmojiDrawBench, check, retrieve, verdict_shares
+from radt.evaluation.emoji_draw import EmojiDrawBench, check, judge_facts, retrieve, verdict_shares
+from radt.evaluation.emoji_recognizer import find_recognizer
 from radt.evaluation.intervals import wilson
+from radt.evaluation.plain_results import JUDGES
 from radt.pipeline import DrawRequest, TextToImage
 from radt.settings import GenerateSettings
 
@@ -76,8 +79,14 @@ def main() -> None:
         *(way for number, each in enumerate(fast) for way in fast_ways(each, number, given)),
     ]
     size, _ = model.picture_size(ways[0].settings)
-    bench = EmojiDrawBench.prepare(n=given.n, seed=given.seed, size=size)
-    facts = {"n": given.n, "seed": given.seed, "model": model.digest, "fast": [each.digest for each in fast]}
+    bench = EmojiDrawBench.prepare(n=given.n, seed=given.seed, size=size, trained=find_recognizer())
+    facts = {
+        "n": given.n,
+        "seed": given.seed,
+        "model": model.digest,
+        "fast": [each.digest for each in fast],
+        "recognizer": judge_facts(bench.trained),
+    }
     points = read_points(given.out, facts)
     for way in ways:
         if (way.label, way.calls) not in {(point.label, point.calls) for point in points}:
@@ -176,7 +185,8 @@ def write(out: Path, points: Sequence[Point], facts: dict[str, Any]) -> None:
     kept = {"facts": facts, "points": [asdict(point) for point in points]}
     (out / "quality.json").write_text(json.dumps(kept, indent=1) + "\n")
     head = (
-        f"{facts['n']} held-out classes, one picture each, seed {facts['seed']}, model {facts['model']}\n\n"
+        f"{facts['n']} held-out classes, one picture each, seed {facts['seed']}, model {facts['model']}, judged by "
+        f"{JUDGES[facts['recognizer']['judge']]}\n\n"
         "| sampler | steps | calls | rows | entity top-1 | 95 % | of ancestral at 250 | MMD2 x 1000 | s a picture |\n"
         "|---|---:|---:|---:|---:|---|---:|---:|---:|\n"
     )

@@ -22,9 +22,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 from radt.cascade import augment, of_stage, sample_stage, stage_generator
 from radt.conditioning import Condition, take_rows
-from radt.evaluation.emoji_draw import EmojiDrawBench, check, retrieve, verdict_shares
-from radt.evaluation.results import Picture, Result, Table, typed_command
-from radt.evaluation.tables import markdown_table
+from radt.evaluation.emoji_draw import EmojiDrawBench, check, judge_facts, retrieve, verdict_shares
+from radt.evaluation.emoji_recognizer import find_recognizer
+from radt.evaluation.plain_results import JUDGES, share
+from radt.evaluation.results import Cell, Estimate, Picture, Result, Table, typed_command
+from radt.evaluation.tables import cell_text, markdown_table
 from radt.neighbors import Neighbor, from_pixels, to_pixels
 from radt.pipeline import TextToImage
 from radt.resizing import resize
@@ -54,11 +56,11 @@ class Row:
     neighbors: str
     fidelity: float
     shift: float
-    top1: float
+    top1: Estimate
 
     @property
-    def cells(self) -> tuple[str, str, str, str, str]:
-        return (self.level, self.neighbors, f"{self.fidelity:.2f}", f"{self.shift:.2f}", f"{self.top1:.2f}")
+    def cells(self) -> tuple[Cell, ...]:
+        return (self.level, self.neighbors, self.fidelity, self.shift, self.top1)
 
 
 def main() -> None:
@@ -71,9 +73,14 @@ def main() -> None:
     parser.add_argument("--levels", type=float, nargs="+", default=LEVELS)
     parser.add_argument("--batch-size", type=int, default=20)
     given = parser.parse_args()
+    if given.n < 2:
+        parser.error("prompts exchange neighbours, so it needs two of them: -n 2")
     model = TextToImage.load(given.model, kb=given.kb, device="cpu")
     settings = model.settings(batch_size=given.batch_size)
-    bench = EmojiDrawBench.prepare(n=given.n, seed=given.seed, size=model.size[0])
+    bench = EmojiDrawBench.prepare(n=given.n, seed=given.seed, size=model.size[0], trained=find_recognizer())
+    judge = JUDGES[judge_facts(bench.trained)["judge"]]
+    own_level = settings.augmentation_level
+    shown_level = own_level if own_level in given.levels else given.levels[0]
     prepared, seeds = prepare(model, bench, settings), [task.seed for task in bench.tasks]
     rows = [measured(bench, prepared, prepared.over_truth, prepared.over_drawn, level="cubic", neighbors="")]
     shown = [prepared.over_drawn]
@@ -85,15 +92,18 @@ def main() -> None:
                 for below in (prepared.over_truth, prepared.over_drawn)
             ]
             rows.append(measured(bench, prepared, *pictures, level=f"{level:g}", neighbors=arm))
-            print(*rows[-1].cells, sep="  ", flush=True)
-            if level == settings.augmentation_level:
+            print(*map(cell_text, rows[-1].cells), sep="  ", flush=True)
+            if level == shown_level:
                 shown.append(pictures[1])
     given.out.mkdir(parents=True, exist_ok=True)
     measures = Table(
         title="By augmentation level and neighbours",
         columns=("augmentation level", "neighbours", "PSNR, dB", "colour shift", "entity top-1"),
         rows=tuple(row.cells for row in rows),
-        note=f"{given.n} held-out classes, one picture each, seed {given.seed}, model {model.digest}",
+        note=(
+            f"{given.n} held-out classes, one picture each, seed {given.seed}, model {model.digest}; signal and colour "
+            f"over true small pictures, the entity over drawn ones, judged by {judge}."
+        ),
     )
     page = f"{measures.note}\n\n{markdown_table(measures)}\n"
     (given.out / "upscaling.md").write_text(page)
@@ -104,7 +114,7 @@ def main() -> None:
         command=typed_command(),
         facts={"model": f"{model.name} ({model.digest[:12]})", "classes": given.n, "seed": given.seed},
         tables=(measures,),
-        pictures=(Picture(file="upscaling.png", title="The first scenes"),),
+        pictures=(Picture(file="upscaling.png", title=f"The first scenes, at level {shown_level:g}"),),
     ).save(given.out)
     print(page)
 
@@ -115,13 +125,13 @@ def prepare(model: TextToImage, bench: EmojiDrawBench, settings: GenerateSetting
     right: list[list[Neighbor]] = [[each.neighbor for each in row] for row in found]
     wrong = [*right[1:], right[0]]
     prompts, seeds = [task.prompt for task in bench.tasks], [task.seed for task in bench.tasks]
-    first, stage = replace(settings, stages=1), model.cascade.stages[-1]
+    below, stage = replace(settings, stages=len(model.cascade.stages) - 1), model.cascade.stages[-1]
     size, small = stage.size, model.cascade.stages[-2].size
     drawn = []
     for start in range(0, len(seeds), settings.batch_size):
         some = slice(start, start + settings.batch_size)
-        asked = model.encode_many(prompts[some], right[some], settings=first)
-        drawn.append(model.cascade.sample(asked, first, seeds[some]))
+        asked = model.encode_many(prompts[some], right[some], settings=below)
+        drawn.append(model.cascade.sample(asked, below, seeds[some]))
     truths = torch.stack([to_pixels(torch.from_numpy(truth)) for truth in bench.truths])
     nobody: list[list[Neighbor]] = [[] for _ in right]
     arms = dict(zip(ARMS, (nobody, wrong, right), strict=True))
@@ -163,7 +173,7 @@ def measured(
         neighbors=neighbors,
         fidelity=float((10 * torch.log10(4 / error)).mean()),  # pixels span [-1, 1], so the peak is 2
         shift=float(difference.mean()) * 127.5,
-        top1=verdict_shares(bench.tasks, verdicts)["entity_top1"],
+        top1=share(verdict_shares(bench.tasks, verdicts)["entity_top1"], len(bench.tasks)),
     )
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every figure of the README, the model's card and docs/evaluation.md, from the model inside the package, and one page of
+# Every figure of what the model inside the package draws, in the README, its card and docs/evaluation.md, and one page of
 # them all. An hour on two cores; killed, the same command goes on where it was.
 #   bash tools/results.sh [FOLDER]        FOLDER: results.  N=10 asks for ten held-out classes instead of a hundred.
 source "$(dirname "$0")/environment.sh"
@@ -43,15 +43,16 @@ second_lane() {
   radt evaluate references "$out/drawings" --stages 1 --out "$out/references-small"
   # what the second stage adds to the first one's pictures
   say "tools/bench_upscaling.py"
-  .venv/bin/python tools/bench_upscaling.py --kb "$out/kb" --out "$out/upscaling" -n $((n * 3 / 5)) --levels 0
+  .venv/bin/python tools/bench_upscaling.py --kb "$out/kb" --out "$out/upscaling" -n "$n" --levels 0
   # distances to true scenes of held-out emoji, with retrieval and without
-  radt corpus emoji-scenes "$out/asked" --num $((3 * n)) --split heldout --seed 1
-  radt corpus emoji-scenes "$out/scenes" --num $((3 * n)) --split heldout --seed 2
-  captions "$out/asked" >"$out/prompts.txt"
-  radt generate --prompts "$out/prompts.txt" --kb "$out/kb" --batch-size 8 --out "$out/drawn"
-  radt generate --prompts "$out/prompts.txt" -k 0 --batch-size 8 --out "$out/drawn-without"
+  local scenes=$((3 * n))
+  radt corpus emoji-scenes "$out/asked-$scenes" --num "$scenes" --split heldout --seed 1
+  radt corpus emoji-scenes "$out/scenes-$scenes" --num "$scenes" --split heldout --seed 2
+  captions "$out/asked-$scenes" >"$out/prompts-$scenes.txt"
+  radt generate --prompts "$out/prompts-$scenes.txt" --kb "$out/kb" --batch-size 8 --out "$out/drawn-$scenes"
+  radt generate --prompts "$out/prompts-$scenes.txt" -k 0 --batch-size 8 --out "$out/drawn-without-$scenes"
   for set in drawn drawn-without; do
-    radt evaluate images "$out/$set" --real "$out/scenes" --extractor recognizer --out "$out/images-$set"
+    radt evaluate images "$out/$set-$scenes" --real "$out/scenes-$scenes" --extractor recognizer --out "$out/images-$set"
   done
 }
 

@@ -19,6 +19,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from index.errors import CorpusError
 from index.records import BadSample, Pair
+from index.text import writable
 
 Layout = Literal[
     "img2dataset tars",
@@ -115,7 +116,7 @@ class Shard:
             yield self.bad("", None, str(error))
 
     def _checked(self, sample: Sample, seen: set[str]) -> Sample:
-        key = sample.key.encode("utf-8", "backslashreplace").decode()
+        key = writable(sample.key)
         if key != sample.key:
             offset = sample.image.offset if isinstance(sample, Pair) else sample.offset
             return self.bad(key, offset, "the file name is not UTF-8")

@@ -67,8 +67,11 @@ def _add_images(evaluate: typer.Typer, progress: Progress) -> None:
             int | None, typer.Option("--candidates", min=2, help="Captions of R-precision. Default: 100, if there are.")
         ] = None,
         copy_limit: Annotated[
-            float, typer.Option("--copy-limit", min=0, max=1, help="Similarity above which a picture is a copy.")
-        ] = 0.95,
+            float | None,
+            typer.Option(
+                "--copy-limit", min=0, max=1, help="Similarity above which a picture is a copy. Default: 0.95."
+            ),
+        ] = None,
         limit_real: Annotated[
             int | None, typer.Option("--limit-real", min=2, help="At most so many reals, by lot.")
         ] = None,
@@ -77,7 +80,7 @@ def _add_images(evaluate: typer.Typer, progress: Progress) -> None:
     ) -> None:
         """Measure a folder of pictures: likeness to reals, diversity, agreement with captions, copies."""
         from radt.evaluation.extractors import load_extractor
-        from radt.evaluation.image_measures import Options
+        from radt.evaluation.image_measures import OF_CAPTIONS, Options
         from radt.evaluation.image_set import find_pictures
         from radt.evaluation.images import measure_images
         from radt.evaluation.images_report import need_matplotlib, print_report, write_report
@@ -94,6 +97,8 @@ def _add_images(evaluate: typer.Typer, progress: Progress) -> None:
             copy_limit=copy_limit,
             seed=seed,
         )
+        if captions is not None and not any(map(options.wants, OF_CAPTIONS)):
+            raise typer.BadParameter(f"--captions has no effect without {' or '.join(OF_CAPTIONS)}; name one")
         found = find_pictures(pictures, captions=captions, out=out)
         reals = None if real is None else find_pictures(real, out=out, limit=limit_real, seed=seed)
         extractors = [load_extractor(name) for name in dict.fromkeys(extractor or ["inception"])]

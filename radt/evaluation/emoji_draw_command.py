@@ -12,6 +12,7 @@ from radt.pipeline import TextToImage
 from radt.settings import GenerateSettings
 
 SweepOption = Literal["k", "text-share", "by", "neighbors"]
+SWEPT = {"k": "k", "text-share": "text_share", "by": "by"}  # the setting that a sweep changes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,7 +44,14 @@ def measure(
     """Measure, write what is kept, print the tables unless JSON is wanted, and return the document."""
     from radt.evaluation import emoji_draw
 
-    settings = model.settings(**{"batch_size": emoji_draw.BATCH_SIZE, **given})
+    swept = SWEPT.get(asked.sweep or "")
+    if swept in given:
+        raise QueryError(
+            f"--sweep {asked.sweep} draws with one {swept} after the other, so it takes none: leave it out"
+        )
+    # Of the points of a sweep over searches the fused one obeys every setting of a search.
+    fused = {"by": "hybrid"} if asked.sweep == "by" else {}
+    settings = model.settings(**{"batch_size": emoji_draw.BATCH_SIZE, **given, **fused})
     return (_short if asked.is_short else _long)(asked, model, settings, progress=progress, as_json=as_json)
 
 

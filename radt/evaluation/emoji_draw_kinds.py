@@ -269,15 +269,16 @@ def shares(prompts: Sequence[Prompt], outcomes: Sequence[Outcome]) -> dict[str, 
     }
 
 
-def with_intervals(measured: Mapping[str, float], n: int) -> dict[str, dict[str, float]]:
+def with_intervals(measured: Mapping[str, float], n: int, *, classes: int | None = None) -> dict[str, dict[str, float]]:
     """Each share with its 95 % interval (Wilson); `n_NAME` among the shares says how many a share is of.
 
-    Where that is not `n`, the interval says it too.
+    Where that is not `n`, the interval says it too. Where prompts ask for each of so many `classes` more than once,
+    intervals are as wide as those of one prompt a class: what goes wrong with a class once tends to go wrong again.
     """
     found = {}
     for name, value in measured.items():
         if not name.startswith("n_"):
             of = int(measured.get(f"n_{name}", n))
-            low, high = wilson(value, of)
+            low, high = wilson(value, min(of, classes or of))
             found[name] = {"value": value, "low": low, "high": high} | ({"n": of} if of != n else {})
     return found

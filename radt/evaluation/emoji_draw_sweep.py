@@ -286,8 +286,8 @@ def _ids_by_class(kb: "AnyKnowledgeBase") -> dict[int, list[int]]:
     return found
 
 
-def summary(prompts: Sequence[Prompt], unit: Mapping[str, Any]) -> dict[str, Any]:
-    """The figures of one kind at one point, each share with its interval.
+def summary(prompts: Sequence[Prompt], unit: Mapping[str, Any], *, classes: int | None = None) -> dict[str, Any]:
+    """The figures of one kind at one point, each share with its interval; of several kinds that ask for `classes`.
 
     `drew_shown` and `copied` are counted among the prompts that have neighbours, as facts among those that ask for one.
     """
@@ -298,30 +298,32 @@ def summary(prompts: Sequence[Prompt], unit: Mapping[str, Any]) -> dict[str, Any
     measured["found"] = sum(set(row["class_ids"]) <= set(row["shown"]) for row in rows) / n
     shown = [row for row in rows if row["shown"]]
     if shown:
-        measured |= {"drew_shown": sum(_drew(row) in row["shown"] for row in shown) / len(shown)}
+        measured |= {"drew_shown": sum(_drew_shown(row) for row in shown) / len(shown)}
         measured |= {"n_drew_shown": len(shown)}
     if copies:
         measured |= {"copied": sum(copy > WARN_ABOVE for copy in copies) / len(copies), "n_copied": len(copies)}
     return {
         "n": n,
-        **with_intervals(measured, n),
+        **with_intervals(measured, n, classes=classes),
         "copy_similarity": sum(copies) / len(copies) if copies else None,
         "seconds_per_image": unit["seconds_to_draw"] / n,
         "seconds_per_query": unit["seconds_to_find"] / n,
     }
 
 
-def _drew(row: Mapping[str, Any]) -> int | None:
-    """The class of a picture's largest figure; None where there is none."""
+def _drew_shown(row: Mapping[str, Any]) -> bool:
+    """Whether a picture's largest figure is of the class of a neighbour, where it has a figure."""
     largest = max(row["figures"], key=lambda figure: figure["side"], default=None)
-    return None if largest is None else largest["class_id"]
+    return largest is not None and largest["class_id"] in row["shown"]
 
 
 def pooled(units: Sequence[tuple[Sequence[Prompt], Mapping[str, Any]]]) -> dict[str, Any]:
-    """The figures of one point over the prompts of all its kinds."""
+    """The figures of one point over the prompts of all its kinds, which ask for the same classes."""
     rows = [row for _, unit in units for row in unit["prompts"]]
     seconds = {name: sum(unit[name] for _, unit in units) for name in ("seconds_to_draw", "seconds_to_find")}
-    return summary([prompt for prompts, _ in units for prompt in prompts], {"prompts": rows, **seconds})
+    classes = max(len(prompts) for prompts, _ in units)
+    together = [prompt for prompts, _ in units for prompt in prompts]
+    return summary(together, {"prompts": rows, **seconds}, classes=classes)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -3,6 +3,7 @@
 import io
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,7 @@ TITLES = {
     "neighbors": "over where the neighbours come from",
     "new-entity": "before and after the entities are added to the knowledge base",
 }
+ONCE_A_KIND = "Every kind asks for the same classes, so intervals are as wide as those of one prompt a class."
 NAMES = {
     "with_retrieval": "with retrieval",
     "without_retrieval": "without",
@@ -71,7 +73,8 @@ def tables(report: SweepReport) -> list[Table]:
     if len(report.kinds) > 1:
         overall = [report.overall[point.name] for point in report.points]
         made += [_by_kind(report)] if report.sweep == "arms" else []
-        made.append(_table("Prompts of all kinds", overall, report, ceiling=report.ceiling["all"]))
+        pooled = _table("Prompts of all kinds", overall, report, ceiling=report.ceiling["all"])
+        made.append(replace(pooled, note=f"{pooled.note} {ONCE_A_KIND}"))
     for kind in report.kinds:
         found = [report.by_kind[point.name][kind] for point in report.points]
         made.append(_table(f"Prompts of kind {kind!r}", found, report, ceiling=report.ceiling[kind]))
@@ -211,10 +214,12 @@ def markdown(report: SweepReport, out: Path, *, curve: str) -> str:
     """The tables and the curve as one page."""
     judge = JUDGES[report.facts["recognizer"]["judge"]]
     asked = report.facts["settings"]
+    told = {"by": f"by {asked['by']}", "k": f"K = {asked['k']}", "text-share": f"eta = {asked['text_share']:g}"}
+    search = ", ".join(text for name, text in told.items() if name != report.sweep)  # the points say what is swept
     parts = [
         f"# {heading(report)}\n",
         f"Model {report.facts['model']['name']}, {report.facts['kb']['pairs']:,} pairs, {report.n} held-out classes in "
-        f"prompts of {len(report.kinds)} kinds, by {asked['by']}, K = {asked['k']}, eta = {asked['text_share']:g}, "
+        f"prompts of {len(report.kinds)} kinds, {search}, "
         f"{asked['sampler']} at {asked['steps']} steps, seed {asked['seed']}. The entity is judged by {judge}.\n",
         f"![{TITLES[report.sweep]}]({curve})\n",
     ]

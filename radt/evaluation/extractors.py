@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from index.errors import ConfigError, MissingExtraError, ModelError
+from index.text import writable
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -54,12 +55,13 @@ class Extracted:
 
 @runtime_checkable
 class Extractor(Protocol):
-    """Pictures to features. `digest` covers weights and preprocessing: features of two digests cannot be compared.
+    """Pictures to features. Those of two digests cannot be compared: `digest` covers weights, network, preprocessing.
 
-    `side` is that of the square which the network sees, in pixels; `resize` says in words how a picture becomes one;
-    `width` is the number of features. `class_words` says in which words a caption may name a class, and which logit it
-    has; empty where there are no classes or no words for them. `class_numbers` says the same of numbers: empty where
-    nobody says in which order the classes stand.
+    `name` can be written as UTF-8, with escapes where what was typed cannot. `side` is that of the square which the
+    network sees, in pixels; `resize` says in words how a picture becomes one; `width` is the number of features.
+    `class_words` says in which words a caption may name a class, and which logit it has; empty where there are no
+    classes or no words for them. `class_numbers` says the same of numbers: empty where nobody says in which order the
+    classes stand.
     """
 
     name: str
@@ -130,7 +132,7 @@ class InceptionExtractor:
     class_numbers: Mapping[int, int] = MappingProxyType({})
 
     def __init__(self, network: Any, *, name: str, is_published: bool) -> None:
-        self.name, self.is_published = name, is_published
+        self.name, self.is_published = writable(name), is_published
         self.resize = clean_resize_words(self.side)
         self._device = _device()
         self._network = network.eval().to(self._device)
@@ -182,21 +184,23 @@ class OpenClipExtractor:
     """The image half of an open_clip model, whose texts can be compared with its pictures. Features have length 1.
 
     `is_published`: it is the one that CMMDs are published with. `bundle` is the digest of the bundle whose prompts it
-    reads, None where it was not named by one.
+    reads, None where it was not named by one. `fingerprint` is the embedder's, as knowledge bases and records have it;
+    `digest` also covers what the network does with its weights.
     """
 
     kind: Kind = "open_clip"
     class_words: Mapping[str, int] = MappingProxyType({})
     class_numbers: Mapping[int, int] = MappingProxyType({})
 
-    def __init__(self, embedder: Any, *, name: str, resize: str, bundle: str | None = None) -> None:
+    def __init__(self, embedder: Any, *, name: str, resize: str, structure: str, bundle: str | None = None) -> None:
         self._embedder = embedder
         self.bundle = bundle
-        self.name, self.resize = name, resize
+        self.name, self.resize = writable(name), resize
         self.is_published = embedder.name == CMMD_MODEL
         self.side = embedder.image_side() or 0
         self.width = embedder.dim
-        self.digest = embedder.fingerprint
+        self.fingerprint: str = embedder.fingerprint
+        self.digest = _digest_of(self.fingerprint, structure)
 
     @classmethod
     def load(cls, name: str) -> "OpenClipExtractor":
@@ -205,7 +209,13 @@ class OpenClipExtractor:
 
         model, tokenizer, preprocess, full_name = open_model(name)
         embedder = ClipEmbedder(model, tokenizer, preprocess, name=full_name, fast=False, resize_on_device=False)
-        return cls(embedder, name=f"open_clip:{name}", resize=_steps(preprocess), bundle=_bundle_of(full_name))
+        return cls(
+            embedder,
+            name=f"open_clip:{name}",
+            resize=_steps(preprocess),
+            structure=_structure(model),
+            bundle=_bundle_of(full_name),
+        )
 
     def extract(self, pictures: Sequence["Image"]) -> Extracted:
         """Unit vectors of pictures."""
@@ -249,13 +259,14 @@ class TimmExtractor:
         from timm.data import resolve_model_data_config
 
         config = resolve_model_data_config(network)
-        self.name = name
+        self.name = writable(name)
         self.side = int(config["input_size"][-1])
         self.resize = clean_resize_words(self.side)
         self._device = _device()
         self._network = network.eval().to(self._device)
         self._mean, self._std = (np.array(config[key], np.float32) for key in ("mean", "std"))
-        self.digest = _digest(self._network, f"{self.resize} {config['mean']} {config['std']}")
+        preprocessing = f"{self.resize} {config['mean']} {config['std']}"
+        self.digest = _digest(self._network, f"{preprocessing}\n{_structure(self._network)}")
         self.class_words: Mapping[str, int] = _timm_words(network)
         self.class_numbers: Mapping[int, int] = {i: i for i in range(network.num_classes)} if self.class_words else {}
         self.width = self._forward(np.zeros((1, self.side, self.side, 3), np.float32))[0].shape[1]
@@ -336,10 +347,10 @@ class RecognizerExtractor:
 
     def __init__(self, recognizer: "EmojiRecognizer", *, name: str) -> None:
         self._recognizer = recognizer
-        self.name = name
+        self.name = writable(name)
         self.side = recognizer.network.config.image_size
         self.resize = f"{clean_resize_words(self.side)}, rounded to 8 bits"
-        self.digest = recognizer.digest
+        self.digest = _digest_of(recognizer.digest, self.resize)
         self.width = recognizer.network.config.feature_width
         self.class_words: Mapping[str, int] = _emoji_words(recognizer.classes)
         self.class_numbers: Mapping[int, int] = {each: column for column, each in enumerate(recognizer.classes)}
@@ -402,6 +413,25 @@ def _digest(network: Any, preprocessing: str) -> str:
     for part in weight_bytes(network.state_dict()):
         state.update(part)
     return state.hexdigest()
+
+
+def _digest_of(*parts: str) -> str:
+    return blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
+
+
+def _structure(network: Any) -> str:
+    """Class and plain settings of every module: what decides features besides the weights, such as an activation."""
+    lines = []
+    for name, module in network.named_modules():
+        settings = {key: value for key, value in sorted(vars(module).items()) if _is_setting(key, value)}
+        lines.append(f"{name} {type(module).__name__} {settings}")
+    return "\n".join(lines)
+
+
+def _is_setting(key: str, value: Any) -> bool:
+    values = value if isinstance(value, tuple) else (value,)
+    is_plain = all(isinstance(each, str | int | float | None) for each in values)
+    return is_plain and key != "training" and not key.startswith("_")
 
 
 def _read_weights(path: Path) -> Mapping[str, Any]:

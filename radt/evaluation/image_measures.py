@@ -18,7 +18,7 @@ from index.errors import ConfigError, QueryError
 from radt.copying import WARN_ABOVE, best_match
 from radt.evaluation import metrics
 from radt.evaluation.extractors import Extractor, InceptionExtractor, OpenClipExtractor
-from radt.evaluation.image_set import MeasuredSet, PictureFile, decode
+from radt.evaluation.image_set import DECODING, MeasuredSet, PictureFile, decode
 from radt.evaluation.metrics import Score
 
 MEASURES = (
@@ -38,13 +38,25 @@ MEASURES = (
 OF_TWO_SETS = ("fd", "kid", "cmmd", "precision", "recall", "density", "coverage")
 MANIFOLD = metrics.NEIGHBORHOODS
 OF_TEXTS = ("clip-score", "r-precision")
+OF_CLASSES = ("is", "soa")
+OF_CAPTIONS = (*OF_TEXTS, "soa")
+OF_OPTIONS = {
+    "subset_size": ("kid",),
+    "subsets": (*OF_TWO_SETS, "is"),
+    "candidates": ("r-precision",),
+    "copy_limit": ("copies",),
+}
 NO_REALS = "it compares with real pictures; name them with --real"
 NO_ENCODER = "it needs an image-text encoder: name one as --extractor open_clip:NAME_OR_FOLDER"
+NO_CLASSIFIER = "an image-text encoder is no classifier; inception and most timm models are"
+NOTHING_TO_COPY = "no picture says what its neighbours were, and there are no reals; name them with --real"
+NOT_NAMED = "--metrics leaves it out"
 NO_CAPTION = "no picture has a caption: `radt generate` leaves prompts in its PNG, or give --captions FILE"
 FEW_SUBSETS = 25  # of what takes seconds
 SLOW = ("fd", *MANIFOLD)
 COPY_CANDIDATES = 5  # reals nearest by features, compared pixel by pixel
 SIMILARITIES = "similarities.json"
+COMPARING = 1  # to be raised when radt/copying.py measures otherwise: similarities that are kept are known by it
 LOWER_IS_BETTER = ("fd", "kid", "cmmd", "copies")
 SHARES = ("precision", "recall", "coverage", "r-precision", "soa", "copies")
 
@@ -57,7 +69,7 @@ class Options:
     subset_size: int | None = None  # of a kernel distance
     subsets: int | None = None  # that an error is taken over; 100, or 25 of what takes seconds
     candidates: int | None = None  # of an R-precision; 100, or all captions where they are fewer
-    copy_limit: float = WARN_ABOVE
+    copy_limit: float | None = None  # above which a picture is a copy; WARN_ABOVE
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -74,7 +86,7 @@ class Options:
             raise metrics.too_few_for_subsets(self.subset_size, 2)
         if self.candidates is not None and self.candidates < 2:
             raise metrics.too_few_captions(self.candidates, 2)
-        if not 0 <= self.copy_limit <= 1:
+        if self.copy_limit is not None and not 0 <= self.copy_limit <= 1:
             raise ConfigError(f"the limit of a copy is a similarity between 0 and 1, got {self.copy_limit}")
 
     def subsets_of(self, measure: str) -> int:
@@ -130,27 +142,52 @@ def refuse_early(
 ) -> None:
     """QueryError for a named measure that will be impossible, before hours go into features.
 
-    ConfigError for a size of subsets or a number of candidates that the pictures are too few for, where it would count.
+    ConfigError for an option of measures that will not be taken, and for a size of subsets or a number of candidates
+    that the pictures are too few for.
     """
-    lacks: dict[str, bool] = {
-        NO_REALS: reals is None,
-        NO_ENCODER: not any(isinstance(each, OpenClipExtractor) for each in extractors),
-        NO_CAPTION: not any(picture.caption for picture in pictures),
-    }
-    needs: dict[str, tuple[str, ...]] = dict.fromkeys(OF_TWO_SETS, (NO_REALS,))
-    needs.update(dict.fromkeys(OF_TEXTS, (NO_ENCODER, NO_CAPTION)))
-    for measure, reasons in needs.items():
-        for reason in reasons:
-            if options.asks_for(measure) and lacks[reason]:
-                raise QueryError(f"{measure} cannot be measured: {reason}")
-    if options.wants("kid") and reals is not None and options.subset_size is not None:
+    impossible = _impossible(pictures, reals, extractors)
+    for measure, reason in impossible.items():
+        if options.asks_for(measure):
+            raise QueryError(f"{measure} cannot be measured: {reason}")
+    _refuse_unused(options, impossible)
+    if reals is not None and options.subset_size is not None:
         fewest = min(len(pictures), len(reals))
         if options.subset_size > fewest >= 2:
             raise metrics.too_few_for_subsets(options.subset_size, fewest)
-    if options.wants("r-precision") and not lacks[NO_ENCODER] and options.candidates is not None:
+    if options.candidates is not None:
         different = len({picture.caption for picture in pictures if picture.caption})
         if options.candidates > different >= 2:
             raise metrics.too_few_captions(options.candidates, different)
+
+
+def _impossible(
+    pictures: Sequence[PictureFile], reals: Sequence[PictureFile] | None, extractors: Sequence[Extractor]
+) -> dict[str, str]:
+    """The measures that certainly cannot be taken, with the first reason of each."""
+    encoders = [isinstance(each, OpenClipExtractor) for each in extractors]
+    lacks = {
+        NO_REALS: reals is None,
+        NO_ENCODER: not any(encoders),
+        NO_CAPTION: not any(picture.caption for picture in pictures),
+        NO_CLASSIFIER: all(encoders),
+        NOTHING_TO_COPY: reals is None and all(picture.copy_similarity is None for picture in pictures),
+    }
+    needs: dict[str, tuple[str, ...]] = dict.fromkeys(OF_TWO_SETS, (NO_REALS,))
+    needs.update(dict.fromkeys(OF_TEXTS, (NO_ENCODER, NO_CAPTION)))
+    needs.update(dict.fromkeys(OF_CLASSES, (NO_CLASSIFIER,)), copies=(NOTHING_TO_COPY,))
+    reasons = {measure: [reason for reason in needed if lacks[reason]] for measure, needed in needs.items()}
+    return {measure: lacking[0] for measure, lacking in reasons.items() if lacking}
+
+
+def _refuse_unused(options: Options, impossible: Mapping[str, str]) -> None:
+    """ConfigError for an option that was given, where no measure is taken that heeds it."""
+    for option, measures in OF_OPTIONS.items():
+        reasons = [impossible.get(each, "") if options.wants(each) else NOT_NAMED for each in measures]
+        if getattr(options, option) is not None and all(reasons):
+            raise ConfigError(
+                f"--{option.replace('_', '-')} has no effect without {' or '.join(measures)}: "
+                f"{'; '.join(dict.fromkeys(reasons))}"
+            )
 
 
 def _both(sets: Sets, least: int) -> tuple[np.ndarray, np.ndarray]:
@@ -251,10 +288,10 @@ def _captioned(sets: Sets) -> tuple[OpenClipExtractor, Int[np.ndarray, " n"], li
 
 def _text_notes(sets: Sets, count: int) -> list[str]:
     notes, pictures, extractor = [], sets.pictures.pictures, sets.extractor
-    if any(picture.encoder == extractor.digest for picture in pictures):
+    encoder = extractor if isinstance(extractor, OpenClipExtractor) else None
+    if encoder and any(picture.encoder == encoder.fingerprint for picture in pictures):
         notes.append("not independent: the model looked its prompts up with this very encoder")
-    bundle = extractor.bundle if isinstance(extractor, OpenClipExtractor) else None
-    if bundle is not None and any(picture.model == bundle for picture in pictures):
+    if encoder and encoder.bundle and any(picture.model == encoder.bundle for picture in pictures):
         notes.append("not independent: the model reads its prompts with this very encoder")
     missing = len(sets.pictures.pictures) - count
     return [*notes, f"{missing} pictures have no caption"] if missing else notes
@@ -354,7 +391,8 @@ def _spaced(text: str) -> str:
 
 def _copies(measure: str, sets: Sets) -> list[Row]:
     """Shares of pictures that are nearly their own neighbour, and nearly a real."""
-    limit, rows = sets.options.copy_limit, []
+    rows: list[Row] = []
+    limit = WARN_ABOVE if sets.options.copy_limit is None else sets.options.copy_limit
     own = [each.copy_similarity for each in sets.pictures.pictures if each.copy_similarity is not None]
     if own:
         score = metrics.mean_score(np.array(own) > limit)
@@ -374,9 +412,7 @@ def _copies(measure: str, sets: Sets) -> list[Row]:
             )
         )
     if not rows:
-        raise NotMeasurableError(
-            "no picture says what its neighbours were, and there are no reals; name them with --real"
-        )
+        raise NotMeasurableError(NOTHING_TO_COPY)
     return rows
 
 
@@ -407,14 +443,15 @@ def real_similarities(pictures: MeasuredSet, reals: MeasuredSet, cache: Path | N
 
 def _read_similarities(path: Path | None) -> dict[str, float]:
     try:
-        known = {} if path is None else json.loads(path.read_text())
+        kept = {} if path is None else json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
-    return known if isinstance(known, dict) else {}
+    is_ours = isinstance(kept, dict) and kept.get("made_by") == [DECODING, COMPARING]
+    return kept["similarities"] if is_ours else {}
 
 
 def _write_similarities(path: Path, known: Mapping[str, float]) -> None:
-    write_bytes(path, json.dumps(known).encode())
+    write_bytes(path, json.dumps({"made_by": [DECODING, COMPARING], "similarities": known}).encode())
 
 
 BY_NAME: Mapping[str, Callable[[str, Sets], list[Row]]] = {

@@ -6,6 +6,7 @@ A source is a folder of pictures with all below it, a knowledge base, or whateve
 import csv
 import io
 import json
+import tarfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -13,6 +14,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import blake2b, sha256
 from pathlib import Path
+from posixpath import join
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -20,15 +22,21 @@ from jaxtyping import Float32
 
 from index.atomic import write_bytes
 from index.errors import CorpusError, ModelError, QueryError, UserError
+from index.text import writable
 from radt.evaluation.extractors import Extracted, Extractor
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from index.ingest.shards import Shard, SkippedShard
+    from index.records import BadSample
+
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"})
 PLOT = "plot.png"  # that an evaluation writes
 RECORD_CHUNK = "radt"  # of a PNG (radt/provenance.py)
 BY_CLIP = ("clip", "hybrid")  # ways of searching that compare CLIP vectors (index/search/request.py)
+UNCAPTIONED = "no caption"  # what index/ingest/samples.py says of a picture that lacks nothing else
+DECODING = 1  # to be raised when `decode` gives other pixels: features that are kept are known by it
 BATCH_ROWS = 32  # pictures decoded at once
 FLUSH_ROWS = 256  # pictures, or seconds, that a kill may cost
 FLUSH_SECONDS = 20
@@ -42,9 +50,10 @@ T = TypeVar("T")
 class PictureFile:
     """One picture: its name within the source, how its bytes are read, and what it should show, where that is known.
 
-    `label` names the class that it should show. From the record that `radt generate` leaves: `encoder` is the digest of
-    the CLIP that its neighbours were found by, None where they were found by words alone or not at all; `model` that of
-    the bundle that drew it; `copy_similarity` how like its neighbours it is.
+    A name that is not UTF-8 has escapes in it. `read` raises a CorpusError for what cannot be read. `label` names the
+    class that it should show. From the record that `radt generate` leaves: `encoder` is the digest of the CLIP that its
+    neighbours were found by, None where they were found by words alone or not at all; `model` that of the bundle that
+    drew it; `copy_similarity` how like its neighbours it is.
     """
 
     name: str
@@ -100,7 +109,7 @@ def find_pictures(
         return _of_knowledge_base(source, limit, seed)
     if not files:
         return choose(_of_corpus(source), limit, seed=seed)
-    found = [_of_file(path, path.relative_to(folder).as_posix()) for path in choose(files, limit, seed=seed)]
+    found = [_of_file(path, writable(path.relative_to(folder).as_posix())) for path in choose(files, limit, seed=seed)]
     return found if captions is None else _captioned(found, captions)
 
 
@@ -172,23 +181,80 @@ def _of_knowledge_base(source: str, limit: int | None, seed: int) -> list[Pictur
 
 
 def _of_corpus(source: str) -> list[PictureFile]:
+    """What `radt index build` reads, whether it has captions or not. What cannot be used says so when it is read."""
     from index.ingest.readers import read
-    from index.ingest.shards import Shard
-    from index.records import Pair
 
     try:
-        shards = [shard for shard in read(source) if isinstance(shard, Shard)]
+        samples = [sample for shard in read(source) for sample in _of_shard(shard)]
     except CorpusError as error:
         raise CorpusError(
             f"there are no pictures in {source!r}: name a folder of PNG, JPEG, WebP, GIF or BMP files, a knowledge "
-            "base, or a source that `radt index build` reads"
+            f"base, or a source that `radt index build` reads ({error})"
         ) from error
-    return [
-        PictureFile(name=f"{pair.shard}/{pair.key}", read=pair.image.read, caption=pair.caption)
-        for shard in shards
-        for pair in shard.contents.samples(shard)
-        if isinstance(pair, Pair)
-    ]
+    bad = [sample for sample in samples if isinstance(sample, LeftOut)]
+    if len(bad) == len(samples):
+        first = f": the first is {bad[0].name!r}, {bad[0].reason}" if bad else ""
+        raise CorpusError(
+            f"none of the {len(samples)} samples of {source!r} is a picture that can be used{first}; name a folder of "
+            "the pictures themselves, such as its tars unpacked"
+        )
+    return [_unusable(sample) if isinstance(sample, LeftOut) else sample for sample in samples]
+
+
+def _of_shard(shard: "Shard | SkippedShard") -> Iterator[PictureFile | LeftOut]:
+    from index.ingest.shards import SkippedShard
+    from index.records import Pair
+
+    if isinstance(shard, SkippedShard):
+        yield LeftOut(name=writable(shard.name), reason=writable(shard.reason))
+        return
+    for sample in shard.samples():
+        name = f"{shard.name}/{sample.key}" if sample.key else shard.name
+        if isinstance(sample, Pair):
+            yield PictureFile(name=name, read=sample.image.read, caption=sample.caption)
+        elif read := _uncaptioned(shard, sample):
+            yield PictureFile(name=name, read=read)
+        else:
+            yield LeftOut(name=name, reason=sample.reason)
+
+
+def _uncaptioned(shard: "Shard", sample: "BadSample") -> Callable[[], bytes] | None:
+    """Reads a picture of a tar or a folder that lacks nothing but a caption; None for other samples."""
+    from index.ingest.folder_reader import FolderContents
+    from index.ingest.shards import uri_of
+    from index.ingest.tar_reader import TarContents
+    from index.records import ImageLocation
+
+    contents = shard.contents
+    if sample.reason != UNCAPTIONED:
+        return None
+    if isinstance(contents, FolderContents) and not shard.is_img2dataset:  # whose keys have no suffix
+        return ImageLocation(uri=uri_of(shard.fs, join(contents.folder, sample.key))).read
+    if isinstance(contents, TarContents) and sample.offset is not None:
+        return partial(_read_member, shard.fs, contents.path, sample.offset)
+    return None
+
+
+def _read_member(fs: Any, tar: str, offset: int) -> bytes:
+    """A file of a tar by where its content begins: the header before it says how long it is."""
+    from index.ingest.shards import uri_of
+    from index.records import ImageLocation
+
+    try:
+        header = fs.cat_file(tar, start=offset - tarfile.BLOCKSIZE, end=offset)
+        size = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").size
+    except (OSError, tarfile.TarError) as error:
+        raise CorpusError(f"it cannot be read ({error})") from error
+    return ImageLocation(uri=uri_of(fs, tar), offset=offset, size=size).read()
+
+
+def _unusable(sample: LeftOut) -> PictureFile:
+    """Stands for it among pictures, so that it is named and counted with those that do not decode."""
+    return PictureFile(name=sample.name, read=partial(_refuse, sample.reason))
+
+
+def _refuse(reason: str) -> bytes:
+    raise CorpusError(reason)
 
 
 # What pictures should show
@@ -235,10 +301,13 @@ def _of(row: Mapping[str, Any], keys: Sequence[str]) -> str | None:
 
 
 class FeatureCache:
-    """Features by digest of extractor and file, in a folder; None keeps nothing. A damaged file counts as absent."""
+    """Features by digest of extractor and file, in a folder; None keeps nothing. A damaged file counts as absent.
+
+    So do features of pictures that an earlier `decode` decoded.
+    """
 
     def __init__(self, folder: Path | None, extractor: Extractor) -> None:
-        self._folder = None if folder is None else folder / extractor.digest[:16]
+        self._folder = None if folder is None else folder / f"{extractor.digest[:16]}-{DECODING}"
         self._known: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
         self._fresh: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
         self._written = time.monotonic()
@@ -293,8 +362,10 @@ def measure_set(
 ) -> MeasuredSet:
     """Features of every picture that decodes. `cache` is a folder where they are found again, and kept.
 
-    CorpusError when none decodes, ModelError naming a picture whose features are not finite.
+    CorpusError when there is none or none decodes, ModelError naming a picture whose features are not finite.
     """
+    if not pictures:
+        raise CorpusError("there are no pictures to measure: name a source that has some")
     store = FeatureCache(cache, extractor)
     kept: list[tuple[PictureFile, str]] = []
     left_out: list[LeftOut] = []

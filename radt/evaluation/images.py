@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from index.errors import ConfigError, QueryError
+from index.text import writable
 from radt.evaluation.extractors import Extractor
 from radt.evaluation.image_measures import (
     BY_NAME,
@@ -122,8 +123,8 @@ def measure_images(
         raise QueryError(f"nothing can be measured of these pictures: {reasons}")
     first = sets[0]
     return ImagesReport(
-        source=source,
-        real=real,
+        source=writable(source),
+        real=None if real is None else writable(real),
         n=len(first.pictures.pictures),
         n_real=None if first.reals is None else len(first.reals.pictures),
         left_out=first.pictures.left_out,

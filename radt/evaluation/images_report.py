@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from index.atomic import write_bytes
 from index.errors import MissingExtraError
+from index.text import writable
 from radt.evaluation.extractors import HINT
 from radt.evaluation.image_measures import LOWER_IS_BETTER, SHARES, Row
 from radt.evaluation.image_set import PLOT
@@ -34,7 +35,7 @@ def print_report(report: ImagesReport, written: Sequence[Path] = ()) -> None:
 
     console = Console()
     console.print(make_table(report))
-    for line in (*remarks(report), *map(str, written)):
+    for line in (*remarks(report), *(writable(str(path)) for path in written)):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 

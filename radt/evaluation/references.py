@@ -26,6 +26,7 @@ from PIL import Image
 
 from index.config import to_dict
 from index.errors import CorpusError, QueryError, UserError
+from index.text import one_line
 from radt.corpora.scenes import PALETTE
 from radt.corpora.wording import with_article
 from radt.evaluation.color import border_color, nearest_color
@@ -47,6 +48,7 @@ BATCH_SIZE = 20
 FIGURE_SIDE = 24  # of a figure that is compared
 GROUND_REACH = 36  # of 8 bits, in any channel: what differs less from the border's median is ground
 GRAY = 128
+LARGEST = 512  # side of a picture that is held: photographs of a telephone would fill the memory
 ROWS_A_SHEET = 24
 NAMED = 3  # broken pictures that a sentence names
 ARMS = ("with_retrieval", "without_retrieval")
@@ -181,8 +183,7 @@ def evaluate_references(
     Raises:
         CorpusError: the source has fewer than two things of two pictures.
     """
-    things, unread = find_things(find_pictures(source, out=out))
-    things = things[:n]
+    things, unread = find_things(find_pictures(source, out=out), n)
     if len(things) < 2:
         raise CorpusError(
             f"{source!r} has {len(things)} things with two pictures or more, and two are needed to tell apart: put "
@@ -197,21 +198,24 @@ def evaluate_references(
         return measure(pipeline, things, asked, source=source, seed=seed, unread=unread, on_step=on_step)
 
 
-def find_things(pictures: Sequence[PictureFile]) -> tuple[list[Thing], list[LeftOut]]:
-    """Pictures grouped by caption, or by subfolder where they have none; and those among them that cannot be read.
+def find_things(pictures: Sequence[PictureFile], n: int | None = None) -> tuple[list[Thing], list[LeftOut]]:
+    """Pictures grouped by caption, or by subfolder where they have none; and those looked at that cannot be read.
 
-    Things of one picture are passed over. The last picture of a thing, by name, is the one that is left out.
+    Things of one picture are passed over; of the others the first `n`. The last picture of a thing, by name, is the
+    one that is left out.
     """
     titles = _folder_titles(pictures)
     groups: dict[str, list[PictureFile]] = {}
     for picture in pictures:
-        title = picture.caption or titles[PurePosixPath(picture.name).parent]
+        title = one_line(picture.caption or titles[PurePosixPath(picture.name).parent])
         if title:
             groups.setdefault(title, []).append(picture)
     things: list[Thing] = []
     unread: list[LeftOut] = []
     for caption, files in groups.items():
-        images = [_decode(file, unread) for file in files] if len(files) > 1 else []
+        if len(files) < 2 or len(things) == n:
+            continue
+        images = [_decode(file, unread) for file in files]
         readable = [image for image in images if image is not None]
         if len(readable) > 1:
             things.append(Thing(caption=caption, known=tuple(readable[:-1]), left_out=readable[-1]))
@@ -231,9 +235,11 @@ def _as_words(path: str) -> str:
 
 
 def _decode(file: PictureFile, unread: list[LeftOut]) -> Image.Image | None:
-    """A picture, or None for a broken one, which is then noted."""
+    """A picture, no larger than anything here looks at it, or None for a broken one, which is then noted."""
     try:
-        return decode(file.read())
+        image = decode(file.read())
+        image.thumbnail((LARGEST, LARGEST))
+        return image
     except UserError as error:
         unread.append(LeftOut(name=file.name, reason=str(error)))
         return None

@@ -28,6 +28,7 @@ from typing import Any, TypeAlias
 from index.atomic import write_bytes
 from index.config import from_dict, to_dict
 from index.errors import ConfigError, CorpusError
+from index.text import writable
 
 FORMAT = 1
 SUFFIX = ".result.json"
@@ -111,10 +112,10 @@ def now() -> str:
 
 
 def typed_command() -> str:
-    """The command line that this process was started with, as one types it."""
+    """The command line that this process was started with, as one types it; names that are not UTF-8 with escapes."""
     name = Path(sys.argv[0]).name
     program = "radt" if name in ("radt", "cli.py", "__main__.py") else f"python {sys.argv[0]}"
-    return shlex.join([*program.split(" ", 1), *sys.argv[1:]])
+    return writable(shlex.join([*program.split(" ", 1), *sys.argv[1:]]))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -249,7 +249,16 @@ def newest_reading(run: RunFolder) -> tuple[int, float, Reading]:
     reading = probe(network.eval(), run.pack, data=config.data, objective=objective, seed=config.loop.seed)
     if reading is None:
         raise CorpusError("no scene of the pack has a neighbour")
-    return int(facts["step"]), int(facts["step"]) * config.data.batch_size, reading
+    return int(facts["step"]), int(facts["step"]) * _images_a_step(run), reading
+
+
+def _images_a_step(run: RunFolder) -> float:
+    """By the log, which knows how many processes there were; before there is one, those of one process."""
+    if not run.histories:
+        assert isinstance(run.config, BaseConfig)
+        return run.config.data.batch_size
+    last = run.histories[0].lines[-1]
+    return last["images_seen"] / last["step"]
 
 
 def judge_dropping(pack: Pack, data: DataConfig) -> Finding:

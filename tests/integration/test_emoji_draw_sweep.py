@@ -26,7 +26,7 @@ from radt.evaluation.emoji_draw_sweep import (
     run_sweep,
     summary,
 )
-from radt.evaluation.emoji_draw_sweep_sheet import write_sweep
+from radt.evaluation.emoji_draw_sweep_sheet import tables, write_sweep
 from radt.evaluation.intervals import wilson
 from radt.evaluation.results import Estimate, Result
 from radt.pipeline import TextToImage
@@ -269,9 +269,7 @@ class TestRun:
         ]
         (tmp_path / shown[0]).unlink()  # a point may be kept without all of its sheets, and is shown with the others
         kept = Result.load(write_sweep(run_sweep(bench, model, "arms", settings, out=tmp_path), tmp_path)[-1])
-        assert [each.file for each in kept.pictures] == [
-            each.file for each in result.pictures if each.file != shown[0]
-        ]
+        assert [each.file for each in kept.pictures] == [each.file for each in result.pictures if each.file != shown[0]]
         assert shown[0] not in (tmp_path / "arms.md").read_text()
 
     def test_pictures_of_another_font_are_drawn_again_where_glyphs_decide(
@@ -312,6 +310,22 @@ class TestRun:
             "n": 2
         }
         assert found["copied"] == dict(zip(("value", "low", "high"), (0.5, *wilson(0.5, 2)), strict=True)) | {"n": 2}
+
+    def test_a_picture_without_a_figure_shows_no_neighbour_whatever_that_is(self, bench):
+        (outcome,) = judge(bench.recognizer, bench.prompts[:1], np.zeros_like(bench.truths["ground"][:1]))
+        row = {"class_ids": [1], "shown": [None, 1], "copy_similarity": None, **outcome.to_json()}
+        found = summary(bench.prompts[:1], {"prompts": [row], "seconds_to_draw": 1.0, "seconds_to_find": 1.0})
+        assert row["figures"] == []
+        assert found["drew_shown"]["value"] == 0
+
+    def test_kinds_that_ask_for_the_same_classes_are_no_more_trials_than_classes(self, bench, model, settings, drawn):
+        report = run_sweep(bench, model, "arms", settings)
+        own = report.by_kind["with_retrieval"]["ground"]["entity_top1"]
+        together = report.overall["with_retrieval"]["entity_top1"]
+        n = len(bench.of_kind("ground"))
+        assert (own["low"], own["high"]) == wilson(own["value"], n)
+        assert (together["low"], together["high"]) == wilson(together["value"], n)
+        assert "as wide as those of one prompt a class" in tables(report)[1].note
 
 
 class TestNewEntity:
@@ -378,7 +392,8 @@ class TestCommand:
 
     @pytest.mark.slow  # draws every emoji
     def test_a_sweep_is_one_command_and_the_same_again_draws_nothing(self, radt, tmp_path, monkeypatch):
-        words = ("-n", "1", "--steps", "1", "--kinds", "ground,two", "--sweep", "by", "--out", "o", "--json")
+        words = ("-n", "1", "--steps", "1", "--kinds", "ground,two", "--sweep", "by", "--fusion", "sum")
+        words = (*words, "--out", "o", "--json")
         code, out, err = radt(*words)
         assert (code, err) == (0, "")
         document = json.loads(out)
@@ -415,6 +430,9 @@ class TestCommand:
             (("--kinds", "three"), "unknown kind 'three'"),
             (("--sweep", "k", "--new-entity"), "two measurements"),
             (("-k", "0", "--kinds", "all"), "k must be at least 1"),
+            (("--sweep", "k", "-k", "2"), "--sweep k draws with one k after the other"),
+            (("--sweep", "text-share", "--text-share", "0.3"), "--sweep text-share draws with one text_share after"),
+            (("--sweep", "by", "--by", "clip"), "--sweep by draws with one by after the other"),
         ],
     )
     def test_what_cannot_be_measured_is_one_sentence(self, radt, words, said):

@@ -1,6 +1,7 @@
 """`radt evaluate images` and `retrieval` as a user meets them: what they print, keep, take up again, and refuse."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from index.cli import run
 from index.errors import ConfigError, CorpusError, ModelError, QueryError
 from radt.cli import app
 from radt.copying import copy_similarity
-from radt.evaluation import image_set
+from radt.evaluation import image_measures, image_set
 from radt.evaluation.extractors import Extracted, load_extractor
 from radt.evaluation.image_measures import (
     COPY_CANDIDATES,
@@ -28,7 +29,7 @@ from radt.evaluation.image_set import PictureFile, find_pictures, measure_set
 from radt.evaluation.images import measure_images
 from radt.evaluation.results import Result
 from radt.neighbors import Neighbor, to_rgb8
-from tests.fakes import caption_of, draw, encode, write_img2dataset
+from tests.fakes import caption_of, draw, encode, sample, write_img2dataset, write_tar
 
 N = 14
 SEARCHED_WITH = "not independent: the model looked its prompts up with this very encoder"
@@ -167,6 +168,39 @@ def test_the_reals_may_be_a_knowledge_base_or_a_corpus(radt, pictures, clip, tin
     assert lots[0] == lots[1] != lots[2]
 
 
+@pytest.mark.parametrize("source", ["tars", "tars/0.tar", "file://{}/folder"])
+def test_the_reals_need_no_captions(radt, pictures, clip, tmp_path, source):
+    write_tar(tmp_path / "tars" / "0.tar", {f"{i}.png": encode(draw(i)) for i in range(N)})
+    write_pictures(tmp_path / "folder", range(N), captions=False)
+    real = source.format(tmp_path) if ":" in source else tmp_path / source
+    code, out, err = radt("images", pictures, "--real", real, "--extractor", clip, "--metrics", "cmmd", "--json")
+    assert code == 0, err
+    document = json.loads(out)
+    assert (document["n_real"], document["left_out_real"]) == (N, [])
+    assert sorted(each.read() for each in find_pictures(str(real))) == sorted(encode(draw(i)) for i in range(N))
+
+
+def test_samples_and_shards_that_a_build_would_pass_over_are_named_left_out_and_counted(radt, pictures, clip, tmp_path):
+    mixed = [*sample(0, key="a").items(), *sample(1, key="a").items(), ("b.txt", b"nothing to see")]
+    mixed += [("c.png", b"no picture"), ("c.txt", b"a wolf"), (os.fsdecode(b"\xe4.png"), encode(draw(2)))]
+    write_tar(tmp_path / "tars" / "0.tar", mixed)
+    (tmp_path / "tars" / "1.tar").write_bytes((tmp_path / "tars" / "0.tar").read_bytes()[:3000])
+    words = ["images", pictures, "--real", tmp_path / "tars", "--extractor", clip, "--metrics", "cmmd"]
+    code, out, err = radt(*words, "--json")
+    assert code == 0, err
+    document = json.loads(out)
+    reasons = {each["name"]: each["reason"] for each in document["left_out_real"]}
+    assert document["n_real"] == 1
+    assert {name: reasons[name] for name in ("0.tar/a", "0.tar/b", r"0.tar/\udce4")} == {
+        "0.tar/a": "duplicate key",
+        "0.tar/b": "no image",
+        r"0.tar/\udce4": "the file name is not UTF-8",
+    }
+    assert "it is cut short" in reasons["1.tar"]
+    assert len(reasons) == len(document["left_out_real"]) == 5
+    assert "left out, 5 of the reals: 0.tar/a (duplicate key)" in radt(*words)[1]
+
+
 def test_pictures_of_generate_say_themselves_what_they_should_show(capsys, radt, tiny_bundle, tiny_kb, tmp_path):
     from index.embedder import ClipEmbedder
 
@@ -269,6 +303,28 @@ def test_a_damaged_cache_is_computed_anew_and_another_extractor_has_its_own(pict
     assert other.count == N
 
 
+def test_what_was_kept_by_another_version_is_computed_anew(monkeypatch, pictures, tmp_path):
+    found, cache = find_pictures(str(pictures)), tmp_path / "cache"
+    measured = measure_set(found, Counting(), cache=cache, on_step=lambda done, of: None)
+    real_similarities(measured, measured, cache)
+    kept = cache / image_measures.SIMILARITIES
+    document = json.loads(kept.read_text())
+    wrong = dict.fromkeys(document["similarities"], 0.0)
+
+    def found_beside(document):
+        kept.write_text(json.dumps(document))
+        return set(real_similarities(measured, measured, cache))
+
+    assert found_beside({**document, "similarities": wrong}) == {0}  # they are read
+    assert found_beside(wrong) == {1}  # as they were kept at first
+    monkeypatch.setattr(image_measures, "COMPARING", image_measures.COMPARING + 1)
+    assert found_beside({**document, "similarities": wrong}) == {1}
+    monkeypatch.setattr(image_set, "DECODING", image_set.DECODING + 1)
+    again = Counting()
+    measure_set(found, again, cache=cache, on_step=lambda done, of: None)
+    assert again.count == N
+
+
 # Copies
 
 
@@ -354,6 +410,22 @@ def test_nothing_but_broken_pictures(error, tmp_path, clip):
     assert "none of 1 pictures can be read; the first is '0.png'" in error("images", tmp_path, "--extractor", clip)
 
 
+def test_a_tar_without_one_picture_that_can_be_used(error, tmp_path, pictures, clip):
+    write_tar(tmp_path / "tars" / "0.tar", {"a.txt": b"a wolf", "b.txt": b"a cat"})
+    sentence = error("images", pictures, "--real", tmp_path / "tars", "--extractor", clip)
+    assert "none of the 2 samples of" in sentence
+    assert "is a picture that can be used: the first is '0.tar/a', no image; name a folder of the pictures" in sentence
+    (tmp_path / "tars" / "0.tar").rename(tmp_path / "tars" / "0.tar.gz")
+    assert "uncompress it" in error("images", pictures, "--real", tmp_path / "tars", "--extractor", clip)
+
+
+def test_a_set_of_no_pictures(pictures):
+    with pytest.raises(CorpusError, match="there are no pictures to measure"):
+        measure_set([], Counting(), on_step=lambda done, of: None)
+    with pytest.raises(CorpusError, match="there are no pictures to measure"):
+        measure_images(find_pictures(str(pictures)), [Counting()], reals=[])
+
+
 @pytest.mark.parametrize("name", ["empty", "absent"])
 def test_an_empty_folder_and_none_at_all(error, tmp_path, clip, name):
     (tmp_path / "empty").mkdir()
@@ -432,6 +504,40 @@ def test_a_limit_of_no_reals_is_wrong_usage(radt, pictures, clip):
     assert "--limit-real is about the pictures of --real" in err
 
 
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("--subset-size", 5), "--subset-size has no effect without kid: it compares with real pictures"),
+        (("--subset-size", 5, "--metrics", "clip-score"), "without kid: --metrics leaves it out"),
+        (("--candidates", 5, "--metrics", "clip-score"), "--candidates has no effect without r-precision: --metrics"),
+        (("--copy-limit", 0.9), "--copy-limit has no effect without copies: no picture says what its neighbours were"),
+        (("--copy-limit", 0.95, "--metrics", "clip-score"), "without copies: --metrics leaves it out"),
+        (("--subsets", 5), "coverage or is: it compares with real pictures; name them with --real; an image-text enc"),
+        (("--subsets", 5, "--metrics", "clip-score"), "or is: --metrics leaves it out\n"),
+    ],
+)
+def test_an_option_without_effect_is_refused_before_the_work(error, monkeypatch, pictures, clip, words, sentence):
+    monkeypatch.setattr("radt.evaluation.images.measure_set", None)
+    assert sentence in error("images", pictures, "--extractor", clip, *words)
+
+
+def test_a_number_of_candidates_without_an_encoder_or_captions_is_refused(pictures, clip, tmp_path):
+    bare = find_pictures(str(write_pictures(tmp_path / "bare", range(3), captions=False)))
+    for found, extractor, reason in (
+        (find_pictures(str(pictures)), Counting(), "it needs an image-text encoder"),
+        (bare, load_extractor(clip), "no picture has a caption"),
+    ):
+        with pytest.raises(ConfigError, match=f"--candidates has no effect without r-precision: {reason}"):
+            measure_images(found, [extractor], reals=found, options=Options(candidates=2))
+
+
+def test_captions_that_no_measure_reads_are_wrong_usage(radt, pictures, clip, tmp_path):
+    words = ["images", pictures, "--real", pictures, "--extractor", clip, "--metrics", "fd"]
+    code, _, err = radt(*words, "--captions", tmp_path / "captions.csv")
+    assert code == 2
+    assert "--captions has no effect without clip-score" in err
+
+
 def test_a_measure_that_nobody_knows(error, pictures, clip):
     words = ["images", pictures, "--extractor", clip, "--metrics"]
     assert "there is no measure 'fdd': did you mean 'fd'? It is one of fd, kid" in error(*words, "fdd")
@@ -478,6 +584,25 @@ def test_own_results_are_not_measured_as_pictures(radt, pictures, clip, tmp_path
     for _ in range(2):
         assert json.loads(radt(*words)[1])["n"] == N
     assert (out / "plot.png").is_file()
+
+
+def test_names_that_are_not_utf8_are_written_with_escapes(radt, clip, tmp_path, monkeypatch):
+    folder = write_pictures(tmp_path / os.fsdecode(b"\xe4"), range(3))
+    (folder / os.fsdecode(b"\xf6.png")).write_bytes(encode(draw(3)))
+    (folder / os.fsdecode(b"\xfc.png")).write_bytes(b"no picture")
+    out = tmp_path / os.fsdecode(b"out-\xe4")
+    words = ["images", folder, "--real", folder, "--extractor", clip, "--metrics", "cmmd,copies", "--out", out]
+    monkeypatch.setattr("sys.argv", ["radt", "evaluate", *map(str, words)])
+    code, text, err = radt(*words)
+    assert code == 0, err
+    assert r"left out, 1 of the pictures: \udcfc.png (" in text
+    document = json.loads((out / "results.json").read_text())
+    assert document["pictures"] == document["real"] == str(tmp_path / r"\udce4")
+    assert document["n"] == 4
+    assert r"images '" in document["command"]
+    assert f"`{tmp_path}/\\udce4`" in (out / "results.md").read_text()
+    assert Result.load(out / "images.result.json").title == r"Measures of pictures: \udce4"
+    assert json.loads(radt(*words, "--json")[1])["left_out"][0]["name"] == r"\udcfc.png"
 
 
 def test_reading_a_file_that_went_away(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from index.cli import run
 from index.errors import ConfigError, QueryError
+from index.knowledge_base import KnowledgeBase
 from radt import provenance
 from radt.cli import app
 from radt.generate import OF_A_RUN, RESULTS, Request, all_prompts, draw, generate_files
@@ -346,6 +348,20 @@ def test_other_references_of_the_same_name_and_another_memory_are_refused(pipeli
             list(draw(pipeline, replace(request, references=(changed,)), tmp_path / "out"))
     with pytest.raises(QueryError, match="another knowledge base"):
         list(draw(TextToImage.load(tiny_bundle, device="cpu"), request, tmp_path / "out"))
+
+
+def test_pictures_of_a_memory_that_changed_since_are_refused(tiny_bundle, tiny_kb, tmp_path):
+    shutil.copytree(tiny_kb, tmp_path / "kb")
+    with_it, alone = (Request(prompts=(PROMPT,), resume=True, settings={"k": k}) for k in (2, 0))
+
+    def draw_all(request, out):
+        return list(draw(TextToImage.load(tiny_bundle, kb=tmp_path / "kb", device="cpu"), request, tmp_path / out))
+
+    draw_all(with_it, "with"), draw_all(alone, "alone")
+    KnowledgeBase.open(tmp_path / "kb").add([draw_shape(9)], "Zorbo: my robot")
+    with pytest.raises(QueryError, match="another state of the knowledge base"):
+        draw_all(with_it, "with")
+    assert len(draw_all(alone, "alone")) == 1  # nothing was looked up
 
 
 def test_a_run_that_is_refused_leaves_the_results_of_the_one_before(radt, tmp_path):

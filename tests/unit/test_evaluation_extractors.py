@@ -175,7 +175,7 @@ def test_open_clip_is_the_embedder(tiny_clip):
     np.testing.assert_array_equal(extractor.extract(pictures).features, embedder.images(pictures))
     np.testing.assert_array_equal(extractor.texts(["a wolf"]), embedder.texts(["a wolf"]))
     assert extractor.extract(pictures).logits is None
-    assert extractor.digest == embedder.fingerprint
+    assert extractor.fingerprint == embedder.fingerprint
     assert extractor.width == extractor.extract(pictures).features.shape[1]
     assert extractor.resize == "the model's own: Resize 32 bicubic, CenterCrop 32x32"
 
@@ -218,7 +218,34 @@ def test_other_weights_have_another_digest(tiny_clip, other_clip):
     assert load_extractor(f"open_clip:{tiny_clip}").digest != load_extractor(f"open_clip:{other_clip}").digest
 
 
+def test_another_activation_or_another_number_of_heads_has_another_digest(tiny_clip, tmp_path):
+    shutil.copytree(tiny_clip, tmp_path / "clip")
+    config = tmp_path / "clip" / "open_clip_config.json"
+    plain = config.read_text()
+    found = [load_extractor(f"open_clip:{tiny_clip}")]
+    for old, new in (('"embed_dim"', '"quick_gelu": true, "embed_dim"'), ('"head_width": 16', '"head_width": 8')):
+        assert old in plain
+        config.write_text(plain.replace(old, new))
+        found.append(load_extractor(f"open_clip:{tmp_path / 'clip'}"))
+    assert len({extractor.digest for extractor in found}) == 3
+    assert len({extractor.fingerprint for extractor in found}) == 1  # the weights are the same
+    config.write_text(plain)
+    assert load_extractor(f"open_clip:{tmp_path / 'clip'}").digest == found[0].digest  # the folder's name is no part
+
+
 # timm
+
+
+def test_two_timm_networks_of_the_same_weights_have_two_digests():
+    import timm
+
+    plain, other = timm.create_model("test_vit"), timm.create_model("test_vit", act_layer="quick_gelu")
+    other.load_state_dict(plain.state_dict())
+    one, two = (TimmExtractor(network, name="timm:test_vit") for network in (plain, other))
+    assert one.digest != two.digest
+    assert np.abs(one.extract([noise(40, 40)]).features - two.extract([noise(40, 40)]).features).max() > 0
+    assert TimmExtractor(plain, name="timm:\udce4").name == r"timm:\udce4"
+    assert TimmExtractor(plain, name="timm:other").digest == one.digest
 
 
 def test_timm_features_come_before_its_classifier():
@@ -342,6 +369,8 @@ def test_the_recogniser_is_an_extractor_with_words_for_its_classes(tmp_path):
     assert found.logits.shape == (4, 3)
     assert extractor.class_words[noun(wolf)] == 2
     assert extractor.class_numbers == {0: 0, 5: 1, wolf.class_id: 2}
+    assert len(extractor.digest) == 32
+    assert extractor.digest != extractor._recognizer.digest  # it sees other pixels than `emoji-draw` shows it
     with pytest.raises(ModelError, match="there is no emoji recogniser"):
         load_extractor(f"recognizer:{tmp_path}")
 

@@ -104,6 +104,9 @@ def test_a_thing_as_near_as_the_asked_one_goes_before_it():
     assert judged.ranks["pixels"].tolist() == [2, 2, 1]
 
 
+CAPTIONS = ((1, "Zorbo:\na green  robot"), (2, "Zorbo: a green robot"))
+
+
 def encoded(image):
     buffer = BytesIO()
     image.save(buffer, "PNG")
@@ -130,6 +133,25 @@ def test_things_are_captions_or_subfolders_of_two_pictures_at_least():
     assert unread == []
     assert things[0].left_out.getpixel((45, 45)) == (0, 0, 255)
     assert prompt_for(things[0], "orange") == "Zorbo on an orange background"
+
+
+def test_captions_are_of_one_line_as_a_knowledge_base_keeps_them():
+    one, other = (PictureFile(name=f"{i}.png", caption=text, read=partial(encoded, badge())) for i, text in CAPTIONS)
+    ((found,), _) = find_things([one, other])
+    assert found.caption == "Zorbo: a green robot"
+
+
+def test_of_many_pictures_only_those_of_the_things_asked_for_are_decoded_and_held_small():
+    def read(name):
+        looked_at.append(name)
+        return encoded(badge().resize((900, 600)))
+
+    looked_at = []
+    names = [f"{thing}/{number}.png" for thing in ("ant", "bee", "cat") for number in range(2)]
+    things, _ = find_things([PictureFile(name=name, read=partial(read, name)) for name in names], 1)
+    assert [each.caption for each in things] == ["ant"]
+    assert looked_at == names[:2]
+    assert things[0].left_out.size == (512, 341)
 
 
 @pytest.mark.parametrize("names", [("robot/1.png", "robot/2.png")])

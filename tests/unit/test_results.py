@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 
@@ -94,3 +95,5 @@ def test_the_command_is_as_typed(monkeypatch):
     assert typed_command() == "radt evaluate emoji-draw --where 'a b'"
     monkeypatch.setattr("sys.argv", ["tools/bench_quality.py", "-n", "100"])
     assert typed_command() == "python tools/bench_quality.py -n 100"
+    monkeypatch.setattr("sys.argv", ["radt", "evaluate", "images", os.fsdecode(b"\xe4")])
+    assert typed_command() == r"radt evaluate images '\udce4'"

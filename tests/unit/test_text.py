@@ -1,6 +1,7 @@
 """Control characters in what others wrote: gone from captions and from terminals, kept in JSON."""
 
 import json
+import os
 import unicodedata
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from index.cli import make_app
 from index.ingest.samples import make_sample
 from index.knowledge_base import KnowledgeBase
 from index.records import ImageLocation, Pair, StoredPair, pair_id
-from index.text import escaped_json, one_line, printable
+from index.text import escaped_json, one_line, printable, writable
 from tests.fakes import HashEmbedder, shard_of
 
 EVERY = "".join(map(chr, range(0x250)))
@@ -31,6 +32,12 @@ def test_json_is_harmless_and_lossless() -> None:
     document = escaped_json(json.dumps({EVERY: [EVERY, HOSTILE]}, ensure_ascii=False))
     assert not any(unicodedata.category(letter) == "Cc" for letter in document)
     assert json.loads(document) == {EVERY: [EVERY, HOSTILE]}
+
+
+def test_what_is_writable_is_left_as_it_is_and_the_rest_has_escapes() -> None:
+    assert writable(EVERY) == EVERY
+    assert writable(HOSTILE) == HOSTILE
+    assert writable(os.fsdecode(b"\xe4.png")) == r"\udce4.png"
 
 
 def test_captions_come_in_without_them() -> None:

@@ -27,7 +27,7 @@ from radt.training.doctor import (
 from radt.training.pack import Pack
 from radt.training.probe import Reading
 from radt.training.reference import Curve, Life, Point, load_curves, thin
-from radt.training.run_folder import choose_curve, nearest_preset, read_lines
+from radt.training.run_folder import RunFolder, choose_curve, nearest_preset, read_lines
 from tests.packs import CANDIDATES, NUM_SCENES, small_pack
 
 
@@ -252,6 +252,14 @@ def write_run(folder: Path, lines: list[dict[str, Any]]) -> dict[str, str]:
 def test_a_run_of_another_version_is_judged_by_what_it_logged(tmp_path: Path) -> None:
     found = write_run(tmp_path, [dict(line) for line in history([1.0] * 30)])
     assert found == {"loss": "ok", "gradient": "ok", "reference curve": "unknown", "config": "unknown"}
+
+
+def test_images_seen_are_counted_as_the_run_did_it_in_several_processes(tmp_path: Path) -> None:
+    raw = to_dict(PRESETS["tiny"]())
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    assert doctor._images_a_step(RunFolder(tmp_path)) == raw["data"]["batch_size"]
+    (tmp_path / "metrics.jsonl").write_text('{"step": 10, "images_seen": 80, "loss": 1.0}\n')
+    assert doctor._images_a_step(RunFolder(tmp_path)) == 8
 
 
 def test_a_run_that_has_logged_nothing_is_unknown(tmp_path: Path) -> None:
