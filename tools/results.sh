@@ -31,6 +31,7 @@ first_lane() {
   # one thing at a time
   bench text-share --sweep text-share --kinds ground,two -n $((n / 2 + n % 2))
   bench by --sweep by --kinds ground
+  bench neighbors-8 --sweep neighbors --kinds ground -k 8 --stages 1
 }
 second_lane() {
   bench small --kinds all --stages 1
