@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 MAX_TEXT_BYTES = 16 << 20  # a caption or a json file above this is not read
+NO_CAPTION = "no caption"  # the reason of what lacks nothing else
 CAPTION_NAMES = ("caption", "text", "txt", "prompt", "description")
 
 
@@ -42,7 +43,7 @@ def make_sample(
         return shard.bad(key, image.offset, "the caption is not UTF-8")
     caption = one_line(caption)
     if not caption:
-        return shard.bad(key, image.offset, "no caption")
+        return shard.bad(key, image.offset, NO_CAPTION)
     return Pair(
         dataset=shard.dataset,
         shard=shard.name,

@@ -35,7 +35,6 @@ SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"})
 PLOT = "plot.png"  # that an evaluation writes
 RECORD_CHUNK = "radt"  # of a PNG (radt/provenance.py)
 BY_CLIP = ("clip", "hybrid")  # ways of searching that compare CLIP vectors (index/search/request.py)
-UNCAPTIONED = "no caption"  # what index/ingest/samples.py says of a picture that lacks nothing else
 DECODING = 1  # to be raised when `decode` gives other pixels: features that are kept are known by it
 BATCH_ROWS = 32  # pictures decoded at once
 FLUSH_ROWS = 256  # pictures, or seconds, that a kill may cost
@@ -221,12 +220,13 @@ def _of_shard(shard: "Shard | SkippedShard") -> Iterator[PictureFile | LeftOut]:
 def _uncaptioned(shard: "Shard", sample: "BadSample") -> Callable[[], bytes] | None:
     """Reads a picture of a tar or a folder that lacks nothing but a caption; None for other samples."""
     from index.ingest.folder_reader import FolderContents
+    from index.ingest.samples import NO_CAPTION
     from index.ingest.shards import uri_of
     from index.ingest.tar_reader import TarContents
     from index.records import ImageLocation
 
     contents = shard.contents
-    if sample.reason != UNCAPTIONED:
+    if sample.reason != NO_CAPTION:
         return None
     if isinstance(contents, FolderContents) and not shard.is_img2dataset:  # whose keys have no suffix
         return ImageLocation(uri=uri_of(shard.fs, join(contents.folder, sample.key))).read

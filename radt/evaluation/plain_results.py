@@ -14,7 +14,7 @@ from radt.evaluation.intervals import wilson
 from radt.evaluation.results import SUFFIX, Cell, Estimate, Line, Picture, Plot, Result, Table
 
 EMOJI_DRAW, EMOJI_DRAW_TITLE = "emoji-draw", "Held-out emoji, one prompt each"
-JUDGES = {"trained": "the trained recogniser", "pixels": "pixel distance: no trained recogniser is installed"}
+JUDGES = {"trained": "the trained recogniser", "pixels": "pixel distance, without the trained recogniser"}
 ARMS = {"with_retrieval": "with retrieval", "without_retrieval": "without", "with_one_wrong": "one neighbour wrong"}
 SHARES = {"entity_top1": "entity top-1", "entity_top5": "top-5", "ground_color": "ground colour"}
 Reader: TypeAlias = Callable[[Path, dict[str, Any]], Result | None]
@@ -86,6 +86,7 @@ def emoji_draw_table(values: Mapping[str, Any]) -> Table:
 
 def _quality(path: Path, values: dict[str, Any]) -> Result | None:
     facts, points = values["facts"], values["points"]
+    judge = JUDGES[facts.get("recognizer", {"judge": "pixels"})["judge"]]  # earlier versions knew no other
     labels = sorted({point["label"] for point in points})
     rows = [
         (p["label"], p["steps"], p["calls"], p["rows"], share(p["top1"], facts["n"]), p["discrepancy"], p["seconds"])
@@ -98,7 +99,7 @@ def _quality(path: Path, values: dict[str, Any]) -> Result | None:
         command=f"python tools/bench_quality.py --kb KB --out {path.parent.name} -n {facts['n']}",
         date=date_of(path),
         note=NOTE,
-        facts={"model": facts["model"], "n": facts["n"], "seed": facts["seed"]},
+        facts={"model": facts["model"], "n": facts["n"], "seed": facts["seed"], "judge": judge},
         tables=(Table(title="By sampler and steps", columns=columns, rows=tuple(rows)),),
         plots=(
             _plot(points, labels, value="top1", y="entity top-1", n=facts["n"]),

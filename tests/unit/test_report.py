@@ -218,10 +218,16 @@ def test_what_was_stored_before_the_common_form_is_read_too(tmp_path):
         {"label": "ddim", "steps": s, "calls": s, "rows": 2 * s, "top1": 0.5, "discrepancy": 1.5, "seconds": 0.1}
         for s in (4, 8)
     ]
-    quality = {"facts": {"n": 50, "seed": 0, "model": "ab"}, "points": points}
-    (tmp_path / "quality.json").write_text(json.dumps(quality))
+    facts = {"n": 50, "seed": 0, "model": "ab"}
+    (tmp_path / "quality.json").write_text(json.dumps({"facts": facts, "points": points}))
+    (tmp_path / "late").mkdir()
+    facts = {**facts, "recognizer": {"judge": "trained"}}
+    (tmp_path / "late" / "quality.json").write_text(json.dumps({"facts": facts, "points": points}))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "results.json").write_text('{"some": "thing else"}')
+    judges = {folder.name: result.facts["judge"] for folder, result in find_plain_results([tmp_path])}
+    assert judges["late"] == "the trained recogniser"
+    assert "pixel distance" in judges[tmp_path.name]
     found = {result.kind: result for _, result in find_plain_results([tmp_path, tmp_path / "one"])}
     assert set(found) == {"emoji-draw", "quality"}
     assert found["emoji-draw"].command == "radt evaluate emoji-draw --kb 'my kb' -n 100 --seed 3"
