@@ -187,7 +187,7 @@ def draw_sheet(columns: Sequence[Pixels]) -> Image.Image:
     sheet.paste(picture, (0, 28))
     for place, name in enumerate(names):
         x = place * picture.width // len(columns) + 6
-        ImageDraw.Draw(sheet).text((x, 6), name, fill="black", font=ImageFont.load_default(14))
+        ImageDraw.Draw(sheet).text((x, 6), name, fill="black", font=ImageFont.load_default(12))
     return sheet
 
 

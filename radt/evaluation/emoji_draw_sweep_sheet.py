@@ -90,8 +90,8 @@ def _by_kind(report: SweepReport) -> Table:
         (
             kind,
             _estimate(row["entity_top1"]),
-            *(report.by_kind[point.name][kind]["entity_top1"]["value"] for point in others),
-            *(row[key]["value"] if key in row else None for key in facts),
+            *(_share(report.by_kind[point.name][kind]["entity_top1"]) for point in others),
+            *(_share(row[key]) if key in row else None for key in facts),
         )
         for kind, row in rows.items()
     ]
@@ -127,6 +127,11 @@ def _table(
 
 def _estimate(share: Mapping[str, float]) -> Estimate:
     return Estimate(value=share["value"], low=share["low"], high=share["high"])
+
+
+def _share(share: Mapping[str, float]) -> str:
+    """Two decimals, as the interval beside it has."""
+    return f"{share['value']:.2f}"
 
 
 def _note(rows: Sequence[Mapping[str, Any]]) -> str:

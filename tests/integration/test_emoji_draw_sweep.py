@@ -168,11 +168,9 @@ class TestRun:
         for kind, entity, *cells in first.rows:
             right = report.by_kind["with_retrieval"][kind]
             assert entity == Estimate(**{part: right["entity_top1"][part] for part in ("value", "low", "high")})
-            arms = [
-                report.by_kind[arm][kind]["entity_top1"]["value"] for arm in ("without_retrieval", "with_one_wrong")
-            ]
-            facts = [right.get(key, {}).get("value") for key in ("both_entities", "ground", "place", "count")]
-            assert cells == [*arms, *facts]
+            arms = [report.by_kind[arm][kind]["entity_top1"] for arm in ("without_retrieval", "with_one_wrong")]
+            facts = [right.get(key) for key in ("both_entities", "ground", "place", "count")]
+            assert cells == [share and f"{share['value']:.2f}" for share in (*arms, *facts)]
         assert "by kind" not in emoji_draw_sweep_sheet.tables(run_sweep(bench, model, "by", settings))[0].title
 
     def test_a_sweep_that_was_killed_goes_on_and_is_the_unbroken_one(
