@@ -52,6 +52,7 @@ second_lane() {
   captions "$out/asked-$scenes" >"$out/prompts-$scenes.txt"
   radt generate --prompts "$out/prompts-$scenes.txt" --kb "$out/kb" --batch-size 8 --out "$out/drawn-$scenes"
   radt generate --prompts "$out/prompts-$scenes.txt" -k 0 --batch-size 8 --out "$out/drawn-without-$scenes"
+  radt evaluate images "$out/asked-$scenes" --extractor recognizer --metrics soa --out "$out/images-true"
   for set in drawn drawn-without; do
     radt evaluate images "$out/$set-$scenes" --real "$out/scenes-$scenes" --extractor recognizer --out "$out/images-$set"
   done
