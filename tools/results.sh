@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Every figure of what the model inside the package draws, in the README, its card and docs/evaluation.md, and one page of
-# them all. An hour on two cores; killed, the same command goes on where it was.
+# them all. An hour on two cores; killed, the same command goes on where it was: only references and the second stage's
+# measures, ten minutes, are drawn anew.
 #   bash tools/results.sh [FOLDER]        FOLDER: results.  N=10 asks for ten held-out classes instead of a hundred.
 source "$(dirname "$0")/environment.sh"
 
