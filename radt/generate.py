@@ -366,8 +366,9 @@ def _find_drawn(
             image, record = read_png(path)
             if request.max_copy is not None and (record.copy_similarity or 0.0) > request.max_copy:
                 raise QueryError(f"{str(path)!r} is there and is above --max-copy {request.max_copy:g}: take it away")
-            state = pipeline.origin().snapshot if attempt.settings.k else None
-            asked = everywhere | _facts(attempt, init, request) | {STATE: state}
+            asked = everywhere | _facts(attempt, init, request)
+            if _looked_up(record):
+                asked |= {STATE: pipeline.origin().snapshot}
             other = [name for name, value in _facts_of(record).items() if value != asked[name]]
             if other:
                 raise QueryError(
@@ -392,12 +393,18 @@ def _facts_of(record: Record) -> dict[str, Any]:
         **_deciding(record.settings),
         "model": record.origin.model_digest,
         "knowledge base": record.origin.knowledge_base,
-        STATE: record.origin.snapshot if record.settings.k else None,
+        **({STATE: record.origin.snapshot} if _looked_up(record) else {}),
         "references": _shown([each for each in record.neighbors if each.id.startswith("reference:")]),
         "prompt": record.prompt,
         "init_image": None if record.init is None else record.init.pixels.tolist(),
         "candidates": [candidate.seed for candidate in record.candidates],
     }
+
+
+def _looked_up(record: Record) -> bool:
+    """Whether a knowledge base was asked for neighbours, beside the references."""
+    references = sum(neighbor.id.startswith("reference:") for neighbor in record.neighbors)
+    return record.settings.k > references and not record.settings.unconditional
 
 
 def _shown(neighbors: Sequence[Neighbor]) -> list[Any]:

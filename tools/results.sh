@@ -32,6 +32,8 @@ first_lane() {
   # one thing at a time
   bench text-share --sweep text-share --kinds ground,two -n $((n / 2 + n % 2))
   bench by --sweep by --kinds ground
+  bench text-share-6 --sweep text-share --kinds ground,two -n $((n / 2 + n % 2)) --stages 1 --steps 10 \
+    --text-guidance 6 --neighbor-guidance 6
   bench neighbors-8 --sweep neighbors --kinds ground -k 8 --stages 1
 }
 second_lane() {

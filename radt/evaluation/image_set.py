@@ -237,11 +237,12 @@ def _uncaptioned(shard: "Shard", sample: "BadSample") -> Callable[[], bytes] | N
 
 def _read_member(fs: Any, tar: str, offset: int) -> bytes:
     """A file of a tar by where its content begins: the header before it says how long it is."""
-    from index.ingest.shards import uri_of
+    from index.ingest.shards import storage_errors, uri_of
     from index.records import ImageLocation
 
     try:
-        header = fs.cat_file(tar, start=offset - tarfile.BLOCKSIZE, end=offset)
+        with storage_errors():
+            header = fs.cat_file(tar, start=offset - tarfile.BLOCKSIZE, end=offset)
         size = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").size
     except (OSError, tarfile.TarError) as error:
         raise CorpusError(f"it cannot be read ({error})") from error

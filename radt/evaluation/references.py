@@ -223,9 +223,9 @@ def find_things(pictures: Sequence[PictureFile], n: int | None = None) -> tuple[
 
 
 def _folder_titles(pictures: Sequence[PictureFile]) -> dict[PurePosixPath, str]:
-    """Each subfolder's name as words, or its whole path where others have the same name; none for the top."""
+    """Each subfolder's name as words, or its whole path where others have the same name; none for the top or a tar."""
     folders = {PurePosixPath(picture.name).parent for picture in pictures}
-    names = {folder: _as_words(folder.name) for folder in folders}
+    names = {folder: "" if folder.suffix == ".tar" else _as_words(folder.name) for folder in folders}
     times = Counter(names.values())
     return {folder: name if not name or times[name] == 1 else _as_words(str(folder)) for folder, name in names.items()}
 

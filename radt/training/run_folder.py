@@ -103,7 +103,8 @@ def choose_curve(curves: Sequence[Curve], raw: Mapping[str, Any]) -> Curve | Non
     """One of a run that began alike, from nothing or from trained weights, and learnt the same kind of answer.
 
     A run from trained weights that has no such curve is held beside one from nothing: it should be below. The loss of
-    a CLIP is that of telling one pair from a batch of others, so it is held beside one of as large a batch alone.
+    a CLIP is that of telling one pair from a batch of others, and a recogniser's batches are normalised by their own
+    spread, so these are held beside one of as large a batch alone.
     """
     kind = ("prediction", "weighting", "batch_size")  # stages of the network keep their batch's size elsewhere
     alike = [curve for curve in curves if all(curve.config.get(name) == raw.get(name) for name in kind)]

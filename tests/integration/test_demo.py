@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from index.errors import QueryError
+from radt.bundle import read_info
 from radt.corpora.emoji import load_entities, select
 from radt.demo import by_lot, held_out_prompts, run_demo
 from radt.provenance import read_png
@@ -25,7 +26,10 @@ def test_the_demo_draws_held_out_entities_and_uses_again_what_is_there(tiny_bund
         assert sheet.width > 1000
     assert all(prompt in report.sheet_html.read_text() for prompt in held_out_prompts(2))
     assert len(list(report.pictures.glob("text-only/*.png"))) == 2
-    assert len(list(report.pictures.glob("with-neighbours/*.png"))) == 4
+    with_neighbours = list(report.pictures.glob("with-neighbours/*.png"))
+    assert len(with_neighbours) == 4
+    own_k = read_info(tiny_bundle).sampling.k  # what the model itself draws from
+    assert {read_png(path)[1].settings.k for path in with_neighbours} == {own_k}
     assert len(list(report.pictures.glob("pictures-of-the-next/*.png"))) == 2
     assert report.query_page.exists()
     said.clear()

@@ -362,6 +362,10 @@ def test_pictures_of_a_memory_that_changed_since_are_refused(tiny_bundle, tiny_k
     with pytest.raises(QueryError, match="another state of the knowledge base"):
         draw_all(with_it, "with")
     assert len(draw_all(alone, "alone")) == 1  # nothing was looked up
+    own = replace(with_it, references=tuple(Reference(image=draw_shape(i), caption="x", name=f"{i}") for i in (1, 2)))
+    draw_all(own, "own")
+    KnowledgeBase.open(tmp_path / "kb").add([draw_shape(8)], "Zorba: my robot")
+    assert len(draw_all(own, "own")) == 1
 
 
 def test_a_run_that_is_refused_leaves_the_results_of_the_one_before(radt, tmp_path):

@@ -135,6 +135,11 @@ def test_things_are_captions_or_subfolders_of_two_pictures_at_least():
     assert prompt_for(things[0], "orange") == "Zorbo on an orange background"
 
 
+def test_a_tar_names_nothing_that_its_pictures_without_captions_show():
+    files = [PictureFile(name=f"00000.tar/{i}", read=partial(encoded, badge())) for i in range(2)]
+    assert find_things(files) == ([], [])
+
+
 def test_captions_are_of_one_line_as_a_knowledge_base_keeps_them():
     one, other = (PictureFile(name=f"{i}.png", caption=text, read=partial(encoded, badge())) for i, text in CAPTIONS)
     ((found,), _) = find_things([one, other])
