@@ -37,14 +37,24 @@ class Leak:
 
 
 class HeldOutWords:
-    """The words and phrases that belong to held-out entities alone."""
+    """The words and phrases that belong to held-out entities alone.
+
+    Not theirs is what a training entity makes with the words of a scene that follow it: "a pick up at the top".
+    """
 
     def __init__(self, table: Sequence[Entity]) -> None:
         trained = [phrase for entity in table if not entity.held_out for phrase in phrases_of(entity)]
         common = {word for phrase in [*trained, *_scene_phrases()] for word in phrase}
         inside = {part for phrase in trained for part in _parts(phrase)}
+        ends = {phrase[start:] for phrase in trained for start in range(len(phrase))}
+        after = {phrase[:end] for phrase in _scene_phrases() for end in range(1, len(phrase) + 1)}
         held_out = {phrase for entity in table if entity.held_out for phrase in phrases_of(entity)}
-        self.phrases = frozenset(phrase for phrase in held_out if phrase not in inside)
+        own = (phrase for phrase in held_out if phrase not in inside)
+        self.phrases = frozenset(
+            phrase
+            for phrase in own
+            if not any(phrase[:i] in ends and phrase[i:] in after for i in range(1, len(phrase)))
+        )
         self.words = frozenset(word for phrase in held_out for word in phrase if word not in common)
         names = " / ".join(entity.name for entity in table if not entity.held_out)
         with_commas = [entity.name for entity in table if entity.held_out and "," in entity.name]

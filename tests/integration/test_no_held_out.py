@@ -113,6 +113,13 @@ def test_every_held_out_name_and_keyword_of_its_own_is_known_in_any_sentence() -
     assert not any(theirs.found_in(entity.caption) for entity in TABLE if not entity.held_out)
 
 
+def test_what_a_training_entity_makes_with_the_words_after_it_is_not_held_out() -> None:
+    theirs = HeldOutWords(TABLE)  # "pick-up" is a keyword of the pickup truck, which is; the pick is not
+    assert theirs.found_in("orange ground, a pick up at the top") == []
+    assert theirs.found_in("orange ground, a pickup up at the top") == ["pickup"]
+    assert theirs.found_in("a pink heart up at the top") == ["pink heart"]
+
+
 def test_a_training_run_draws_and_names_nothing_held_out(run: tuple[Path, set[int]], glyphs: GlyphRenderer) -> None:
     out, positions = run
     assert positions
