@@ -22,6 +22,7 @@ def draw_diagnosis(diagnosis: Diagnosis, path: Path) -> Path:
     """Write a PNG: a row for each phase; loss, gradient and the worth of neighbours over the images seen."""
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import EngFormatter, MaxNLocator
     except ImportError as error:
         raise MissingExtraError("drawing curves needs matplotlib: pip install 'radt[eval]'") from error
     rows = max(1, len(diagnosis.histories))
@@ -37,6 +38,8 @@ def draw_diagnosis(diagnosis: Diagnosis, path: Path) -> Path:
             draw(axes, history)
     for axes in panels.flat:
         axes.set_xlabel("images seen", color=SOFT)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.grid(visible=True, color="#e3e6ea")
         axes.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()
