@@ -48,7 +48,7 @@ BATCH_SIZE = 20
 FIGURE_SIDE = 24  # of a figure that is compared
 GROUND_REACH = 36  # of 8 bits, in any channel: what differs less from the border's median is ground
 GRAY = 128
-LARGEST = 512  # side of a picture that is held: photographs of a telephone would fill the memory
+LARGEST = 1024  # side of a picture that is held, that of the largest preset: photographs would fill the memory
 ROWS_A_SHEET = 24
 NAMED = 3  # broken pictures that a sentence names
 ARMS = ("with_retrieval", "without_retrieval")
@@ -235,7 +235,7 @@ def _as_words(path: str) -> str:
 
 
 def _decode(file: PictureFile, unread: list[LeftOut]) -> Image.Image | None:
-    """A picture, no larger than anything here looks at it, or None for a broken one, which is then noted."""
+    """A picture, no larger than any preset looks at it, or None for a broken one, which is then noted."""
     try:
         image = decode(file.read())
         image.thumbnail((LARGEST, LARGEST))

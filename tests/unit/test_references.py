@@ -149,14 +149,14 @@ def test_captions_are_of_one_line_as_a_knowledge_base_keeps_them():
 def test_of_many_pictures_only_those_of_the_things_asked_for_are_decoded_and_held_small():
     def read(name):
         looked_at.append(name)
-        return encoded(badge().resize((900, 600)))
+        return encoded(badge().resize((1536, 1024)))
 
     looked_at = []
     names = [f"{thing}/{number}.png" for thing in ("ant", "bee", "cat") for number in range(2)]
     things, _ = find_things([PictureFile(name=name, read=partial(read, name)) for name in names], 1)
     assert [each.caption for each in things] == ["ant"]
     assert looked_at == names[:2]
-    assert things[0].left_out.size == (512, 341)
+    assert things[0].left_out.size == (1024, 683)
 
 
 @pytest.mark.parametrize("names", [("robot/1.png", "robot/2.png")])
